@@ -1,0 +1,48 @@
+"""Compress a tree of files and list their checksums: what a program that uses ringpool looks like.
+
+    python examples/compress_stdlib.py [SOURCE [TARGET]]      without arguments: the standard library, into ./stdlib.gz
+
+Each input becomes one ``.gz`` below TARGET; TARGET/SHA256SUMS is for ``sha256sum --check`` in SOURCE.
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from gzip_task import gzip_file
+from ringpool import Coordinator, atomic_write
+
+
+def sources(root: Path) -> Iterator[Path]:
+    """The modules below ``root``, one by one: ringpool draws them as it needs them."""
+    return (path for path in root.rglob("*.py") if "site-packages" not in path.parts)
+
+
+def compress(root: Path, target: Path) -> int:
+    """Compress what is below ``root``; how many files could not be."""
+    checksums: list[str] = []
+    failed = 0
+    with Coordinator() as coordinator:
+        for result in coordinator.run_file_tasks(
+            gzip_file,
+            sources(root),
+            output=lambda path: target / f"{path.relative_to(root)}.gz",
+            params={"level": 9},
+        ):
+            if result.ok:
+                checksums.append(f"{result.value}  {result.path.relative_to(root)}\n")
+            else:
+                failed += 1
+                print(f"{result.path}: {result.error}", file=sys.stderr)
+    atomic_write(target / "SHA256SUMS", "".join(sorted(checksums, key=lambda line: line.split()[1])))
+    print(f"{len(checksums)} files compressed into {target}, {failed} failed")
+    return failed
+
+
+if __name__ == "__main__":  # worker processes import this module, too
+    arguments = [Path(argument) for argument in sys.argv[1:]]
+    root = arguments[0] if arguments else Path(sysconfig.get_paths()["stdlib"])
+    sys.exit(bool(compress(root, arguments[1] if len(arguments) > 1 else Path("stdlib.gz"))))

@@ -1,0 +1,397 @@
+"""The coordinator: a pool of worker processes for file tasks, and the public face of all this.
+
+caller --submit_file_task, run_file_tasks--> Pump (thread) <--ring--> workers
+                                             Supervisor (thread) --processes--> workers
+
+open --close()--> draining --idle--> closed        nothing is left in /dev/shm, no process, no thread
+  |                  |
+  +--close(cancel)---+ what no worker has is cancelled first
+  +--Ctrl-C, SIGTERM, exit of the program after an error--> workers are killed at once --> closed
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import multiprocessing
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from multiprocessing.context import BaseContext
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from ringpool.coordinator import signals
+from ringpool.coordinator.futures import FileResult, FileRun, RunInbox, TaskBoard, TaskFuture
+from ringpool.coordinator.pump import Pump, Ticket
+from ringpool.coordinator.supervisor import Supervisor
+from ringpool.errors import (
+    CoordinatorClosedError,
+    InputMissingError,
+    OutputCollisionError,
+    ParameterError,
+    WrongProcessError,
+)
+from ringpool.shm import blobs, layout, segment
+from ringpool.shm.dispatch import CoordinatorEnd, Task
+from ringpool.shm.layout import INLINE_BYTES, Encoding
+from ringpool.workers import tasks
+from ringpool.workers.files.atomic import Durability
+from ringpool.workers.process import WorkerArguments
+
+Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+START_METHOD = "forkserver"
+ABORT_TIMEOUT_S = 1.0
+STOP_TIMEOUT_S = 5.0
+SPINS = 200  # about 50 us of looking for work before a worker sleeps, where it has a core to itself
+_PRELOAD = ["__main__", "ringpool.workers.process"]
+
+_open: weakref.WeakSet[Coordinator] = weakref.WeakSet()
+
+
+class FileTask(NamedTuple):
+    """An input with its output: what ``run_file_tasks`` takes besides plain paths."""
+
+    src: Path
+    dst: Path | None = None
+
+
+class CoordinatorStats(NamedTuple):
+    """Counts since the start, and what is under way now."""
+
+    workers_alive: int
+    queued: int  # waiting outside the ring
+    in_ring: int  # published, not yet delivered
+    completed: int
+    failed: int
+    worker_deaths: int
+    retried: int  # tasks tried again after a death
+    taken_back: int  # claims taken from a worker that was busy with a long task
+
+
+class _Function(NamedTuple):
+    """A task function as it is registered: id of its blob, name, and how it wants to be called."""
+
+    id: int
+    name: str
+    signature: tasks.Signature
+
+
+class Coordinator:
+    """A pool of ``workers`` processes (default: one per core that this process may use) that run functions over files.
+
+    ``mp_context``: a start method (``"forkserver"``, the default, ``"spawn"``, ``"fork"``) or a ``multiprocessing``
+    context. ``ring_slots``: how many tasks are in shared memory at a time. ``attempts_max``: how often a task is started
+    whose worker died in it, at most 63. ``claims_max``: how many short tasks a worker takes at once, at most 64 (1: one by one). ``durability`` of outputs:
+    ``"none"``, ``"atomic"``, ``"data"`` or ``"full"``.
+
+    Use it as a context manager. Leaving it normally drains it; leaving it by an exception drops what has not started, and by
+    Ctrl-C, ``SIGTERM`` or ``SIGHUP`` kills what runs too. Methods may be called from any thread of the process that made it.
+
+    Raises ``SharedMemoryFullError`` where ``/dev/shm`` has no room, ``ValueError`` for numbers out of range.
+    """
+
+    def __init__(
+        self,
+        workers: int | None = None,
+        *,
+        mp_context: str | BaseContext | None = None,
+        ring_slots: int = 1024,
+        attempts_max: int = 3,
+        claims_max: int = layout.CLAIMS_MAX,
+        durability: str = Durability.FULL,
+    ) -> None:
+        cores = len(os.sched_getaffinity(0))
+        n_workers = min(cores, layout.WORKERS_MAX) if workers is None else workers
+        if not 1 <= attempts_max <= layout.ATTEMPT_MAX:
+            raise ValueError(f"attempts_max must be from 1 to {layout.ATTEMPT_MAX}, not {attempts_max}")
+        self._durability = Durability(durability)
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._closing = False
+        self._closed = False
+        self._task_ids = itertools.count(1)
+        self._blob_ids = itertools.count(1)
+        self._function_ids = itertools.count(1)
+        self._functions: dict[bytes, int] = {}
+        self._board = TaskBoard()
+        context = _context(mp_context)
+        segment.reclaim_dead()
+        self._segment = segment.create(ring_slots, n_workers, claims_max)
+        try:
+            self._end = CoordinatorEnd(self._segment)
+            self._pump = Pump(self._end, attempts_max)
+            spins = SPINS if n_workers < cores else 0  # a worker that spins must not take the core of one that works
+            name = self._segment.name
+            self._supervisor = Supervisor(
+                context, lambda w: WorkerArguments(name, w, claims_max, spins), n_workers, self._pump.on_death
+            )
+            _open.add(self)
+            signals.install()
+            self._pump.begin(self._supervisor)
+            self._supervisor.begin()
+        except BaseException:
+            segment.unlink(self._segment.name)
+            raise
+
+    # ---- tasks
+
+    def submit_file_task(
+        self,
+        fn: tasks.TaskFunction | str,
+        src: Path,
+        dst: Path | None = None,
+        *,
+        params: Mapping[str, Any] | None = None,
+    ) -> TaskFuture:
+        """Queue ``fn(src, **params)``, or ``fn(src, dst, **params)`` with an output; its future, with ``task_id``.
+
+        ``fn`` is a function of a module's top level, or ``"module:qualname"``. Raises at once, with nothing queued:
+        ``UnknownFunctionError``, ``ParameterError``, ``InputMissingError``, ``SharedMemoryFullError``,
+        ``CoordinatorClosedError``, or what broke the pool.
+        """
+        self._check_open()
+        function = self._function(fn, {})
+        _check_output(function, has_output=dst is not None)
+        own = tasks.validate(function.name, function.signature, params or {})
+        tasks.require(function.name, function.signature, own)
+        directory = os.getcwdb()
+        source = _absolute(src, directory)
+        if not os.path.exists(source):
+            raise InputMissingError(os.fsdecode(source))
+        target = None if dst is None else _absolute(dst, directory)
+        payload = tasks.FilePayload(source, target, tasks.pack_parameters(function.name, own) or None)
+        future = TaskFuture(next(self._task_ids), self._pump, self._board)
+        ticket = Ticket(self._task(function.id, payload, future.task_id), future, src, dst)
+        future.ticket = ticket
+        self._board.add(future)
+        self._pump.submit((ticket,))
+        return future
+
+    def run_file_tasks(
+        self,
+        fn: tasks.TaskFunction | str,
+        inputs: Iterable[Path | FileTask],
+        *,
+        output: Callable[[Any], Path] | None = None,
+        params: Mapping[str, Any] | None = None,
+        window: int | None = None,
+    ) -> FileRun:
+        """Run ``fn`` over ``inputs``; an iterator of ``FileResult``s, in the order in which they end.
+
+        ``inputs`` are paths, or ``FileTask``s with their outputs; they are drawn as results are taken, at most ``window``
+        (default: the slots of the ring) ahead. ``output`` gives the output of an input that comes without. A task that
+        fails is a result with an ``error``; the run goes on. Function and parameters are checked here, at once; that two
+        tasks under way have one output is an ``OutputCollisionError`` when the second is drawn.
+        """
+        self._check_open()
+        function = self._function(fn, params or {})
+        tasks.require(function.name, function.signature, params or {})
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1, not {window}")
+        inbox = RunInbox(self._segment.name)
+        tickets = self._tickets(function, iter(inputs), output, inbox)
+        return FileRun(self._pump, inbox, tickets, window or self._segment.header.slots)
+
+    def wait_for_task_result(self, task_id: int, timeout: float | None = None) -> Any:
+        """The result of the task that ``submit_file_task`` gave that id; raises what the task raised.
+
+        Waits up to ``timeout`` seconds (None: for ever), then raises ``TimeoutError``. A result can be read once; of those
+        that nobody read, the newest 65,536 are kept. Raises ``KeyError`` for an id that is unknown, read, or pushed out.
+        """
+        future = self._board.find(task_id)
+        if future is None:
+            raise KeyError(
+                f"task {task_id}: unknown, or its result was read already, or is older than the newest unread ones"
+            )
+        return future.result(timeout)
+
+    # ---- looking in
+
+    @property
+    def worker_pids(self) -> tuple[int, ...]:
+        """The pids of the living workers."""
+        return self._supervisor.pids
+
+    def stats(self) -> CoordinatorStats:
+        """Counts, as they are now."""
+        queued, in_ring = self._pump.in_flight
+        pump = self._pump
+        return CoordinatorStats(
+            len(self._supervisor.pids),
+            queued,
+            in_ring,
+            pump.n_completed,
+            pump.n_failed,
+            pump.n_deaths,
+            pump.n_retried,
+            pump.n_taken_back,
+        )
+
+    # ---- the end
+
+    def close(self, *, cancel: bool = False) -> None:
+        """Stop: run what is queued to its end (``cancel``: drop what no worker has), end the workers, leave nothing.
+
+        Ctrl-C while it waits kills the workers. Safe to call twice, and from any thread but those of a task's callback.
+        """
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closing = True
+        try:
+            if cancel:
+                self._drop_unstarted()
+            self._pump.wait_idle()
+            self._end_workers(STOP_TIMEOUT_S)
+        except BaseException:
+            self._abort()
+            raise
+        self._finish()
+
+    def _drop_unstarted(self) -> None:
+        try:
+            dropped: list[Ticket] = self._pump.call(self._pump.cancel_all) or []
+        except CoordinatorClosedError:
+            return
+        for ticket in dropped:
+            ticket.sink.drop(ticket)
+
+    def _end_workers(self, timeout_s: float) -> None:
+        self._pump.expect_exits()
+        self._end.stop_workers()
+        self._supervisor.join(timeout_s)
+
+    def _abort(self) -> None:
+        """Kill everything now; what was queued or running fails with ``CoordinatorClosedError``."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closing = True
+        self._pump.expect_exits()
+        self._supervisor.kill_all()
+        self._supervisor.join(ABORT_TIMEOUT_S)
+        self._finish()
+
+    def _finish(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._pump.stop()
+        _open.discard(self)
+        signals.uninstall()
+        segment.unlink(self._segment.name)
+        self._end.close()
+
+    def __enter__(self) -> Coordinator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif issubclass(kind, Exception):
+            self.close(cancel=True)
+        else:
+            self._abort()
+
+    # ---- details
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise WrongProcessError(self._pid, os.getpid())
+        if self._pump.broken is not None:
+            raise self._pump.broken
+        if self._closing:
+            raise CoordinatorClosedError
+
+    def _function(self, fn: tasks.TaskFunction | str, shared: Mapping[str, Any]) -> _Function:
+        """Register a function with what all its tasks share. Its blob lives as long as the segment."""
+        name = tasks.name_of(fn)
+        tasks.require_importable_main(name)
+        function = tasks.resolve(name)
+        signature = tasks.signature_of(function, name)
+        packed = tasks.pack_parameters(name, tasks.validate(name, signature, shared))
+        spec = tasks.encode_spec(tasks.FunctionSpec(name, packed, self._durability))
+        with self._lock:
+            known = self._functions.get(spec)
+            if known is None:
+                known = next(self._function_ids)
+                blobs.write(blobs.function_name(self._segment.name, known), Encoding.MSGPACK, spec)
+                self._functions[spec] = known
+        return _Function(known, name, signature)
+
+    def _task(self, function: int, payload: tasks.FilePayload, key: int) -> Task:
+        encoded = tasks.encode_payload(payload)
+        if len(encoded) <= INLINE_BYTES:
+            return Task(function, encoded, 0, key)
+        blob = next(self._blob_ids)
+        blobs.write(blobs.payload_name(self._segment.name, blob), Encoding.MSGPACK, encoded)
+        return Task(function, b"", blob, key)
+
+    def _tickets(
+        self,
+        function: _Function,
+        inputs: Iterator[Path | FileTask],
+        output: Callable[[Any], Path] | None,
+        inbox: RunInbox,
+    ) -> Iterator[Ticket]:
+        directory = os.getcwdb()
+        targets = inbox.targets
+        for item in inputs:
+            src, dst = item if isinstance(item, FileTask) else (item, None)
+            if dst is None and output is not None:
+                dst = output(src)
+            _check_output(function, has_output=dst is not None)
+            target = None if dst is None else _absolute(dst, directory)
+            if target is not None:
+                if target in targets:
+                    raise OutputCollisionError(os.fsdecode(target), str(targets[target]), str(src))
+                targets[target] = src  # until its result is taken: memory is bounded by the window
+            self._check_open()
+            payload = tasks.FilePayload(_absolute(src, directory), target)
+            yield Ticket(self._task(function.id, payload, 0), inbox, src, dst, target)
+
+
+def _context(chosen: str | BaseContext | None) -> BaseContext:
+    context = chosen if isinstance(chosen, BaseContext) else multiprocessing.get_context(chosen or START_METHOD)
+    if context.get_start_method() == "forkserver":
+        from multiprocessing import forkserver
+
+        server = forkserver._forkserver  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage, reportUnknownMemberType, reportUnknownVariableType]
+        if getattr(server, "_preload_modules", None) == [
+            "__main__"
+        ]:  # the default: the program has not asked for its own
+            context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
+def _absolute(path: Path, directory: bytes) -> bytes:
+    """As bytes, and absolute: a task that changes its working directory must not move its neighbours' files."""
+    raw = os.fsencode(path)
+    return raw if raw.startswith(b"/") else os.path.join(directory, raw)
+
+
+def _check_output(function: _Function, *, has_output: bool) -> None:
+    if has_output and not function.signature.takes_output and function.signature.model is not None:
+        raise ParameterError(function.name, "it has no parameter dst, and the task has an output")
+    if not has_output and function.signature.needs_output:
+        raise ParameterError(function.name, "it has a parameter dst, and the task has no output")
+
+
+def _close_all() -> None:
+    """At exit: drain what is left open; or kill it, where the program ends by an error."""
+    failed = hasattr(sys, "last_type") or signals.ended()
+    for coordinator in list(_open):
+        if failed:
+            coordinator._abort()  # pyright: ignore[reportPrivateUsage]
+        else:
+            coordinator.close()
+
+
+atexit.register(_close_all)
+
+__all__ = ["Coordinator", "CoordinatorStats", "FileResult", "FileRun", "FileTask", "TaskFuture"]

@@ -1,0 +1,340 @@
+"""What a caller holds of a task: a future, a result by name, or an iterator over a run of files.
+
+TaskFuture   one task; a ``concurrent.futures.Future`` that can be cancelled as long as no worker has the task
+TaskBoard    results by task id, for whoever asks later: all that were not read, or the newest 65,536 of them
+FileRun      lazy results of lazy inputs: at most ``window`` tasks are under way, however long the input is
+
+FileRun:  next() <- ready <- inbox <--- pump            draws inputs only when asked for a result
+                      inputs -> tickets ---> pump
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ringpool.errors import CoordinatorClosedError, RemoteError, TaskInDoubtError, WorkerDiedError
+from ringpool.shm import blobs, layout
+from ringpool.shm.layout import Encoding, Status
+from ringpool.shm.results import ResultRecord
+from ringpool.workers import values
+
+if TYPE_CHECKING:
+    from ringpool.coordinator.pump import Pump, Ticket
+
+UNREAD_MAX = 65_536
+FLUSH_TICKETS = 64
+FILL_S = 0.001  # how long inputs are drawn while results wait to be taken
+
+
+class FileResult(msgspec.Struct, frozen=True, gc=False):
+    """What became of one file.
+
+    ``path`` and ``output`` as they were given (``output``: None where there is none); ``value``: what the function returned;
+    ``error``: None, or what it raised, or why it could not run; ``attempts``: how often it was started; ``duration_s``: of the
+    last attempt, in the function; ``worker``: the index of the worker that ran it.
+    """
+
+    path: Any
+    output: Any
+    value: Any
+    error: BaseException | None
+    attempts: int
+    duration_s: float
+    worker: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether the task ended well."""
+        return self.error is None
+
+    def unwrap(self) -> Any:
+        """``value``, or raise ``error``."""
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+def outcome_of(segment: str, ticket: Ticket, record: ResultRecord) -> tuple[Any, BaseException | None]:
+    """Value and error of a delivered task; its blob, if it has one, is read and removed."""
+    status = record.status
+    try:
+        if record.encoding == Encoding.BLOB:
+            name = blobs.result_name(segment, ticket.sequence, record.attempt)
+            try:
+                value = values.read_blob(name, writable=True)
+            finally:
+                blobs.unlink(name)
+        else:
+            value = values.decode(record.encoding, record.payload) if record.payload else None
+    except Exception as error:
+        return None, values.undecodable(error, "unknown")
+    if status == Status.OK:
+        return value, None
+    if status == Status.ERROR:
+        if isinstance(value, str):  # there was no room for the exception itself
+            type_name, _, message = value.partition(": ")
+            return None, RemoteError(type_name, message, "")
+        return None, values.decode_error(value)
+    if status == Status.DIED:
+        signal, exitcode, pid, deaths = value
+        return None, WorkerDiedError(signal, exitcode, pid, str(ticket.source), deaths)
+    if status == Status.IN_DOUBT:
+        return None, TaskInDoubtError(str(ticket.source), str(ticket.output))
+    return None, CancelledError()
+
+
+class TaskFuture(Future[Any]):
+    """The future of one file task. ``task_id`` (int) is its name for ``Coordinator.wait_for_task_result``.
+
+    ``result()`` and ``exception()`` raise what the task raised, with the worker's traceback as ``__cause__``;
+    ``WorkerDiedError`` where workers died in it, ``CoordinatorClosedError`` where the pool ended first.
+    """
+
+    def __init__(self, task_id: int, pump: Pump, board: TaskBoard) -> None:
+        super().__init__()
+        self.task_id = task_id
+        self.ticket: Ticket | None = None
+        self._pump = pump
+        self._board = board
+
+    # ---- for the caller
+
+    def cancel(self) -> bool:
+        """Keep the task from starting; False where a worker has it already, or it is done."""
+        if not self.done():
+            ticket = self.ticket
+            if ticket is None or not self._pump.call(lambda: self._pump.cancel(ticket)):
+                return False
+            self._cancelled()
+        return self.cancelled()
+
+    def running(self) -> bool:
+        """Whether a worker is at it."""
+        return not self.done() and self.ticket is not None and self._pump.is_running(self.ticket)
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The value, waiting up to ``timeout`` seconds (None: for ever)."""
+        try:
+            return super().result(timeout)
+        finally:
+            self._read()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The error or None, waiting up to ``timeout`` seconds (None: for ever)."""
+        try:
+            return super().exception(timeout)
+        finally:
+            self._read()
+
+    def _read(self) -> None:
+        if self.done():
+            self._board.forget(self.task_id)
+
+    # ---- for the pump
+
+    def deliver(self, ticket: Ticket, record: ResultRecord) -> None:
+        """The task has a result."""
+        value, error = outcome_of(self._pump.segment, ticket, record)
+        if isinstance(error, CancelledError):
+            self._cancelled()
+        elif error is not None:
+            self.fail(ticket, error)
+        elif self.set_running_or_notify_cancel():
+            self.set_result(value)
+            self._board.arrived(self)
+
+    def fail(self, _ticket: Ticket, error: BaseException) -> None:
+        """The task ended badly, or will never run."""
+        if self.done():
+            return
+        if self.set_running_or_notify_cancel():
+            self.set_exception(error)
+            self._board.arrived(self)
+
+    def drop(self, _ticket: Ticket) -> None:
+        """The task was taken out of the queue."""
+        self._cancelled()
+
+    def settle(self) -> None:
+        """A future tells its waiters at once."""
+
+    def _cancelled(self) -> None:
+        if super().cancel():
+            try:
+                self.set_running_or_notify_cancel()
+            except RuntimeError:  # told already, by the other of pump and caller
+                return
+            self._board.arrived(self)
+
+
+class TaskBoard:
+    """Futures by task id, until they are read. Of those that are done, the newest ``UNREAD_MAX`` are kept."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pending: dict[int, TaskFuture] = {}
+        self._unread: OrderedDict[int, TaskFuture] = OrderedDict()
+
+    def add(self, future: TaskFuture) -> None:
+        """A task is queued."""
+        with self._lock:
+            self._pending[future.task_id] = future
+
+    def arrived(self, future: TaskFuture) -> None:
+        """A task is done."""
+        with self._lock:
+            if self._pending.pop(future.task_id, None) is None:
+                return
+            self._unread[future.task_id] = future
+            if len(self._unread) > UNREAD_MAX:
+                self._unread.popitem(last=False)
+
+    def forget(self, task_id: int) -> None:
+        """A result was read."""
+        with self._lock:
+            self._unread.pop(task_id, None)
+            self._pending.pop(task_id, None)
+
+    def find(self, task_id: int) -> TaskFuture | None:
+        """The task's future, where it is queued, under way or unread."""
+        with self._lock:
+            return self._pending.get(task_id) or self._unread.get(task_id)
+
+
+class RunInbox:
+    """Where the pump puts the results of a run. Apart from ``FileRun``, so that one that is dropped is noticed."""
+
+    def __init__(self, segment: str) -> None:
+        self.segment = segment
+        self.arrived: deque[tuple[Ticket, ResultRecord | BaseException]] = deque()
+        self.news = threading.Event()
+        self.closed = False
+        self.targets: dict[bytes, Any] = {}  # outputs of tasks under way, with their inputs
+
+    def deliver(self, ticket: Ticket, record: ResultRecord) -> None:
+        """A task has a result: it is decoded where it is taken, not here."""
+        if self.closed:
+            self.free(ticket, record)
+        else:
+            self.arrived.append((ticket, record))
+
+    def fail(self, ticket: Ticket, error: BaseException) -> None:
+        """A task will never have a result."""
+        self.arrived.append((ticket, error))
+
+    def settle(self) -> None:
+        """What was there for now has been delivered."""
+        self.news.set()
+
+    def drop(self, ticket: Ticket) -> None:
+        """A task was taken out of the queue, because the pool closes."""
+        self.arrived.append((ticket, CoordinatorClosedError()))
+
+    def free(self, ticket: Ticket, record: ResultRecord | BaseException) -> None:
+        """Free a result that nobody will read."""
+        if not isinstance(record, BaseException) and record.blob_bytes:
+            blobs.unlink(blobs.result_name(self.segment, ticket.sequence, record.attempt))
+
+
+class FileRun(Iterator[FileResult]):
+    """The results of a run, as they come. Inputs are drawn while results are taken, at most ``window`` ahead.
+
+    Leaving the loop early, ``close()``, or dropping it, cancels what has not started. An error of the input iterator is
+    raised when all that was drawn before it has been given out. One thread at a time takes from it.
+    """
+
+    def __init__(self, pump: Pump, inbox: RunInbox, tickets: Iterator[Ticket], window: int) -> None:
+        self._closed = False
+        self._pump = pump
+        self._inbox = inbox
+        self._tickets = tickets
+        self._window = window
+        self._ready: deque[tuple[Ticket, ResultRecord | BaseException]] = deque()
+        self._under_way = 0
+        self._exhausted = False
+        self._input_error: Exception | None = None
+
+    def __iter__(self) -> FileRun:
+        return self
+
+    def __next__(self) -> FileResult:
+        while not self._ready:
+            if not self._exhausted:
+                self._fill()
+            if self._under_way:
+                self._take()
+            elif self._exhausted:
+                self.close()
+                error, self._input_error = self._input_error, None
+                raise StopIteration if error is None else error
+        ticket, record = self._ready.popleft()
+        if ticket.target is not None:
+            self._inbox.targets.pop(ticket.target, None)
+        if isinstance(record, BaseException):  # the pool has ended: one error, not one for each file
+            self.close()
+            raise record
+        value, error = outcome_of(self._inbox.segment, ticket, record)
+        worker = record.worker if record.worker < layout.WORKERS_MAX else -1
+        attempts, duration_s = record.attempt + 1, record.duration_ns / 1e9
+        return FileResult(ticket.source, ticket.output, value, error, attempts, duration_s, worker)
+
+    def __enter__(self) -> FileRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take no more: what has not started is cancelled, what runs is left to end, and its result is dropped."""
+        if self._closed:
+            return
+        self._closed = self._exhausted = self._inbox.closed = True
+        for waiting in (self._ready, self._inbox.arrived):
+            while waiting:
+                self._inbox.free(*waiting.popleft())
+        if self._under_way:
+            self._pump.abandon(self._inbox)
+
+    def _fill(self) -> None:
+        """Draw inputs up to the window; but not for long while results wait to be taken."""
+        batch: list[Ticket] = []
+        began = time.monotonic()
+        try:
+            while self._under_way + len(batch) < self._window:
+                batch.append(next(self._tickets))
+                if len(batch) >= FLUSH_TICKETS:
+                    self._submit(batch)
+                    batch = []
+                if self._inbox.arrived and time.monotonic() - began > FILL_S:
+                    break
+        except StopIteration:
+            self._exhausted = True
+        except Exception as error:
+            self._exhausted = True
+            self._input_error = error
+        self._submit(batch)
+
+    def _submit(self, batch: list[Ticket]) -> None:
+        if batch:
+            self._under_way += len(batch)
+            self._pump.submit(batch)
+
+    def _take(self) -> None:
+        """Wait for results, and take all that are there."""
+        inbox = self._inbox
+        while not inbox.arrived:
+            inbox.news.wait()
+            inbox.news.clear()
+        while inbox.arrived:
+            self._ready.append(inbox.arrived.popleft())
+            self._under_way -= 1

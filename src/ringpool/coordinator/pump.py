@@ -1,0 +1,416 @@
+"""The one thread that touches the ring: it publishes, collects, takes back, recovers.
+
+    submit (any thread) --> backlog --publish--> ring --collect--> ticket.sink.deliver
+    Supervisor --deaths--> recover --> Supervisor.start
+    call (any thread) --> commands, run here
+
+Because no other thread of the coordinator takes the ring's lock, a signal handler that raises (in the main thread) never
+leaves it held. It sleeps on the coordinator's semaphore only; whoever has something for it posts that.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import msgspec
+
+from ringpool.coordinator import recovery
+from ringpool.coordinator.recovery import Action, Disk, Where
+from ringpool.coordinator.supervisor import Death, Supervisor
+from ringpool.errors import CoordinatorClosedError, CrashLoopError, RingpoolError
+from ringpool.shm import blobs, layout
+from ringpool.shm.dispatch import ClaimedTask, CoordinatorEnd, Task
+from ringpool.shm.layout import Status
+from ringpool.shm.results import ResultRecord
+from ringpool.workers import tasks
+from ringpool.workers.files import atomic
+from ringpool.workers.process import staged_path
+
+IDLE_WAIT_S = 0.1
+COALESCE_S = 0.001  # how long results may wait for company while the workers have more to do
+TAKE_BACK_AFTER_S = 0.02  # a claim of several tasks that has not moved for so long is broken up
+RESULTS_WANTED_MAX = 64
+PUBLISH_MAX = 256
+
+
+class Sink(Protocol):
+    """Where a task's outcome goes. Called in the pump's thread: must be quick, and not raise."""
+
+    def deliver(self, ticket: Ticket, record: ResultRecord) -> None:
+        """The task has a result."""
+        ...
+
+    def fail(self, ticket: Ticket, error: BaseException) -> None:
+        """The task will never have one."""
+        ...
+
+    def drop(self, ticket: Ticket) -> None:
+        """The task was taken out of the queue before it got into the ring."""
+        ...
+
+    def settle(self) -> None:
+        """All that was there for now has been delivered."""
+        ...
+
+
+class Ticket(msgspec.Struct, eq=False):
+    """A task on its way through the coordinator. ``sequence``: in the ring, from when it is published; -1 before.
+
+    ``source`` and ``output`` as the caller gave them; ``target``: the output's absolute path.
+    """
+
+    task: Task
+    sink: Any  # a Sink; msgspec takes no protocol
+    source: Any
+    output: Any
+    target: bytes | None = None
+    sequence: int = -1
+    cancelled: bool = False
+
+
+class Pump:
+    """Owns ``end``, the coordinator's end of the ring, and feeds it from a backlog. See the module."""
+
+    def __init__(self, end: CoordinatorEnd, attempts_max: int) -> None:
+        self.end = end
+        self.attempts_max = attempts_max
+        self.supervisor: Supervisor | None = None
+        self.broken: RingpoolError | None = None
+        self.n_completed = self.n_failed = self.n_deaths = self.n_retried = self.n_taken_back = 0
+        self.segment = end.ring.segment.name
+        self._token = end.ring.segment.header.uuid.hex()[:16]
+        self._backlog: deque[Ticket] = deque()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._deaths: deque[Death] = deque()
+        self._tickets: list[Ticket | None] = [None] * end.ring.slots
+        self._in_ring = 0
+        self._touched: set[Sink] = set()
+        self._sleeping = False
+        self._stopping = False
+        self._ending = False
+        self._idle = threading.Condition()
+        self._barren_deaths = 0
+        self._claims_seen = -1
+        self._rate_per_s = 0.0
+        self._rated_total = 0
+        self._rated_at = time.monotonic()
+        self._claims_watched: list[int] = [0] * end.ring.workers
+        self._watched_at = self._rated_at
+        self._thread = threading.Thread(target=self._run, name="ringpool-pump", daemon=True)
+
+    # ---- for other threads
+
+    def begin(self, supervisor: Supervisor) -> None:
+        """Start the thread."""
+        self.supervisor = supervisor
+        self._thread.start()
+
+    def submit(self, tickets: Iterable[Ticket]) -> None:
+        """Queue ``tickets``, in order."""
+        self._backlog.extend(tickets)
+        self._wake()
+        if not self._thread.is_alive():  # it ended between the caller's look and this: nobody would answer
+            self._fail_all(self.broken or CoordinatorClosedError())
+
+    def on_death(self, death: Death) -> None:
+        """A worker has died."""
+        self._deaths.append(death)
+        self._wake()
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Run ``function`` in the pump's thread, and return what it returned."""
+        if threading.current_thread() is self._thread:
+            return function()
+        outcome: list[Any] = []
+        done = threading.Event()
+
+        def run() -> None:
+            try:
+                outcome.append(function())
+            finally:
+                done.set()
+
+        self._commands.append(run)
+        self._wake()
+        while not done.wait(1.0):
+            if not self._thread.is_alive():
+                raise CoordinatorClosedError
+        return outcome[0] if outcome else None
+
+    def wait_idle(self) -> None:
+        """Wait until nothing is queued and nothing is in the ring, or the pool is broken."""
+        if threading.current_thread() is self._thread:
+            return
+        with self._idle:
+            while not self._is_idle() and self._thread.is_alive():
+                self._idle.wait(0.5)
+
+    def expect_exits(self) -> None:
+        """From now on workers end because they were told to."""
+        self._ending = True
+
+    def stop(self) -> None:
+        """End the thread; what is queued or in the ring fails with ``CoordinatorClosedError``."""
+        self._stopping = True
+        self._wake()
+        if threading.current_thread() is not self._thread and self._thread.ident is not None:
+            self._thread.join()
+
+    @property
+    def in_flight(self) -> tuple[int, int]:
+        """How many tasks wait outside the ring, and how many are in it."""
+        return len(self._backlog), self._in_ring
+
+    def is_running(self, ticket: Ticket) -> bool:
+        """Whether some worker is at this task; a hint."""
+        ring = self.end.ring
+        return ticket.sequence >= 0 and any(
+            layout.sequence_of(ring.words[ring.worker_word(w, layout.W_RUNNING)]) == ticket.sequence
+            and ring.words[ring.worker_word(w, layout.W_PID)]
+            for w in range(ring.workers)
+        )
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """Keep a task from starting. False where a worker has it already. Call it through ``call``."""
+        if ticket.sequence < 0:
+            ticket.cancelled = True
+            return True
+        if self.end.cancel((ticket.sequence,)):
+            ticket.cancelled = True
+            return True
+        return False
+
+    def cancel_all(self) -> list[Ticket]:
+        """Keep all tasks from starting that no worker has; returns those that had not been published. Through ``call``."""
+        dropped = list(self._backlog)
+        self._backlog.clear()
+        self.end.cancel_unclaimed()
+        return dropped
+
+    def abandon(self, sink: Sink) -> None:
+        """Nobody takes the results of ``sink`` any more: keep its tasks from starting. Returns at once."""
+
+        def drop() -> None:
+            for ticket in self._backlog:
+                ticket.cancelled = ticket.cancelled or ticket.sink is sink
+            self.end.cancel({ticket.sequence for ticket in self._tickets if ticket is not None and ticket.sink is sink})
+
+        self._commands.append(drop)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._sleeping:
+            self._sleeping = False
+            self.end.semaphore.release()
+
+    def _is_idle(self) -> bool:
+        return not self._backlog and not self._in_ring
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        error: BaseException = CoordinatorClosedError()
+        try:
+            while not self._stopping:
+                self._turn()
+        except BaseException as unexpected:  # the ring is corrupt, or we are wrong: nobody may wait for ever
+            error = unexpected
+            self.broken = unexpected if isinstance(unexpected, RingpoolError) else RingpoolError(str(unexpected))
+            traceback.print_exc()
+        self._fail_all(error)
+
+    def _turn(self) -> None:
+        self._publish()
+        if self.end.collect(self._deliver):
+            self._after_delivery()
+            self._publish()
+        while self._commands:
+            self._commands.popleft()()
+        while self._deaths:
+            self._recover(self._deaths.popleft())
+        if self.broken is not None and self._backlog:
+            self._fail_all(self.broken)
+        self._watch_claims()
+        self._sleep()
+
+    def _publish(self) -> None:
+        """Move tasks from the backlog into the ring, as far as it has room."""
+        backlog, end = self._backlog, self.end
+        while backlog and end.n_free and not self.broken:
+            batch: list[Ticket] = []
+            room = min(end.n_free, PUBLISH_MAX)
+            while backlog and len(batch) < room:
+                ticket = backlog.popleft()
+                if ticket.cancelled:
+                    self._free_payload(ticket)
+                else:
+                    batch.append(ticket)
+            sequence = end.published
+            slots = end.publish([ticket.task for ticket in batch])
+            for ticket, slot in zip(batch, slots, strict=True):
+                ticket.sequence = sequence
+                sequence += 1
+                self._tickets[slot] = ticket
+            self._in_ring += len(batch)
+
+    def _deliver(self, slot: int, entry: int) -> None:
+        ticket = self._tickets[slot]
+        assert ticket is not None, "a result for a slot that nobody waits for"
+        record = self.end.results.read(entry)
+        self._tickets[slot] = None
+        self._in_ring -= 1
+        self._free_payload(ticket)
+        if record.status == Status.OK:
+            self.n_completed += 1
+        elif record.status != Status.CANCELLED:
+            self.n_failed += 1
+        sink = ticket.sink
+        sink.deliver(ticket, record)
+        self._touched.add(sink)
+
+    def _free_payload(self, ticket: Ticket) -> None:
+        if ticket.task.blob:
+            blobs.unlink(blobs.payload_name(self.segment, ticket.task.blob))
+
+    def _after_delivery(self) -> None:
+        for sink in self._touched:
+            sink.settle()
+        self._touched.clear()
+        if self._is_idle():
+            with self._idle:
+                self._idle.notify_all()
+
+    def _sleep(self) -> None:
+        self._sleeping = True
+        if (self._backlog and self.end.n_free and not self.broken) or self._deaths or self._commands or self._stopping:
+            self._sleeping = False
+            return
+        busy = self._in_ring > 1
+        self.end.wait(TAKE_BACK_AFTER_S if busy else IDLE_WAIT_S, self._results_wanted(), COALESCE_S)
+        self._sleeping = False
+
+    def _results_wanted(self) -> int:
+        """How many results to be woken for: what arrives in about a millisecond, so that short tasks are collected in groups."""
+        now = time.monotonic()
+        elapsed_s = now - self._rated_at
+        if elapsed_s > 0.01:
+            total = self.n_completed + self.n_failed
+            self._rate_per_s += ((total - self._rated_total) / elapsed_s - self._rate_per_s) / 2
+            self._rated_total, self._rated_at = total, now
+        return max(1, min(RESULTS_WANTED_MAX, int(self._rate_per_s * COALESCE_S)))
+
+    def _watch_claims(self) -> None:
+        """Break up claims of several tasks that do not move: a long one has got in among short ones."""
+        now = time.monotonic()
+        if now - self._watched_at < TAKE_BACK_AFTER_S or not self._in_ring:
+            return
+        self._watched_at = now
+        ring = self.end.ring
+        for worker in range(ring.workers):
+            claim = ring.words[ring.worker_word(worker, layout.W_CLAIM)]
+            if claim == self._claims_watched[worker] and claim & layout.CLAIM_COUNT_MASK > 1:
+                self.n_taken_back += self.end.take_back(worker)
+            self._claims_watched[worker] = claim
+
+    # ---- the dead
+
+    def _recover(self, death: Death) -> None:
+        """Settle what the worker held, by the decision table; then have it replaced, unless workers die like flies."""
+        claims = self.end.claims_of_dead(death.index)
+        done: list[int] = []
+        again: list[int] = []
+        blamed: list[int] = []
+        for claim in claims:
+            action = self._decide(claim)
+            if action is Action.REQUEUE:
+                again.append(claim.entry)
+                continue
+            if action is not Action.DELIVER:
+                self._tidy(claim, action)
+            if action is Action.RETRY:
+                blamed.append(claim.entry)
+                continue
+            if action is Action.FINISH:
+                self.end.post_for_dead(claim.entry, Status.OK)
+            elif action is Action.FAIL:
+                facts = (death.signal, death.exitcode, death.pid, claim.deaths + 1)
+                self.end.post_for_dead(claim.entry, Status.DIED, msgspec.msgpack.encode(facts))
+            elif action is Action.DOUBT:
+                self.end.post_for_dead(claim.entry, Status.IN_DOUBT)
+            done.append(claim.entry)
+        took_any = self.end.took_any(death.index)
+        self.end.settle(death.index, done, again, blamed)
+        if self._ending:
+            return
+        self.n_deaths += 1
+        self.n_retried += len(blamed)
+        if self._is_crash_loop(took_any):
+            self._break(CrashLoopError(self._barren_deaths, death.signal, death.exitcode))
+        elif self.supervisor is not None:
+            self.supervisor.start(death.index)
+
+    def _decide(self, claim: ClaimedTask) -> Action:
+        disk = Disk.UNKNOWN
+        if claim.status is Status.COMMITTING:
+            target = self._target(claim.entry)
+            assert target is not None
+            device, inode = self.end.results.staged_file(claim.entry)
+            side = atomic.which_side(staged_path(self._token, claim.entry, target), target, dev=device, ino=inode)
+            disk = Disk[side.name]
+        return recovery.decide(
+            Where.CLAIMED,
+            alive=False,
+            result=claim.status,
+            started=claim.started,
+            disk=disk,
+            may_retry=claim.deaths + 1 < self.attempts_max,
+        )
+
+    def _tidy(self, claim: ClaimedTask, action: Action) -> None:
+        """Remove what the dead attempt left: its staged output, and its half-written result."""
+        target = self._target(claim.entry)
+        if target is not None and action is not Action.DOUBT:
+            atomic.discard_staged(staged_path(self._token, claim.entry, target))
+        if action is not Action.FINISH:
+            sequence, attempt = layout.sequence_of(claim.entry), layout.attempt_of(claim.entry)
+            blobs.unlink(blobs.result_name(self.segment, sequence, attempt))
+
+    def _target(self, entry: int) -> bytes | None:
+        """Where the output of ``entry`` belongs, symlinks followed as its worker has followed them."""
+        _, payload, blob, _, _ = self.end.results.read_task(entry)
+        if blob:
+            _, payload, _ = blobs.read(blobs.payload_name(self.segment, blob))
+        target = tasks.decode_payload(payload).target
+        return None if target is None else atomic.resolve_target(target)
+
+    def _is_crash_loop(self, took_any: bool) -> bool:
+        """Count deaths of workers that took nothing, with nobody taking anything in between."""
+        claims = self.end.n_claims
+        if took_any or claims != self._claims_seen:
+            self._barren_deaths = 0
+        self._claims_seen = claims
+        self._barren_deaths += not took_any
+        return self._barren_deaths >= 2 * self.end.ring.workers + 3
+
+    def _break(self, error: RingpoolError) -> None:
+        self.broken = error
+        if self.supervisor is not None:
+            self.supervisor.kill_all()
+        self._fail_all(error)
+
+    def _fail_all(self, error: BaseException) -> None:
+        """Nobody waits for ever: every task that has no result gets ``error``."""
+        waiting = [ticket for ticket in self._tickets if ticket is not None]
+        self._tickets = [None] * len(self._tickets)
+        while self._backlog:
+            waiting.append(self._backlog.popleft())
+        self._in_ring = 0
+        for ticket in waiting:
+            ticket.sink.fail(ticket, error)
+            self._touched.add(ticket.sink)
+        self._after_delivery()

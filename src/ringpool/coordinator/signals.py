@@ -1,0 +1,57 @@
+"""SIGTERM and SIGHUP end a program that has a pool as Ctrl-C does: by an exception in its main thread.
+
+    KeyboardInterrupt   from SIGINT, Python's own
+    SystemExit(128 + n) from SIGTERM and SIGHUP, while a pool lives, unless the program handles or ignores them itself
+
+The exception unwinds the program's ``with`` block, or its ``atexit``, and that stops the pool. A signal's default action would
+end the process with the segment left in ``/dev/shm`` until the next start removes it.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+_HANDLED = (signal.SIGTERM, signal.SIGHUP)
+_lock = threading.Lock()
+_pools = 0
+_installed: list[signal.Signals] = []
+_ended = False
+
+
+def _end_program(number: int, _frame: FrameType | None) -> None:
+    global _ended
+    _ended = True
+    raise SystemExit(128 + number)
+
+
+def ended() -> bool:
+    """Whether the program ends because of such a signal."""
+    return _ended
+
+
+def install() -> None:
+    """Handle the signals from now on, if this is the main thread and nobody else does. Undone by as many ``uninstall``."""
+    global _pools
+    with _lock:
+        _pools += 1
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in _HANDLED:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _end_program)
+                _installed.append(number)
+
+
+def uninstall() -> None:
+    """The pool that called ``install`` is closed. After the last one, the signals have their default action again."""
+    global _pools
+    with _lock:
+        _pools -= 1
+        if _pools or threading.current_thread() is not threading.main_thread():
+            return
+        while _installed:
+            number = _installed.pop()
+            if signal.getsignal(number) is _end_program:
+                signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,227 @@
+"""Start, watch, stop and replace worker processes. It knows nothing of tasks.
+
+    starting --> running --(pidfd readable)--> dead --(on_death; the ring settles it)--> start again, by command
+                    |
+                    +--(stop: told through the ring)--> exited
+
+One thread per pool starts all processes and waits on their pidfds, so that a death is noticed when it happens, and so that
+this thread is the parent for as long as the pool lives (a worker's PDEATHSIG fires when the *thread* that made it ends).
+
+Each worker has a guard pipe. Only this process holds its write end, and forks of this process close it at once, so that the
+kernel closes it when this process ends, however it ends; and at that the kernel kills the worker (``workers.confinement``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+
+import msgspec
+
+from ringpool.workers.process import WorkerArguments, main
+
+EXIT_STATUS_TIMEOUT_S = 5.0
+_SHELL_SIGNAL_BASE = 128
+
+
+class Death(msgspec.Struct, frozen=True):
+    """A worker process that ended: its index and pid, and the signal that killed it or its exit status."""
+
+    index: int
+    pid: int
+    signal: int | None
+    exitcode: int | None
+
+
+class _Guards:
+    """The write ends that this process holds. A fork of it must not keep them, or the kernel would not close them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._write_ends: set[int] = set()
+        os.register_at_fork(
+            before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._close_in_child
+        )
+
+    def open(self) -> tuple[Connection, int]:
+        with self._lock:
+            read_end, write_end = os.pipe()
+            self._write_ends.add(write_end)
+        return Connection(read_end, writable=False), write_end
+
+    def close(self, write_end: int) -> None:
+        with self._lock:
+            if write_end in self._write_ends:
+                self._write_ends.discard(write_end)
+                os.close(write_end)
+
+    def _close_in_child(self) -> None:
+        for write_end in self._write_ends:
+            with contextlib.suppress(OSError):
+                os.close(write_end)
+        self._write_ends.clear()
+        self._lock.release()
+
+
+_guards = _Guards()
+
+
+class _Worker:
+    """One living worker process: its pidfd, and the write end of its guard pipe."""
+
+    def __init__(self, process: BaseProcess, pidfd: int, write_end: int) -> None:
+        self.process = process
+        self.pid: int = process.pid or 0
+        self.pidfd = pidfd
+        self.write_end = write_end
+
+    def kill(self) -> None:
+        """SIGKILL for the worker and its process group."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+class Supervisor:
+    """The processes of workers 0 to ``n - 1``. ``on_death(death)`` is called in its thread, at once.
+
+    After a death that index stays empty until ``start(index)``.
+    """
+
+    def __init__(
+        self,
+        context: BaseContext,
+        arguments: Callable[[int], WorkerArguments],
+        n: int,
+        on_death: Callable[[Death], None],
+    ) -> None:
+        self._context = context
+        self._arguments = arguments
+        self._on_death = on_death
+        self._workers: dict[int, _Worker] = {}
+        self._to_start: deque[int] = deque(range(n))
+        self._stopping = False
+        self._killing = False
+        self._poll = select.poll()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        self._poll.register(self._wake_read, select.POLLIN)
+        self._thread = threading.Thread(target=self._run, name="ringpool-supervisor", daemon=True)
+
+    def begin(self) -> None:
+        """Start the thread, and with it the workers."""
+        self._thread.start()
+
+    # ---- for other threads
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The pids of the living workers, by index."""
+        return tuple(worker.pid for _, worker in sorted(self._workers.copy().items()))
+
+    def start(self, index: int) -> None:
+        """Start worker ``index`` again."""
+        self._to_start.append(index)
+        self._wake()
+
+    def kill_all(self) -> None:
+        """SIGKILL for every worker and what it has started; none is started any more."""
+        self._stopping = self._killing = True
+        self._wake()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for all workers to end by themselves; after ``timeout_s`` seconds they are killed. Then the thread ends."""
+        self._stopping = True
+        self._wake()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self.kill_all()
+            self._thread.join()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError, OSError):
+            os.write(self._wake_write, b"\0")
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        try:
+            while not (self._stopping and not self._workers):
+                if self._killing:
+                    for worker in self._workers.values():
+                        worker.kill()
+                while self._to_start and not self._stopping:
+                    self._start(self._to_start.popleft())
+                ready = {fd for fd, _ in self._poll.poll(1000)}
+                if self._wake_read in ready:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self._wake_read, 4096)
+                for index, worker in list(self._workers.items()):
+                    if worker.pidfd in ready:
+                        self._bury(index, worker)
+        finally:
+            wake_write, self._wake_write = self._wake_write, -1
+            os.close(wake_write)
+            os.close(self._wake_read)
+
+    def _start(self, index: int) -> None:
+        guard, write_end = _guards.open()
+        process = self._context.Process(  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType, reportUnknownMemberType]
+            target=main, args=(self._arguments(index), guard), name=f"ringpool-worker-{index}"
+        )
+        try:
+            process.start()
+        except Exception as error:  # fork fails (EAGAIN, ENOMEM), or arguments do not pickle: it counts as a death
+            _guards.close(write_end)
+            guard.close()
+            os.write(2, f"ringpool: worker {index} cannot be started: {type(error).__name__}: {error}\n".encode())
+            self._on_death(Death(index, 0, None, None))
+            return
+        guard.close()
+        try:
+            pidfd = os.pidfd_open(process.pid)
+        except ProcessLookupError:  # it ended and was reaped already
+            self._report(index, process)
+            _guards.close(write_end)
+            return
+        self._workers[index] = _Worker(process, pidfd, write_end)
+        self._poll.register(pidfd, select.POLLIN)
+
+    def _bury(self, index: int, worker: _Worker) -> None:
+        """The worker has ended: end what it had started, reap it, report it."""
+        self._poll.unregister(worker.pidfd)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(worker.pid, signal.SIGKILL)  # before it is reaped: its pid is not given to others meanwhile
+        _guards.close(worker.write_end)
+        os.close(worker.pidfd)
+        del self._workers[index]
+        self._report(index, worker.process)
+
+    def _report(self, index: int, process: BaseProcess) -> None:
+        deadline = time.monotonic() + EXIT_STATUS_TIMEOUT_S
+        process.join(EXIT_STATUS_TIMEOUT_S)
+        while process.exitcode is None and time.monotonic() < deadline:
+            process.join(0.01)  # its sentinel fires early where a task has closed all descriptors
+        code = process.exitcode
+        pid = process.pid or 0
+        if code is not None:
+            process.close()
+        self._on_death(
+            Death(
+                index,
+                pid,
+                -code if code is not None and code < 0 else None,
+                code if code is None or code >= 0 else None,
+            )
+        )

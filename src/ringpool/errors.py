@@ -1,0 +1,392 @@
+"""Every error that ringpool raises.
+
+    RingpoolError
+      SegmentError               shared memory: the segment at a name is not one that we may use
+        SegmentMissingError        there is none
+        SegmentPermissionError     it belongs to another user
+        SegmentIncompleteError     its creator has not finished it, or died before it had
+        SegmentFormatError         it is no segment of ours, or one of another version or machine
+        SegmentTruncatedError      it is shorter than its header says
+        SegmentBusyError           its coordinator lives
+        SharedMemoryFullError      /dev/shm has no room for it
+      LockBrokenError            the ring's mutex can neither be had nor mended
+      FunctionError              the task function, before anything is queued
+        UnknownFunctionError       it cannot be found by its name
+        ParameterError             a parameter does not fit its annotations
+      InputMissingError          an input file is not there (also a FileNotFoundError)
+      OutputCollisionError       two inputs map to one output
+      OutputMissingError         a task function ended without writing its output
+      WorkerDiedError            the worker died while it ran this task (also a BrokenProcessPool)
+      TaskInDoubtError           the worker died while it committed, and the disk does not tell how far it got
+      RemoteError                a worker's exception that cannot travel between processes, in words
+      ResultTransportError       a value that cannot travel between processes
+      PoolError                  the pool as a whole
+        CoordinatorClosedError     it is closed
+        CrashLoopError             workers die before they take a first task
+        WrongProcessError          it was made by another process, before a fork
+      FileOperationError         ``workers.files``: an operation on one file (also an OSError)
+        AtomicWriteError           the target was not replaced; its old content stands
+        DurabilityError            the kernel could not promise that it is on disk
+      LockTimeoutError           a path's lock was not had in time (also a TimeoutError)
+
+The facts of an error are its ``args`` and attributes of the same names, so that it survives pickle and can be handled by
+a program; ``str()`` makes the sentence, which names the thing and the remedy.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal as signals
+from concurrent.futures.process import BrokenProcessPool
+
+
+class RingpoolError(Exception):
+    """The root of ringpool's errors: catch it to catch all of them."""
+
+
+# ---- shared memory -------------------------------------------------------------------------------------------------
+
+
+class SegmentError(RingpoolError):
+    """The segment ``name`` cannot be used; ``reason`` says why.
+
+    Attributes: ``name`` (str), ``reason`` (str).
+    """
+
+    remedy = ""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"shared memory segment {self.name}: {self.reason}" + (f"; {self.remedy}" if self.remedy else "")
+
+
+class SegmentMissingError(SegmentError):
+    """There is no segment of that name: it was removed, or the name is wrong."""
+
+
+class SegmentPermissionError(SegmentError):
+    """The segment belongs to another user. Nothing was read from it."""
+
+    remedy = "attach as the user who made it"
+
+
+class SegmentIncompleteError(SegmentError):
+    """The segment has no magic number yet: readiness is published last, so its creator is at work or died."""
+
+    remedy = "try again while its creator lives; the next start removes it when it is dead"
+
+
+class SegmentFormatError(SegmentError):
+    """The segment is not in this build's format: foreign bytes, another version, another kind of machine."""
+
+    remedy = "use the version of ringpool that made it"
+
+
+class SegmentTruncatedError(SegmentError):
+    """The segment is shorter than its header says: somebody cut it. It was not mapped."""
+
+    remedy = "remove it; what it held is lost"
+
+
+class SegmentBusyError(SegmentError):
+    """The segment's coordinator is alive, so that nobody else may take it over."""
+
+    remedy = "end that process first"
+
+
+class SharedMemoryFullError(SegmentError):
+    """``/dev/shm`` had no room. Nothing of the segment is left there."""
+
+    remedy = "free space in /dev/shm, enlarge it (docker run --shm-size), or ask for fewer slots"
+
+
+class LockBrokenError(RingpoolError):
+    """The mutex can neither be had nor mended; the caller must leave it as it is and end.
+
+    Attributes: ``error`` (int, errno of the pthread call), ``reason`` (str).
+    """
+
+    def __init__(self, error: int, reason: str) -> None:
+        super().__init__(error, reason)
+        self.error = error
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the ring's lock is broken: {self.reason} ({os.strerror(self.error)})"
+
+
+# ---- task functions, inputs and outputs ----------------------------------------------------------------------------
+
+
+class FunctionError(RingpoolError):
+    """A task function cannot be used. Nothing was queued.
+
+    Attributes: ``function`` (str, ``module:qualname``), ``reason`` (str).
+    """
+
+    def __init__(self, function: str, reason: str) -> None:
+        super().__init__(function, reason)
+        self.function = function
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"task function {self.function}: {self.reason}"
+
+
+class UnknownFunctionError(FunctionError):
+    """No function is found by that name, or the function has no name that another process could find it by."""
+
+
+class ParameterError(FunctionError):
+    """A parameter is unknown, missing or of the wrong type."""
+
+
+class InputMissingError(RingpoolError, FileNotFoundError):
+    """An input is not there. Attributes: those of ``FileNotFoundError``; ``filename`` is the path."""
+
+    def __init__(self, path: str) -> None:
+        FileNotFoundError.__init__(self, errno.ENOENT, "input file not found", path)
+
+    def __reduce__(self) -> tuple[type[InputMissingError], tuple[str]]:
+        return type(self), (self.filename,)
+
+
+class OutputCollisionError(RingpoolError):
+    """Two inputs map to one output.
+
+    Attributes: ``output``, ``first``, ``second`` (str): the paths of the output and of the two inputs.
+    """
+
+    def __init__(self, output: str, first: str, second: str) -> None:
+        super().__init__(output, first, second)
+        self.output = output
+        self.first = first
+        self.second = second
+
+    def __str__(self) -> str:
+        return (
+            f"two inputs map to the output {self.output}: {self.first} and {self.second}; "
+            "use a pattern that tells them apart, such as one with {relpath}"
+        )
+
+
+class OutputMissingError(RingpoolError):
+    """A task function returned without having written its output.
+
+    Attributes: ``output`` (str, the path that was to appear), ``staged`` (str, the ``dst`` that the function was given).
+    """
+
+    def __init__(self, output: str, staged: str, reason: str = "was not written") -> None:
+        super().__init__(output, staged, reason)
+        self.output = output
+        self.staged = staged
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"output {self.output} {self.reason}: the task function must write a regular file at its dst ({self.staged})"
+
+
+# ---- running tasks ---------------------------------------------------------------------------------------------------
+
+
+def signal_name(number: int) -> str:
+    """The name of signal ``number``, or ``signal N`` where the platform gives it none."""
+    try:
+        return signals.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+class WorkerDiedError(RingpoolError, BrokenProcessPool):
+    """The worker died while it ran this task, as often as the task may be tried. No other task was harmed.
+
+    Attributes: ``signal`` (int, or None where the worker exited by itself), ``exitcode`` (int, or None where unknown),
+    ``pid`` (int, of the last worker that died), ``task`` (str, what it was running), ``deaths`` (int, how many workers
+    died in it). Raised for a task, never for its neighbours and never for the pool.
+    """
+
+    def __init__(self, signal: int | None, exitcode: int | None, pid: int, task: str, deaths: int) -> None:
+        super().__init__(signal, exitcode, pid, task, deaths)
+        self.signal = signal
+        self.exitcode = exitcode
+        self.pid = pid
+        self.task = task
+        self.deaths = deaths
+
+    def __str__(self) -> str:
+        if self.signal is not None:
+            how = f"was killed by {signal_name(self.signal)}"
+        elif self.exitcode is not None:
+            how = f"exited with status {self.exitcode}"
+        else:
+            how = "died"
+        times = "once" if self.deaths == 1 else f"{self.deaths} times"
+        return f"worker {self.pid} {how} while it ran {self.task} (a worker died in this task {times})"
+
+
+class TaskInDoubtError(RingpoolError):
+    """The worker died while it committed this task's output, and the disk does not tell whether it got there.
+
+    The task was not run again, because its effect may stand. Attributes: ``task`` (str), ``output`` (str).
+    """
+
+    def __init__(self, task: str, output: str) -> None:
+        super().__init__(task, output)
+        self.task = task
+        self.output = output
+
+    def __str__(self) -> str:
+        return (
+            f"{self.task}: its worker died while it put the output {self.output} in place, and something else has since "
+            "changed that path; look at it, then run the task again"
+        )
+
+
+class RemoteError(RingpoolError):
+    """An exception of a worker that cannot be pickled, or not be rebuilt here: its type, message and traceback in words.
+
+    Attributes: ``type_name``, ``message``, ``traceback`` (str).
+    """
+
+    def __init__(self, type_name: str, message: str, traceback: str) -> None:
+        super().__init__(type_name, message, traceback)
+        self.type_name = type_name
+        self.message = message
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        return f"{self.type_name}: {self.message} (the exception itself cannot travel between processes)"
+
+
+class ResultTransportError(RingpoolError):
+    """A task ended well, and its return value cannot travel: pickle refuses it, or it cannot be rebuilt here.
+
+    Attributes: ``type_name`` (str, of the value), ``reason`` (str).
+    """
+
+    def __init__(self, type_name: str, reason: str) -> None:
+        super().__init__(type_name, reason)
+        self.type_name = type_name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the task's return value, of type {self.type_name}, cannot travel between processes: {self.reason}"
+
+
+# ---- the pool --------------------------------------------------------------------------------------------------------
+
+
+class PoolError(RingpoolError):
+    """The pool as a whole cannot do what was asked."""
+
+
+class CoordinatorClosedError(PoolError):
+    """The coordinator is closed, or closes. Make a new one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __str__(self) -> str:
+        return "the coordinator is closed; make a new one to run more tasks"
+
+
+class CrashLoopError(PoolError):
+    """Workers die before they take a first task, one after the other: replacing them would never end.
+
+    Attributes: ``deaths`` (int, in a row), ``signal`` (int or None) and ``exitcode`` (int or None) of the last one.
+    """
+
+    def __init__(self, deaths: int, signal: int | None, exitcode: int | None) -> None:
+        super().__init__(deaths, signal, exitcode)
+        self.deaths = deaths
+        self.signal = signal
+        self.exitcode = exitcode
+
+    def __str__(self) -> str:
+        how = f"by {signal_name(self.signal)}" if self.signal is not None else f"with exit status {self.exitcode}"
+        return (
+            f"{self.deaths} workers in a row died before they took a task, the last one {how}; the pool is stopped. What they "
+            "printed on standard error says why; often the main module cannot be imported by a worker (guard its "
+            'top-level code with `if __name__ == "__main__":`)'
+        )
+
+
+class WrongProcessError(PoolError):
+    """The coordinator belongs to the process that made it; this one is a fork of it.
+
+    Attributes: ``owner_pid``, ``pid`` (int).
+    """
+
+    def __init__(self, owner_pid: int, pid: int) -> None:
+        super().__init__(owner_pid, pid)
+        self.owner_pid = owner_pid
+        self.pid = pid
+
+    def __str__(self) -> str:
+        return f"this coordinator belongs to process {self.owner_pid}, and this is {self.pid}; make one after the fork"
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+class FileOperationError(RingpoolError, OSError):
+    """An operation on one file failed.
+
+    Attributes: ``path`` (str), ``operation`` (str, the step), and those of ``OSError`` (``errno``, ``filename``).
+    """
+
+    def __init__(self, path: str | os.PathLike[str], operation: str, error: int, reason: str) -> None:
+        OSError.__init__(self, error, reason, os.fspath(path))
+        self.path = os.fspath(path)
+        self.operation = operation
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[FileOperationError], tuple[str, str, int, str]]:
+        return type(self), (self.path, self.operation, self.errno or 0, self.reason)
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.operation}: {self.reason}"
+
+
+class AtomicWriteError(FileOperationError):
+    """The target was not replaced: what stood there still stands, and no temporary file is left."""
+
+
+class DurabilityError(FileOperationError):
+    """fsync failed. It is not retried, since the kernel may have dropped the pages that it could not write."""
+
+
+class LockTimeoutError(RingpoolError, TimeoutError):
+    """A path's lock was not had in time.
+
+    Attributes: ``path`` (str), ``holder`` (str, who had it, as far as can be told), ``waited_s`` (float).
+    """
+
+    def __init__(self, path: str, holder: str, waited_s: float) -> None:
+        RingpoolError.__init__(self, path, holder, waited_s)
+        self.path = path
+        self.holder = holder
+        self.waited_s = waited_s
+
+    def __str__(self) -> str:
+        return f"{self.path}: not locked after {self.waited_s:.3g} s; held by {self.holder}"
+
+
+class OutputPatternError(RingpoolError):
+    """A pattern for outputs cannot be used, or not for this input.
+
+    Attributes: ``pattern`` (str), ``reason`` (str).
+    """
+
+    def __init__(self, pattern: str, reason: str) -> None:
+        super().__init__(pattern, reason)
+        self.pattern = pattern
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"output pattern {self.pattern!r}: {self.reason}"

@@ -1,0 +1,116 @@
+"""Blobs: payloads and results that do not fit a record. One file in ``/dev/shm`` each.
+
+    0x00  Q  magic          b"RPBLOB1\\0"
+    0x08  I  encoding       layout.Encoding of the body: MSGPACK or PICKLE
+    0x0c  I  n_buffers      out-of-band buffers of pickle protocol 5
+    0x10  Q  body_bytes
+    0x18  Q  bytes of each buffer, n_buffers times
+    then the body, then the buffers, each on a multiple of 64
+
+The publisher writes once (a buffer is copied once, into the file); a reader maps the file and makes views into the mapping:
+no copy. A view keeps its mapping alive, and an unlinked file lives on while it is mapped, so that nothing is reused while
+something still exports it, and all is freed with the last view. Names: ``<segment>.t<id>`` payloads, ``.f<id>`` functions,
+``.r<sequence>.<attempt>`` results; all go with their segment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+
+import posix_ipc
+
+from ringpool.errors import SegmentMissingError, SharedMemoryFullError
+from ringpool.shm.layout import Encoding
+from ringpool.shm.segment import SHM_DIRECTORY
+
+MAGIC = int.from_bytes(b"RPBLOB1\0", "little")
+HEAD = struct.Struct("<QIIQ")
+ALIGN_BYTES = 64
+Buffer = bytes | bytearray | memoryview
+
+
+def _up(offset: int) -> int:
+    return -(-offset // ALIGN_BYTES) * ALIGN_BYTES
+
+
+def payload_name(segment: str, blob: int) -> str:
+    """The blob of a task's payload."""
+    return f"{segment}.t{blob}"
+
+
+def function_name(segment: str, function: int) -> str:
+    """The blob that describes a task function."""
+    return f"{segment}.f{function}"
+
+
+def result_name(segment: str, sequence: int, attempt: int) -> str:
+    """The blob of a result: an attempt has its own, so that a dead worker's half-written one is in nobody's way."""
+    return f"{segment}.r{sequence}.{attempt}"
+
+
+def write(name: str, encoding: Encoding, body: Buffer, buffers: Sequence[memoryview] = ()) -> int:
+    """Make the blob ``name``; returns its size in bytes. Raises ``SharedMemoryFullError``, leaving nothing."""
+    lengths = [buffer.nbytes for buffer in buffers]
+    body_at = _up(HEAD.size + 8 * len(lengths))
+    size_bytes = body_at + len(body)
+    places: list[int] = []
+    for length in lengths:
+        places.append(_up(size_bytes))
+        size_bytes = places[-1] + length
+    file = posix_ipc.SharedMemory(f"/{name}", posix_ipc.O_CREX, mode=0o600)
+    try:
+        os.posix_fallocate(file.fd, 0, size_bytes)  # ENOSPC now, not a SIGBUS below
+        with mmap.mmap(file.fd, size_bytes) as mapping:
+            HEAD.pack_into(mapping, 0, MAGIC, encoding, len(lengths), len(body))
+            struct.pack_into(f"<{len(lengths)}Q", mapping, HEAD.size, *lengths)
+            mapping[body_at : body_at + len(body)] = body
+            for place, buffer in zip(places, buffers, strict=True):
+                if buffer.nbytes:
+                    mapping[place : place + buffer.nbytes] = buffer.cast("B")
+    except BaseException as error:
+        unlink(name)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
+            raise SharedMemoryFullError(name, f"{SHM_DIRECTORY} has no room for {size_bytes:,} bytes") from error
+        raise
+    finally:
+        file.close_fd()
+    return size_bytes
+
+
+def read(name: str, *, writable: bool = False) -> tuple[Encoding, memoryview, list[memoryview]]:
+    """Map the blob ``name``: encoding, body and buffers, as views into the mapping.
+
+    ``writable``: the views are of a private copy-on-write mapping; otherwise they are read-only.
+    """
+    try:
+        file = posix_ipc.SharedMemory(f"/{name}", read_only=not writable)
+    except posix_ipc.ExistentialError:
+        raise SegmentMissingError(name, "the blob is gone") from None
+    try:
+        mapping = mmap.mmap(file.fd, 0, access=mmap.ACCESS_COPY if writable else mmap.ACCESS_READ)
+    finally:
+        file.close_fd()
+    magic, encoding, n_buffers, body_bytes = HEAD.unpack_from(mapping, 0)
+    assert magic == MAGIC, f"{name} is no blob"
+    lengths = struct.unpack_from(f"<{n_buffers}Q", mapping, HEAD.size)
+    view = memoryview(mapping)
+    body_at = _up(HEAD.size + 8 * n_buffers)
+    end = body_at + body_bytes
+    body = view[body_at:end]
+    buffers: list[memoryview] = []
+    for length in lengths:
+        start = _up(end)
+        end = start + length
+        buffers.append(view[start:end])
+    return Encoding(encoding), body, buffers
+
+
+def unlink(name: str) -> None:
+    """Remove the blob ``name``; its mappings stay valid. One that is not there is none to remove."""
+    with contextlib.suppress(posix_ipc.ExistentialError):
+        posix_ipc.unlink_shared_memory(f"/{name}")

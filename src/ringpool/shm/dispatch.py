@@ -1,0 +1,420 @@
+"""The coordinator's end of the ring: publish, collect, take back, settle the dead.
+
+One thread uses it. An exception that arrives in the middle of a method (Ctrl-C in a program without a thread of its own for
+this) costs nothing: the mutex is released, and the private state, marked stale, is rebuilt from the segment at the next call.
+
+    publish     records and ready entries beyond T -> (section: T, parked workers to wake) -> their semaphores
+    collect     done [DHEAD, DT) -> deliver each -> DHEAD: a coordinator that dies between delivers again, never loses
+    take_back   of a claim whose first tasks take long: finished -> done, unstarted -> retry, the running one stays
+    settle      a dead worker's entries -> done or retry, its claim empty, in one commit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Sequence
+from typing import NamedTuple
+
+import msgspec
+import posix_ipc
+
+from ringpool.errors import LockBrokenError, SegmentBusyError, SegmentFormatError
+from ringpool.shm import barrier, layout, owner
+from ringpool.shm.layout import INLINE_BYTES, PAYLOAD_AT, RECORD_BYTES, RunState, Status
+from ringpool.shm.results import Results
+from ringpool.shm.ring import DONE_HEAD, RUN_STATE, VERSION_WORD, Ring
+from ringpool.shm.segment import COORDINATOR_SEMAPHORE, Segment
+
+ATTACH_LOCK_TIMEOUT_S = 5.0
+_write_task = layout.TASK.pack_into
+
+
+class Task(msgspec.Struct, frozen=True, gc=False):
+    """What is published: a function's id, its payload (at most 192 bytes) or the id of the payload's blob, and a key."""
+
+    function: int
+    payload: bytes
+    blob: int = 0
+    key: int = 0
+
+
+class ClaimedTask(NamedTuple):
+    """An entry that a dead worker held: how far its result is, whether the worker had started it, earlier deaths in it."""
+
+    entry: int
+    status: Status
+    started: bool
+    deaths: int
+
+
+class CoordinatorEnd:
+    """The only publisher and collector of ``segment``, in one process and one thread.
+
+    Takes the segment over: raises ``SegmentBusyError`` where another living process has it, ``SegmentFormatError`` where
+    its contents contradict each other or its lock cannot be had within 5 seconds.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        self.ring = Ring(segment)
+        self.results = Results(self.ring, layout.WORKERS_MAX)
+        self.semaphores = [segment.semaphore(w) for w in range(self.ring.workers)]
+        self.semaphore = segment.semaphore(COORDINATOR_SEMAPHORE)
+        self._free: list[int] = []
+        self._published = 0
+        self._stale = True
+        self._take_over()
+
+    # ---- private state
+
+    def _take_over(self) -> None:
+        words, me = self.ring.words, owner.this_process()
+        pid_at, start_at = layout.COORDINATOR_PID_AT >> 3, layout.COORDINATOR_START_AT >> 3
+        former = owner.Owner(words[pid_at], words[start_at])
+        if former not in (me, (0, 0)) and former.alive:
+            raise SegmentBusyError(self.ring.segment.name, f"its coordinator, process {former.pid}, is alive")
+        try:
+            self.ring.lock.acquire_within(ATTACH_LOCK_TIMEOUT_S)
+        except LockBrokenError as error:
+            raise SegmentFormatError(self.ring.segment.name, str(error)) from error
+        self.ring.lock.release()
+        self._rebuild()
+        words[start_at] = me.start
+        words[pid_at] = me.pid
+        self.wake_all()  # tokens lost with the former coordinator
+
+    def _rebuild(self) -> None:
+        """Free slots and the publish cursor, from what the lists hold. Also the way out of an interrupted method."""
+        ring = self.ring
+        ring.lock.acquire()
+        try:
+            cursors = ring.cursors()
+            self._check(cursors)
+            live = self._live(cursors)
+            ring.commit(cursors._replace(parked=0, op_worker=ring.workers, op_claim=0, wake_at=0))
+        finally:
+            ring.lock.release_if_held()
+        used = {layout.slot_of(entry) for entry in live}
+        if len(used) != len(live) or any(slot >= ring.slots for slot in used):
+            raise SegmentFormatError(ring.segment.name, "a slot stands in two lists, or is none")
+        self._free = [slot for slot in range(ring.slots) if slot not in used]
+        self._published = cursors.ready_tail
+        self._stale = False
+
+    def _check(self, cursors: layout.Cursors) -> None:
+        ring, delivered = self.ring, self.ring.words[DONE_HEAD]
+        spans = (
+            cursors.ready_tail - cursors.ready_head,
+            cursors.retry_tail - cursors.retry_head,
+            cursors.done_tail - delivered,
+        )
+        claims = [
+            ring.words[ring.worker_word(w, layout.W_CLAIM)] & layout.CLAIM_COUNT_MASK for w in range(ring.workers)
+        ]
+        if any(not 0 <= span <= ring.slots for span in spans) or any(n > ring.claims_max for n in claims):
+            raise SegmentFormatError(ring.segment.name, "its cursors contradict each other")
+        if cursors.ready_tail >> layout.SEQUENCE_BITS:
+            raise SegmentFormatError(ring.segment.name, "its sequence is beyond 36 bits")
+
+    def _live(self, cursors: layout.Cursors) -> list[int]:
+        ring, delivered = self.ring, self.ring.words[DONE_HEAD]
+        live = ring.entries(ring.ready, cursors.ready_head, cursors.ready_tail - cursors.ready_head)
+        live += ring.entries(ring.retry, cursors.retry_head, cursors.retry_tail - cursors.retry_head)
+        live += ring.entries(ring.done, delivered, cursors.done_tail - delivered)
+        for worker in range(ring.workers):
+            live += ring.claimed(worker)
+        return live
+
+    @property
+    def published(self) -> int:
+        """How many tasks were ever accepted: the sequence of the next one."""
+        if self._stale:
+            self._rebuild()
+        return self._published
+
+    @property
+    def n_free(self) -> int:
+        """How many more tasks can be published now."""
+        if self._stale:
+            self._rebuild()
+        return len(self._free)
+
+    # ---- publish
+
+    def publish(self, tasks: Sequence[Task]) -> list[int]:
+        """Publish ``tasks``, at most ``n_free`` of them; returns their slots, in order."""
+        if self._stale:
+            self._rebuild()
+        ring, free, first = self.ring, self._free, self._published
+        if not tasks:
+            return []
+        assert len(tasks) <= len(free), "publish beyond n_free"
+        self._stale = True
+        slots = free[-len(tasks) :]
+        entries = self._write_records(tasks, slots, first)
+        ring.put(ring.ready, first, entries)
+        ring.lock.acquire()
+        try:
+            head, _, retry_head, retry_tail, done_tail, parked, _, _, wake_at, n = ring.cursors()
+            tail = first + len(entries)
+            wake, parked = _pick(parked, tail - head)
+            ring.commit((head, tail, retry_head, retry_tail, done_tail, parked, ring.workers, 0, wake_at, n + 1))
+            ring.lock.release()
+        except BaseException:
+            ring.lock.release_if_held()
+            raise
+        del free[-len(tasks) :]
+        self._published = tail
+        self._stale = False
+        self._wake(wake)
+        return slots
+
+    def _write_records(self, tasks: Sequence[Task], slots: list[int], sequence: int) -> list[int]:
+        mapping, tasks_at = self.ring.mapping, self.ring.tasks
+        entries: list[int] = []
+        for task, slot in zip(tasks, slots, strict=True):
+            payload = task.payload
+            entry = sequence << layout.SEQUENCE_SHIFT | slot
+            at, length = tasks_at + slot * RECORD_BYTES, len(payload)
+            assert length <= INLINE_BYTES, "a payload beyond 192 bytes belongs into a blob"
+            _write_task(mapping, at, entry, task.function, length, task.blob, task.key, 0, 0)
+            mapping[at + PAYLOAD_AT : at + PAYLOAD_AT + length] = payload
+            entries.append(entry)
+            sequence += 1
+        return entries
+
+    def _wake(self, workers: list[int]) -> None:
+        for worker in workers:
+            self.semaphores[worker].release()
+
+    def wake_all(self) -> None:
+        """Post every semaphore: each worker looks again, whatever it slept for."""
+        self._wake(list(range(self.ring.workers)))
+
+    # ---- collect
+
+    @property
+    def has_results(self) -> bool:
+        """Whether there seem to be results; without the mutex, so a hint."""
+        words = self.ring.words
+        at = layout.BLOCK_A_AT + 0x20 + (words[VERSION_WORD] & 1) * layout.BLOCK_STRIDE >> 3
+        return words[at] != words[DONE_HEAD]
+
+    def collect(self, deliver: Callable[[int, int], None]) -> int:
+        """Call ``deliver(slot, entry)`` for each finished task, oldest first, and free its slot; returns how many.
+
+        ``deliver`` reads the result through ``results``. Where it raises, that task was not delivered and comes again.
+        """
+        if self._stale:
+            self._rebuild()
+        ring, words = self.ring, self.ring.words
+        delivered = words[DONE_HEAD]
+        ring.lock.acquire()
+        try:
+            done_tail = ring.cursors()[4]
+            ring.lock.release()
+        except BaseException:
+            ring.lock.release_if_held()
+            raise
+        n = done_tail - delivered
+        if not n:
+            return 0
+        entries = ring.entries(ring.done, delivered, n)
+        freed: list[int] = []
+        results_at = ring.results >> 3
+        self._stale = True
+        try:
+            for entry in entries:
+                slot = entry & layout.SLOT_MASK
+                if (words[results_at + slot * (RECORD_BYTES >> 3)] ^ entry) & layout.IDENTITY_MASK:
+                    raise SegmentFormatError(ring.segment.name, f"task {entry:#x} is done and has no result")
+                deliver(slot, entry)
+                freed.append(slot)
+        finally:
+            words[DONE_HEAD] = delivered + len(freed)  # after delivery: dying before this line delivers again
+        self._free += freed
+        self._stale = False
+        return n
+
+    def wait(self, timeout_s: float, results_wanted: int, coalesce_s: float) -> None:
+        """Sleep until ``results_wanted`` results are there, the ring runs dry, somebody posts, or ``timeout_s`` ends.
+
+        Returns at once where there are results and nothing more is ready to be claimed; where there is more, fewer than
+        ``results_wanted`` results wait at most ``coalesce_s`` seconds for company.
+        """
+        ring = self.ring
+        delivered = ring.words[DONE_HEAD]
+        ring.lock.acquire()
+        try:
+            cursors = ring.cursors()
+            n = cursors[4] - delivered
+            awake = n >= results_wanted or (n and cursors[0] == cursors[1])
+            if not awake:
+                ring.commit((*cursors[:6], ring.workers, 0, delivered + results_wanted, cursors[9]))
+            ring.lock.release()
+        except BaseException:
+            ring.lock.release_if_held()
+            raise
+        if not awake:
+            self.sleep(coalesce_s if n else timeout_s)
+
+    def sleep(self, timeout_s: float) -> None:
+        """Sleep until somebody posts the coordinator's semaphore, or ``timeout_s`` ends."""
+        try:
+            self.semaphore.acquire(timeout_s)
+        except (posix_ipc.BusyError, posix_ipc.SignalError):
+            pass
+
+    # ---- tasks not yet running
+
+    def cancel(self, sequences: Container[int]) -> int:
+        """Cancel those of the tasks that nobody has claimed: they will not start, and are collected as CANCELLED. How many."""
+        return self._cancel(lambda entry: layout.sequence_of(entry) in sequences)
+
+    def cancel_unclaimed(self) -> int:
+        """Cancel all tasks that nobody has claimed; returns how many."""
+        return self._cancel(lambda _entry: True)
+
+    def _cancel(self, wanted: Callable[[int], bool]) -> int:
+        ring, n = self.ring, 0
+        ring.lock.acquire()  # a claim is made under it too, so that what stands in these lists is not being looked at
+        try:
+            cursors = ring.cursors()
+            waiting = ring.entries(ring.ready, cursors.ready_head, cursors.ready_tail - cursors.ready_head)
+            waiting += ring.entries(ring.retry, cursors.retry_head, cursors.retry_tail - cursors.retry_head)
+            for entry in filter(wanted, waiting):
+                at = ring.tasks + layout.slot_of(entry) * RECORD_BYTES + layout.TASK_CANCEL_AT
+                ring.words[at >> 3] = 1
+                n += 1
+        finally:
+            ring.lock.release_if_held()
+        return n
+
+    def take_back(self, worker: int) -> int:
+        """Take from a living ``worker`` what it claimed and has not started; returns how many tasks.
+
+        What it has finished of that claim goes to done at once; the one that it runs stays. See ``claims`` for the race.
+        """
+        if self._stale:
+            self._rebuild()
+        ring, words = self.ring, self.ring.words
+        wake: list[int] = []
+        back: list[int] = []
+        ring.lock.acquire()
+        try:
+            entries = ring.claimed(worker)
+            claim = words[ring.worker_word(worker, layout.W_CLAIM)]
+            words[ring.worker_word(worker, layout.W_REVOKE)] = claim >> layout.CLAIM_SHIFT
+            if len(entries) > 1 and barrier.fence_all():
+                running = words[ring.worker_word(worker, layout.W_RUNNING)]
+                started = entries.index(running) if running in entries else -1
+                finished, kept, back = (
+                    entries[: max(started, 0)],
+                    entries[max(started, 0) : started + 1],
+                    entries[started + 1 :],
+                )
+                if back or finished:
+                    wake = self._commit_moves(worker, finished, back, kept)
+            ring.lock.release()
+        except BaseException:
+            ring.lock.release_if_held()
+            raise
+        self._wake(wake)
+        return len(back)
+
+    # ---- the dead
+
+    def claims_of_dead(self, worker: int) -> list[ClaimedTask]:
+        """What a worker held when it died. Its process must be gone: nobody else touches these tasks any more."""
+        ring = self.ring
+        ring.lock.acquire()  # whoever gets the mutex finishes what the dead had committed: its claim word is final now
+        ring.lock.release_if_held()
+        running = ring.words[ring.worker_word(worker, layout.W_RUNNING)]
+        return [
+            ClaimedTask(entry, ring.status(entry), entry == running, self.results.deaths(entry))
+            for entry in ring.claimed(worker)
+        ]
+
+    def took_any(self, worker: int) -> bool:
+        """Whether the process that was this worker has ever taken a task. Before ``settle``, which forgets it."""
+        ring = self.ring
+        running, n_tasks = (ring.words[ring.worker_word(worker, word)] for word in (layout.W_RUNNING, layout.W_N_TASKS))
+        return bool(running or n_tasks or ring.claimed(worker))
+
+    @property
+    def n_claims(self) -> int:
+        """A count that grows whenever a task is claimed."""
+        cursors = self.ring.peek()
+        return cursors.ready_head + cursors.retry_head
+
+    def post_for_dead(self, entry: int, status: Status, payload: bytes = b"") -> None:
+        """Give a dead worker's task the result that its worker did not: OK finishes a commit, else ``payload`` tells why."""
+        assert status in layout.STATUS_STEPS[self.ring.status(entry)], "no such step"
+        if status is Status.OK:
+            self.results.finish(entry)
+        else:
+            self.results.post(entry, status, layout.Encoding.MSGPACK, payload, 0)
+
+    def settle(self, worker: int, done: Sequence[int], again: Sequence[int], blamed: Sequence[int]) -> None:
+        """Empty a dead worker's claim in one commit: ``done`` entries have results, ``again`` keep their attempt,
+        ``blamed`` ones get the next, and a death on their account."""
+        if self._stale:
+            self._rebuild()
+        ring = self.ring
+        for entry in blamed:
+            self.results.blame(entry)
+        retried = [*again, *(entry + layout.ATTEMPT_ONE for entry in blamed)]
+        ring.lock.acquire()
+        try:
+            wake = self._commit_moves(worker, done, retried, ())
+            ring.lock.release()
+        except BaseException:
+            ring.lock.release_if_held()
+            raise
+        for word in (layout.W_PID, layout.W_RUNNING, layout.W_N_TASKS):
+            ring.words[ring.worker_word(worker, word)] = 0
+        self._wake(wake)
+
+    def _commit_moves(self, worker: int, done: Sequence[int], retry: Sequence[int], kept: Sequence[int]) -> list[int]:
+        """Under the mutex: entries of ``worker`` to done and to retry, ``kept`` into the other half of its claim list."""
+        ring = self.ring
+        claim = ring.words[ring.worker_word(worker, layout.W_CLAIM)]
+        claim = (claim >> layout.CLAIM_SHIFT) + 1 << layout.CLAIM_SHIFT | len(kept)
+        at = ring.claim_list(worker, claim)
+        for i, entry in enumerate(kept):
+            ring.words[at + i] = entry
+        cursors = ring.cursors()
+        ring.put(ring.done, cursors.done_tail, done)
+        ring.put(ring.retry, cursors.retry_tail, retry)
+        wake, parked = _pick(cursors.parked, len(retry))
+        ring.commit(
+            cursors._replace(
+                retry_tail=cursors.retry_tail + len(retry),
+                done_tail=cursors.done_tail + len(done),
+                parked=parked,
+                op_worker=worker,
+                op_claim=claim,
+            )
+        )
+        return wake
+
+    # ---- the end
+
+    def stop_workers(self) -> None:
+        """Tell every worker to end when it has finished what it holds."""
+        self.ring.words[RUN_STATE] = RunState.STOP
+        self.wake_all()
+
+    def close(self) -> None:
+        """Close semaphores and mapping; garbage collection does not close the former."""
+        for semaphore in (*self.semaphores, self.semaphore):
+            semaphore.close()
+        self.ring.close()
+
+
+def _pick(parked: int, n: int) -> tuple[list[int], int]:
+    """Up to ``n`` workers of the bitmap ``parked``, to be woken after the mutex is released, and the bitmap without them."""
+    picked: list[int] = []
+    while parked and len(picked) < n:
+        lowest = parked & -parked
+        parked ^= lowest
+        picked.append(lowest.bit_length() - 1)
+    return picked, parked

@@ -1,0 +1,123 @@
+"""Task and result records: what one slot holds.
+
+    worker:       read_task -> run -> [stage: payload, then word COMMITTING] -> post: payload, then word OK, ERROR, ...
+    coordinator:  after the worker's proven death only: overwrite (DIED, IN_DOUBT), finish (COMMITTING -> OK)
+
+The word is stored last, and is the task's own commit: without it nothing has happened, with it the task is done, whoever
+dies next. The payload may be written in any order before it, because nobody reads it before the word stands.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ringpool.shm import layout
+from ringpool.shm.layout import INLINE_BYTES, PAYLOAD_AT, RECORD_BYTES, Status
+from ringpool.shm.ring import Ring
+
+_read_task = layout.TASK_READ.unpack_from
+_write_staged = layout.RESULT.pack_into
+_read_staged = layout.RESULT.unpack_from
+_write_head = layout.RESULT_HEAD.pack_into
+_read_head = layout.RESULT_HEAD.unpack_from
+
+
+class ResultRecord(msgspec.Struct, frozen=True, gc=False):
+    """A result as it stands in its slot: plain integers in a struct, because one is made for every task.
+
+    ``status`` (``Status``), ``attempt`` (from 0), ``encoding`` (``Encoding``), ``payload`` (bytes), ``duration_ns`` (of the
+    task function), ``blob_bytes`` (0: no blob), ``worker`` (index).
+    """
+
+    status: int
+    attempt: int
+    encoding: int
+    payload: bytes
+    duration_ns: int
+    blob_bytes: int
+    worker: int
+
+
+class Results:
+    """The records of ``ring``, seen by worker ``index`` (or by the coordinator, which posts for the dead)."""
+
+    def __init__(self, ring: Ring, index: int) -> None:
+        self.ring = ring
+        self.index = index
+        self._tasks = ring.tasks
+        self._results = ring.results
+        self._mapping = ring.mapping
+        self._words = ring.words
+
+    def read_task(self, entry: int) -> tuple[int, bytes, int, int, int]:
+        """Function id, payload, blob id, key and cancel word of the task that ``entry`` names."""
+        at = self._tasks + (entry & layout.SLOT_MASK) * RECORD_BYTES
+        function, length, blob, key, cancel = _read_task(self._mapping, at + 8)
+        return function, self._mapping[at + PAYLOAD_AT : at + PAYLOAD_AT + length], blob, key, cancel
+
+    def post(
+        self, entry: int, status: int, encoding: int, payload: bytes, duration_ns: int, blob_bytes: int = 0
+    ) -> None:
+        """Commit the result of ``entry``. ``payload``: at most 192 bytes."""
+        at = self._results + (entry & layout.SLOT_MASK) * RECORD_BYTES
+        length = len(payload)
+        _write_head(self._mapping, at + 8, duration_ns, blob_bytes, self.index, encoding)
+        self._mapping[at + PAYLOAD_AT : at + PAYLOAD_AT + length] = payload
+        self._words[at >> 3] = (
+            entry & layout.IDENTITY_MASK | status << layout.STATUS_SHIFT | length
+        )  # the task's commit
+
+    def stage(
+        self, entry: int, encoding: int, payload: bytes, duration_ns: int, blob_bytes: int, device: int, inode: int
+    ) -> None:
+        """Announce that the output (file ``inode`` on ``device``) is about to be put in its place: status COMMITTING."""
+        assert len(payload) <= INLINE_BYTES
+        at = self._results + (entry & layout.SLOT_MASK) * RECORD_BYTES
+        _write_staged(self._mapping, at + 8, duration_ns, blob_bytes, self.index, encoding, device, inode)
+        self._mapping[at + PAYLOAD_AT : at + PAYLOAD_AT + len(payload)] = payload
+        word = entry & layout.IDENTITY_MASK | Status.COMMITTING << layout.STATUS_SHIFT | len(payload)
+        self._words[at >> 3] = word
+
+    def finish(self, entry: int) -> None:
+        """COMMITTING becomes OK: the output is in its place."""
+        at = self._results + (entry & layout.SLOT_MASK) * RECORD_BYTES >> 3
+        self._words[at] = self._words[at] & ~layout.STATUS_MASK | Status.OK << layout.STATUS_SHIFT
+
+    def staged_file(self, entry: int) -> tuple[int, int]:
+        """Device and inode that ``stage`` was given."""
+        at = self._results + (entry & layout.SLOT_MASK) * RECORD_BYTES
+        *_, device, inode = _read_staged(self._mapping, at + 8)
+        return device, inode
+
+    def read(self, entry: int) -> ResultRecord:
+        """The result of ``entry``, whose word stands."""
+        at = self._results + (entry & layout.SLOT_MASK) * RECORD_BYTES
+        word = self._words[at >> 3]
+        duration_ns, blob_bytes, worker, encoding = _read_head(self._mapping, at + 8)
+        return ResultRecord(
+            (word & layout.STATUS_MASK) >> layout.STATUS_SHIFT,
+            word >> layout.SLOT_BITS & layout.ATTEMPT_MAX,
+            encoding,
+            self._mapping[at + PAYLOAD_AT : at + PAYLOAD_AT + (word & layout.LENGTH_MASK)],
+            duration_ns,
+            blob_bytes,
+            worker,
+        )
+
+    def deaths(self, entry: int) -> int:
+        """How many workers died in this task before the attempt that ``entry`` names."""
+        return self._words[self._blame(entry)] & 0xFF
+
+    def blame(self, entry: int) -> int:
+        """Count one more death for the next attempt of ``entry``; the new count. Idempotent for one attempt."""
+        at = self._blame(entry)
+        word = self._words[at]
+        following = layout.attempt_of(entry) + 1
+        if word >> 8 == following:
+            return word & 0xFF  # counted already, by a coordinator that died before it committed the requeue
+        deaths = min((word & 0xFF) + 1, 0xFF)
+        self._words[at] = following << 8 | deaths
+        return deaths
+
+    def _blame(self, entry: int) -> int:
+        return self._tasks + (entry & layout.SLOT_MASK) * RECORD_BYTES + layout.TASK_BLAME_AT >> 3

@@ -1,0 +1,242 @@
+"""A segment: create, attach, reclaim; who may attach.
+
+    /dev/shm/rp.<pid namespace>.<pid>.<start>.<random>          the segment; the name carries its owner
+    /dev/shm/sem.<segment>.<index>, sem.<segment>.c             a semaphore per worker, one for the coordinator
+    /dev/shm/<segment>.<kind><id>                               blobs, see ``blobs``
+
+    create   name, O_EXCL 0600 -> fallocate -> map -> header, mutex, semaphores -> magic (ready)
+    attach   open -> owner, size -> header by pread -> magic, checksum, format, machine, boot -> map -> mutex kind
+
+Everything is allocated at creation, so that a full ``/dev/shm`` is an error there and never a SIGBUS later. Nothing is
+mapped before its size is known to be true. A creator that dies half way leaves a name, and the name says who it was: the
+next start removes whatever belongs to the dead, by ``reclaim_dead``. ``multiprocessing.shared_memory`` is not used: its
+resource tracker unlinks what an attacher leaves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import platform
+import re
+import secrets
+import struct
+import sys
+import zlib
+
+import posix_ipc
+
+from ringpool.errors import (
+    SegmentFormatError,
+    SegmentIncompleteError,
+    SegmentMissingError,
+    SegmentPermissionError,
+    SegmentTruncatedError,
+    SharedMemoryFullError,
+)
+from ringpool.shm import layout, lock, owner
+
+SHM_DIRECTORY = "/dev/shm"
+NAME = re.compile(r"rp\.(?P<namespace>\d+)\.(?P<pid>\d+)\.(?P<start>\d+)\.(?P<random>[0-9a-f]{8})")
+COORDINATOR_SEMAPHORE = "c"
+_MACHINES = {"x86_64": 62, "aarch64": 183}  # ELF e_machine
+_MAGIC_WORD = struct.Struct("<Q")
+
+
+class Segment:
+    """A mapped segment.
+
+    Attributes: ``name`` (str, without a slash), ``mapping`` (mmap, shared, whole), ``header`` (``layout.Header``).
+    """
+
+    def __init__(self, name: str, mapping: mmap.mmap, header: layout.Header) -> None:
+        self.name = name
+        self.mapping = mapping
+        self.header = header
+
+    def semaphore(self, who: int | str) -> posix_ipc.Semaphore:
+        """Open the semaphore of worker ``who``, or of the coordinator (``COORDINATOR_SEMAPHORE``)."""
+        try:
+            return posix_ipc.Semaphore(f"/{self.name}.{who}")
+        except posix_ipc.ExistentialError:
+            raise SegmentMissingError(self.name, f"its semaphore {who} is gone") from None
+
+    def close(self) -> None:
+        """Unmap, unless something still exports the mapping; then the last export does it."""
+        with contextlib.suppress(BufferError):
+            self.mapping.close()
+
+
+def create(slots: int, workers: int, claims_max: int = layout.CLAIMS_MAX) -> Segment:
+    """Make a segment that belongs to the calling process, and its semaphores.
+
+    ``slots``: tasks that can be in it at a time, 1 to 4,194,303. ``workers``: at most 64. ``claims_max``: tasks that one
+    worker may hold, 1 to 64. Raises ``SharedMemoryFullError``, leaving nothing, and ``ValueError``.
+    """
+    for what, value, top in (
+        ("slots", slots, layout.SLOTS_MAX),
+        ("workers", workers, layout.WORKERS_MAX),
+        ("claims_max", claims_max, layout.CLAIMS_MAX),
+    ):
+        if not 1 <= value <= top:
+            raise ValueError(f"{what} must be from 1 to {top}, not {value}")
+    me = owner.this_process()
+    name = f"rp.{owner.pid_namespace()}.{me.pid}.{me.start}.{secrets.token_hex(4)}"
+    try:
+        return _create(name, me, layout.sections(slots, workers, claims_max), slots, workers, claims_max)
+    except BaseException:
+        unlink(name)
+        raise
+
+
+def _create(name: str, me: owner.Owner, places: layout.Sections, slots: int, workers: int, claims_max: int) -> Segment:
+    file = posix_ipc.SharedMemory(f"/{name}", posix_ipc.O_CREX, mode=0o600)
+    try:
+        os.posix_fallocate(file.fd, 0, places.size_bytes)
+        mapping = mmap.mmap(file.fd, places.size_bytes)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.ENOMEM):
+            raise SharedMemoryFullError(name, f"{SHM_DIRECTORY} has no room for {places.size_bytes:,} bytes") from error
+        raise
+    finally:
+        file.close_fd()
+    *offsets, size_bytes = places
+    header = layout.Header(
+        0,
+        layout.VERSION,
+        layout.HEADER_BYTES,
+        size_bytes,
+        *_machine(),
+        slots,
+        workers,
+        claims_max,
+        layout.RECORD_BYTES,
+        *offsets,
+        *me,
+        owner.boot_id(),
+        owner.pid_namespace(),
+        secrets.token_bytes(16),
+        layout.FORMAT_ID,
+    )
+    layout.HEADER.pack_into(mapping, 0, *header)
+    _MAGIC_WORD.pack_into(mapping, layout.CRC_AT, _checksum(mapping[: layout.HEADER_BYTES]))
+    lock.initialise_mutex(mapping, layout.MUTEX_AT)
+    for who in (*range(workers), COORDINATOR_SEMAPHORE):
+        posix_ipc.Semaphore(f"/{name}.{who}", posix_ipc.O_CREX, 0o600, 0).close()
+    with memoryview(mapping) as view, view.cast("Q") as words:
+        words[0] = layout.MAGIC  # published last: whoever sees it sees all of the above (one aligned store)
+    return Segment(name, mapping, header._replace(magic=layout.MAGIC))
+
+
+def attach(name: str) -> Segment:
+    """Map an existing segment of this user, made on this boot, in this pid namespace and by this format.
+
+    Raises a ``SegmentError`` that says which of these does not hold. Contents beyond the header are for ``ring`` to judge.
+    """
+    try:
+        file = posix_ipc.SharedMemory(f"/{name}")
+    except posix_ipc.ExistentialError:
+        raise SegmentMissingError(name, "there is none of that name") from None
+    except posix_ipc.PermissionsError:
+        raise SegmentPermissionError(name, "it belongs to another user") from None
+    try:
+        header = _verified_header(name, file.fd)
+        mapping = mmap.mmap(file.fd, header.size_bytes)
+    finally:
+        file.close_fd()
+    if lock.mutex_kind(mapping, layout.MUTEX_AT) != lock.expected_kind():
+        mapping.close()
+        raise SegmentFormatError(name, "its lock is not a robust, process-shared mutex")
+    return Segment(name, mapping, header)
+
+
+def _verified_header(name: str, fd: int) -> layout.Header:
+    status = os.fstat(fd)
+    if status.st_uid != os.geteuid():
+        raise SegmentPermissionError(name, f"it belongs to user {status.st_uid}, and this is user {os.geteuid()}")
+    head = os.pread(fd, layout.HEADER_BYTES, 0)
+    if len(head) < _MAGIC_WORD.size or not _MAGIC_WORD.unpack_from(head)[0]:
+        raise SegmentIncompleteError(name, "it is not ready: its creator has not finished it")
+    if _MAGIC_WORD.unpack_from(head)[0] != layout.MAGIC:
+        raise SegmentFormatError(name, "it is no ringpool segment (wrong magic number)")
+    if len(head) < layout.HEADER_BYTES:
+        raise SegmentTruncatedError(
+            name, f"it has {status.st_size} bytes, and its header alone takes {layout.HEADER_BYTES}"
+        )
+    header = layout.Header(*layout.HEADER.unpack_from(head))
+    if header.version != layout.VERSION:
+        raise SegmentFormatError(name, f"it has layout version {header.version}, and this build has {layout.VERSION}")
+    if _MAGIC_WORD.unpack_from(head, layout.CRC_AT)[0] != _checksum(head):
+        raise SegmentFormatError(name, "its header's checksum does not match")
+    if header.format_id != layout.FORMAT_ID or header[4:9] != _machine():
+        raise SegmentFormatError(name, "it was made by another build or on another kind of machine")
+    if header.boot_id != owner.boot_id() or header.pid_namespace != owner.pid_namespace():
+        raise SegmentFormatError(name, "it was made on another boot or in another pid namespace")
+    counts_hold = (
+        1 <= header.slots <= layout.SLOTS_MAX
+        and 1 <= header.workers <= layout.WORKERS_MAX
+        and 1 <= header.claims_max <= layout.CLAIMS_MAX
+    )
+    if not counts_hold or layout.sections(header.slots, header.workers, header.claims_max) != (
+        *header[13:19],
+        header.size_bytes,
+    ):
+        raise SegmentFormatError(name, "its sections are not where they belong")
+    if status.st_size < header.size_bytes:
+        raise SegmentTruncatedError(name, f"it has {status.st_size} of {header.size_bytes} bytes")
+    return header
+
+
+def _checksum(head: bytes) -> int:
+    return zlib.crc32(head[_MAGIC_WORD.size : layout.CRC_AT])
+
+
+def _machine() -> tuple[int, int, int, int, int]:
+    machine = _MACHINES.get(platform.machine(), 0)
+    return (machine, 1 if sys.byteorder == "little" else 2, lock.MUTEX_BYTES, *lock.glibc_version())
+
+
+def unlink(name: str) -> None:
+    """Remove a segment with its semaphores and blobs, in whatever state. Mappings that exist stay valid."""
+    for file in _names_of(name):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{SHM_DIRECTORY}/{file}")
+
+
+def _names_of(name: str) -> list[str]:
+    prefixes = (f"{name}.", f"sem.{name}.")
+    with os.scandir(SHM_DIRECTORY) as files:
+        found = [file.name for file in files if file.name.startswith(prefixes)]
+    return [*found, name]  # the segment last: while it stands, a reclaim that was cut short is done again
+
+
+def owner_of(name: str) -> owner.Owner | None:
+    """Whom a segment's name, or that of one of its semaphores or blobs, says it belongs to.
+
+    None where it is none of ours, or of another pid namespace, in which we cannot tell who lives.
+    """
+    match = NAME.match(name.removeprefix("sem."))
+    if match is None or int(match["namespace"]) != owner.pid_namespace():
+        return None
+    return owner.Owner(int(match["pid"]), int(match["start"]))
+
+
+def reclaim_dead() -> list[str]:
+    """Remove what dead owners of this user left in ``/dev/shm``; returns the names of the segments.
+
+    Only on proof of death: pid and start time name no living process. Safe against others that do the same.
+    """
+    removed: set[str] = set()
+    with os.scandir(SHM_DIRECTORY) as files:
+        for file in files:
+            belongs_to = owner_of(file.name)
+            if belongs_to is None or belongs_to.alive:
+                continue
+            with contextlib.suppress(OSError):  # it vanished: somebody else reclaims too
+                if file.stat(follow_symlinks=False).st_uid == os.geteuid():
+                    removed.add(NAME.match(file.name.removeprefix("sem."))[0])  # pyright: ignore[reportOptionalSubscript]
+    for name in removed:
+        unlink(name)
+    return sorted(removed)

@@ -1,0 +1,114 @@
+"""What ties a worker process to its coordinator, and what sets it right again after a task has bent it.
+
+bind      own session; SIGKILL for the whole process group when the guard pipe's write end closes, which only the
+          coordinator holds (F_SETOWN, F_SETSIG, O_ASYNC: the kernel does it, to a stopped process and to one in a C
+          call that holds the GIL alike); SIGKILL for the worker when its parent ends (PDEATHSIG: for one whose task has
+          closed the pipe); default signal handlers; nothing on standard input
+end_if_forked  before a result is posted: the child of a task that forked has no business here
+is_sound  after each task: descriptors open. If not, the process ends, and its unstarted claims go back
+restore   after each claim: signal handlers, timers and the working directory that a task has changed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import select
+import signal
+from _signal import getsignal as _get_handler  # without the enums: a tenth of the cost, and it is paid for every claim
+
+_F_SETSIG = 10  # fcntl.h
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # sys/prctl.h
+_GUARD_FD_MIN = 200  # out of the way of a task that closes and opens low descriptors
+_RESTORED = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGALRM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGCHLD,
+)
+
+
+class Confinement:
+    """The bonds of the calling process, worker ``index``; ``guard``: the read end of its guard pipe.
+
+    Raises ``ProcessLookupError`` where the coordinator is gone already.
+    """
+
+    def __init__(self, index: int, guard: int) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        libc.prctl(_PR_SET_NAME, f"ringpool-w{index}".encode(), 0, 0, 0)
+        with contextlib.suppress(PermissionError):  # it leads its session already
+            os.setsid()
+        self._reset_signals()
+        self._redirect_input()
+        self.guard = fcntl.fcntl(guard, fcntl.F_DUPFD_CLOEXEC, _GUARD_FD_MIN)
+        os.close(guard)
+        self._arm()
+        self._pid = os.getpid()
+        self._poll = select.poll()
+        for fd in (0, 1, 2, self.guard):
+            with contextlib.suppress(OSError):  # a daemon may run without standard output
+                os.fstat(fd)
+                self._poll.register(fd, 0)
+        self._directory = os.getcwd()
+        self._directory_inode = os.stat(".").st_ino
+        self._handlers = [_get_handler(number) for number in _RESTORED]
+
+    def _arm(self) -> None:
+        fcntl.fcntl(self.guard, fcntl.F_SETOWN, -os.getpid())  # negative: the process group, so children go too
+        fcntl.fcntl(self.guard, _F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(self.guard, fcntl.F_SETFL, fcntl.fcntl(self.guard, fcntl.F_GETFL) | os.O_ASYNC)
+        hung_up = select.poll()
+        hung_up.register(self.guard, 0)
+        if hung_up.poll(0):  # it closed before the signal was armed
+            raise ProcessLookupError("the coordinator is gone")
+
+    @staticmethod
+    def _reset_signals() -> None:
+        """Undo what a forked coordinator had installed; keep what is ignored, and Python's own handler of SIGINT."""
+        signal.set_wakeup_fd(-1)
+        for number in signal.valid_signals():
+            handler = _get_handler(number)
+            if callable(handler) and handler is not signal.default_int_handler:
+                signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+    @staticmethod
+    def _redirect_input() -> None:
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        if null:
+            os.close(null)
+
+    def end_if_forked(self) -> None:
+        """End, quietly, where a task forked and let the child return or raise: the original posts the result."""
+        if os.getpid() != self._pid:
+            os._exit(0)
+
+    def is_sound(self) -> bool:
+        """Whether this process still has its standard descriptors and its guard."""
+        events = self._poll.poll(0)
+        return not events or not any(event & select.POLLNVAL for _, event in events)
+
+    def restore(self) -> None:
+        """Put back signal handlers, timers and working directory."""
+        handlers = [_get_handler(number) for number in _RESTORED]
+        if handlers != self._handlers:
+            for number, handler in zip(_RESTORED, self._handlers, strict=True):
+                signal.signal(number, handler)  # pyright: ignore[reportArgumentType]  (what getsignal gave)
+        if signal.getitimer(signal.ITIMER_REAL)[0]:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        try:
+            moved = os.stat(".").st_ino != self._directory_inode
+        except OSError:
+            moved = True
+        if moved:
+            with contextlib.suppress(OSError):
+                os.chdir(self._directory)

@@ -1,0 +1,231 @@
+"""Task functions: naming, resolving, validating parameters; and what a file task's payload says.
+
+    function blob   FunctionSpec: module:qualname, and what all its tasks share (parameters, durability)
+    payload         (source, target or nil, own parameters or nil): msgpack; paths as bytes, through os.fsencode
+
+A task function is ``fn(src, **parameters)``, or ``fn(src, dst, **parameters)`` where the task has an output: having a
+parameter called ``dst`` is what makes a function one with outputs. ``src`` and ``dst`` are ``Path``s, or ``str`` or
+``bytes`` where the annotation says so. All that can be wrong with a function or its parameters is found before anything is
+queued.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import pickle
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from ringpool.errors import ParameterError, UnknownFunctionError
+
+TaskFunction = Callable[..., Any]
+_EMPTY = inspect.Parameter.empty
+
+
+class FunctionSpec(msgspec.Struct, frozen=True, array_like=True):
+    """What a worker needs to run tasks of one function: its name, pickled shared parameters, level of durability."""
+
+    name: str
+    parameters: bytes
+    durability: str
+
+
+class FilePayload(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One file task: where it reads, where its output goes, and pickled parameters of its own."""
+
+    source: bytes
+    target: bytes | None = None
+    parameters: bytes | None = None
+
+
+encode_payload: Callable[[FilePayload], bytes] = msgspec.msgpack.Encoder().encode
+decode_payload: Callable[[bytes | memoryview], FilePayload] = msgspec.msgpack.Decoder(FilePayload).decode
+encode_spec: Callable[[FunctionSpec], bytes] = msgspec.msgpack.Encoder().encode
+decode_spec: Callable[[bytes | memoryview], FunctionSpec] = msgspec.msgpack.Decoder(FunctionSpec).decode
+
+
+class Signature(NamedTuple):
+    """How a task function wants to be called.
+
+    ``source_type`` and ``target_type`` make ``src`` and ``dst`` of bytes; ``takes_output``: it has a ``dst``; ``needs_output``: one without a
+    default; ``model``: the struct that its keyword parameters must fit, None where it takes any; ``fields``: their names;
+    ``required``: of them those without a default.
+    """
+
+    source_type: Callable[[bytes], Any]
+    target_type: Callable[[bytes], Any]
+    takes_output: bool
+    needs_output: bool
+    model: type[msgspec.Struct] | None
+    fields: frozenset[str]
+    required: frozenset[str]
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def name_of(function: TaskFunction | str) -> str:
+    """``module:qualname`` of a task function. Raises ``UnknownFunctionError`` where that would not find it again."""
+    if isinstance(function, str):
+        return function
+    module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    if module is None or qualname is None:
+        raise UnknownFunctionError(repr(function), "it has no module and qualified name; pass a function")
+    name = f"{module}:{qualname}"
+    if "<" in qualname:
+        raise UnknownFunctionError(
+            name, "a lambda or local function cannot be found by name; define it at a module's top level"
+        )
+    if resolve(name) is not function:
+        raise UnknownFunctionError(
+            name, "that name leads to something else; define the function at its module's top level"
+        )
+    return name
+
+
+def resolve(name: str) -> TaskFunction:
+    """The function that ``module:qualname`` names. Raises ``UnknownFunctionError``, saying which part was not found."""
+    module_name, colon, qualname = name.partition(":")
+    if not colon or not module_name or not qualname:
+        raise UnknownFunctionError(name, "write it as module:function")
+    try:
+        found: Any = sys.modules.get(module_name) or importlib.import_module(module_name)
+    except Exception as error:
+        reason = f"module {module_name} cannot be imported: {type(error).__name__}: {error}"
+        raise UnknownFunctionError(name, reason) from error
+    for part in qualname.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            raise UnknownFunctionError(name, f"{module_name} has no {qualname}") from None
+    if not callable(found):
+        raise UnknownFunctionError(name, f"{qualname} is no function, it is a {type(found).__name__}")
+    return found
+
+
+def require_importable_main(name: str) -> None:
+    """Raise ``UnknownFunctionError`` for a function of a ``__main__`` that a new process cannot import."""
+    main = sys.modules["__main__"]
+    if name.startswith("__main__:") and getattr(main, "__spec__", None) is None and not hasattr(main, "__file__"):
+        raise UnknownFunctionError(
+            name, "workers cannot import an interactive __main__; put it into a module, or use mp_context='fork'"
+        )
+
+
+# ---- signatures and parameters ---------------------------------------------------------------------------------------
+
+
+def signature_of(function: TaskFunction, name: str) -> Signature:
+    """How ``function`` wants to be called. Raises ``ParameterError`` where it cannot be a task function."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (ValueError, TypeError):  # a builtin without a signature: nothing to check against
+        return Signature(_as_path, _as_path, False, False, None, frozenset(), frozenset())
+    if not parameters or parameters[0].kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
+        raise ParameterError(name, "it takes no positional argument; the first one is the path of the input")
+    hints = _hints(function)
+    dst = next((p for p in parameters[1:] if p.name == "dst"), None)
+    rest = [p for p in parameters[1:] if p is not dst]
+    keywords = _keywords(name, rest)
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in rest)
+    return Signature(
+        _path_type(hints.get(parameters[0].name)),
+        _path_type(hints.get("dst")),
+        dst is not None,
+        dst is not None and dst.default is _EMPTY,
+        None if takes_any else _model(keywords, hints),
+        frozenset(p.name for p in keywords),
+        frozenset(p.name for p in keywords if p.default is _EMPTY),
+    )
+
+
+def _hints(function: TaskFunction) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except Exception:  # a forward reference that leads nowhere, a callable object: then nothing is known
+        return {}
+
+
+def _path_type(hint: object) -> Callable[[bytes], Any]:
+    return {str: os.fsdecode, bytes: bytes}.get(hint, _as_path)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def _as_path(path: bytes) -> Path:
+    return Path(os.fsdecode(path))
+
+
+def _keywords(name: str, parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
+    for parameter in parameters:
+        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY and parameter.default is _EMPTY:
+            raise ParameterError(
+                name, f"{parameter.name} is positional only; only the input's path is passed by position"
+            )
+    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [parameter for parameter in parameters if parameter.kind in by_keyword]
+
+
+def _model(keywords: list[inspect.Parameter], hints: dict[str, Any]) -> type[msgspec.Struct]:
+    """A struct with a field for each keyword parameter. All may be left out: defaults are the function's own affair."""
+    try:
+        model = _struct({parameter.name: hints.get(parameter.name, Any) for parameter in keywords})
+        msgspec.convert({}, model)
+    except TypeError:  # an annotation that msgspec has no notion of: then only the names are checked
+        return _struct({parameter.name: Any for parameter in keywords})
+    return model
+
+
+def _struct(types: dict[str, Any]) -> type[msgspec.Struct]:
+    fields = [(name, hint if hint is Any else hint | msgspec.UnsetType, msgspec.UNSET) for name, hint in types.items()]
+    return msgspec.defstruct("Parameters", fields, kw_only=True)
+
+
+def validate(name: str, signature: Signature, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """``parameters``, converted to what the function's annotations say; text is read as numbers where those are wanted.
+
+    Raises ``ParameterError`` for one that is unknown or of the wrong type; for one that is missing, see ``require``.
+    """
+    if signature.model is None:
+        return dict(parameters)
+    unknown = sorted(set(parameters) - signature.fields)
+    if unknown:
+        known = ", ".join(sorted(signature.fields)) or "none"
+        raise ParameterError(name, f"it has no parameter {unknown[0]!r}; it has: {known}")
+    try:
+        model = msgspec.convert(dict(parameters), signature.model, strict=False)
+    except msgspec.ValidationError as error:
+        raise ParameterError(name, _reason(error)) from None
+    return {key: getattr(model, key) for key in parameters}
+
+
+def _reason(error: msgspec.ValidationError) -> str:
+    message, _, where = str(error).partition(" - at `$.")
+    return f"parameter {where.rstrip('`')!r}: {message[0].lower()}{message[1:]}" if where else message
+
+
+def require(name: str, signature: Signature, parameters: Mapping[str, Any]) -> None:
+    """Raise ``ParameterError`` where a parameter without a default is not among ``parameters``."""
+    missing = sorted(signature.required - set(parameters))
+    if missing:
+        raise ParameterError(name, f"parameter {missing[0]!r} is missing")
+
+
+def pack_parameters(name: str, parameters: Mapping[str, Any]) -> bytes:
+    """Validated parameters as bytes; empty for none. Raises ``ParameterError`` where one cannot travel."""
+    if not parameters:
+        return b""
+    try:
+        return pickle.dumps(dict(parameters), 5)
+    except Exception as error:
+        raise ParameterError(name, f"a parameter cannot be pickled: {type(error).__name__}: {error}") from error
+
+
+def unpack_parameters(packed: bytes | None) -> dict[str, Any]:
+    """What ``pack_parameters`` packed."""
+    return pickle.loads(packed) if packed else {}

@@ -1,0 +1,141 @@
+"""How values travel between processes: payloads of task and result records.
+
+    exactly None, bool, 64-bit int, float, str, bytes   msgpack
+    everything else                                     pickle, protocol 5; so that a tuple stays a tuple
+    more than 192 bytes of either                       a blob; large buffers lie in it as they are
+
+A reader gets views into the blob's mapping for out-of-band buffers: read-only in a worker, private copy-on-write where the
+result arrives. The mapping lives as long as any of them.
+"""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from collections.abc import Callable
+from types import NoneType
+from typing import Any, NamedTuple
+
+import msgspec
+
+from ringpool.errors import RemoteError, ResultTransportError, RingpoolError
+from ringpool.shm import blobs
+from ringpool.shm.layout import INLINE_BYTES, Encoding
+
+OUT_OF_BAND_MIN_BYTES = 4096
+_PLAIN = frozenset({NoneType, bool, int, float, str, bytes})
+_pack: Callable[[object], bytes] = msgspec.msgpack.Encoder().encode
+_unpack: Callable[[bytes | memoryview], Any] = msgspec.msgpack.Decoder().decode
+_MSGPACK, _PICKLE, _BLOB = int(Encoding.MSGPACK), int(Encoding.PICKLE), int(Encoding.BLOB)
+
+
+class Encoded(NamedTuple):
+    """A value as bytes: ``encoding`` (``Encoding``, MSGPACK or PICKLE), ``body``, and out-of-band ``buffers``."""
+
+    encoding: int
+    body: bytes
+    buffers: tuple[memoryview, ...] = ()
+
+    @property
+    def fits_record(self) -> bool:
+        """Whether it fits a record; otherwise it goes into a blob."""
+        return not self.buffers and len(self.body) <= INLINE_BYTES
+
+
+class RemoteTraceback(Exception):  # noqa: N818  (a cause that carries a text, not an error)
+    """The ``__cause__`` of an exception that was raised in a worker; ``str()`` is the traceback there."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"\n\nin the worker:\n{self.text}"
+
+
+def encode(value: object) -> Encoded:
+    """``value`` as bytes. Raises whatever pickle raises for it."""
+    if type(value) in _PLAIN:
+        try:
+            return Encoded(_MSGPACK, _pack(value))
+        except (OverflowError, UnicodeEncodeError):
+            pass  # an int beyond 64 bits, a str with surrogates (a path that is not UTF-8)
+    large: list[memoryview] = []
+
+    def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if raw.nbytes < OUT_OF_BAND_MIN_BYTES:
+            return True
+        large.append(raw)
+        return False
+
+    return Encoded(_PICKLE, pickle.dumps(value, 5, buffer_callback=keep_in_band), tuple(large))
+
+
+def encode_inline(value: object) -> bytes | None:
+    """``value`` as msgpack that fits a record, or None: the short way for what most tasks return."""
+    if type(value) in _PLAIN:
+        try:
+            body = _pack(value)
+        except (OverflowError, UnicodeEncodeError):
+            return None
+        if len(body) <= INLINE_BYTES:
+            return body
+    return None
+
+
+def decode(encoding: int, body: bytes | memoryview, buffers: list[memoryview] | None = None) -> Any:
+    """The value of an ``Encoded``. Raises whatever pickle raises for it."""
+    return _unpack(body) if encoding == _MSGPACK else pickle.loads(body, buffers=buffers)
+
+
+def read_blob(name: str, *, writable: bool) -> Any:
+    """The value in blob ``name``. Raises ``SegmentMissingError`` where it is gone, and whatever pickle raises."""
+    encoding, body, buffers = blobs.read(name, writable=writable)
+    return decode(encoding, body, buffers)
+
+
+def write_blob(name: str, encoded: Encoded) -> int:
+    """Make blob ``name`` of an encoded value; its size in bytes. Raises ``SharedMemoryFullError``."""
+    return blobs.write(name, Encoding(encoded.encoding), encoded.body, encoded.buffers)
+
+
+def encode_result(value: object) -> Encoded:
+    """``encode`` for a task's return value. Raises ``ResultTransportError`` where it cannot travel."""
+    try:
+        return encode(value)
+    except Exception as error:
+        raise ResultTransportError(type(value).__qualname__, f"{type(error).__name__}: {error}") from error
+
+
+def encode_error(error: BaseException) -> Encoded:
+    """An exception with its traceback. One that cannot be pickled and rebuilt becomes a ``RemoteError`` in words."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        body = pickle.dumps((error, text), 5)
+        pickle.loads(
+            body
+        )  # many an exception can be pickled and not be rebuilt: find that out here, not in the collector
+    except Exception:
+        words = RemoteError(type(error).__qualname__, _message(error), text)
+        body = pickle.dumps((words, text), 5)
+    return Encoded(_PICKLE, body)
+
+
+def decode_error(value: tuple[BaseException, str]) -> BaseException:
+    """The exception of ``encode_error``, with ``RemoteTraceback`` as its cause."""
+    error, text = value
+    error.__cause__ = RemoteTraceback(text)
+    return error
+
+
+def undecodable(error: BaseException, what: str) -> RingpoolError:
+    """The error for bytes that arrived and cannot be rebuilt here."""
+    return ResultTransportError(what, f"it cannot be rebuilt here: {type(error).__name__}: {_message(error)}")
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as second:
+        return f"<no message: {type(second).__name__}>"
