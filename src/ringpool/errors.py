@@ -29,8 +29,8 @@
         DurabilityError            the kernel could not promise that it is on disk
       LockTimeoutError           a path's lock was not had in time (also a TimeoutError)
 
-The facts of an error are its ``args`` and attributes of the same names, so that it survives pickle and can be handled by
-a program; ``str()`` makes the sentence, which names the thing and the remedy.
+The facts of an error are its ``args`` and attributes of the same names, so that it survives pickle and can be handled
+by a program; ``str()`` makes the sentence, which names the thing and the remedy.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class OutputCollisionError(RingpoolError):
 class OutputMissingError(RingpoolError):
     """A task function returned without having written its output.
 
-    Attributes: ``output`` (str, the path that was to appear), ``staged`` (str, the ``dst`` that the function was given).
+    Attributes: ``output`` (str, the path that was to appear), ``staged`` (str, the ``dst`` of the function).
     """
 
     def __init__(self, output: str, staged: str, reason: str = "was not written") -> None:
@@ -188,7 +188,8 @@ class OutputMissingError(RingpoolError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"output {self.output} {self.reason}: the task function must write a regular file at its dst ({self.staged})"
+        remedy = f"the task function must write a regular file at its dst ({self.staged})"
+        return f"output {self.output} {self.reason}: {remedy}"
 
 
 # ---- running tasks ---------------------------------------------------------------------------------------------------
@@ -242,13 +243,13 @@ class TaskInDoubtError(RingpoolError):
 
     def __str__(self) -> str:
         return (
-            f"{self.task}: its worker died while it put the output {self.output} in place, and something else has since "
-            "changed that path; look at it, then run the task again"
+            f"{self.task}: its worker died while it put the output {self.output} in place, and something else has "
+            "since changed that path; look at it, then run the task again"
         )
 
 
 class RemoteError(RingpoolError):
-    """An exception of a worker that cannot be pickled, or not be rebuilt here: its type, message and traceback in words.
+    """An exception of a worker that cannot be pickled, or not rebuilt here: its type, message and traceback.
 
     Attributes: ``type_name``, ``message``, ``traceback`` (str).
     """
@@ -310,8 +311,8 @@ class CrashLoopError(PoolError):
     def __str__(self) -> str:
         how = f"by {signal_name(self.signal)}" if self.signal is not None else f"with exit status {self.exitcode}"
         return (
-            f"{self.deaths} workers in a row died before they took a task, the last one {how}; the pool is stopped. What they "
-            "printed on standard error says why; often the main module cannot be imported by a worker (guard its "
+            f"{self.deaths} workers in a row died before they took a task, the last one {how}; the pool is stopped. "
+            "What they printed on standard error says why; often the main module cannot be imported by a worker (guard its "
             'top-level code with `if __name__ == "__main__":`)'
         )
 

@@ -84,12 +84,13 @@ class Coordinator:
     """A pool of ``workers`` processes (default: one per core that this process may use) that run functions over files.
 
     ``mp_context``: a start method (``"forkserver"``, the default, ``"spawn"``, ``"fork"``) or a ``multiprocessing``
-    context. ``ring_slots``: how many tasks are in shared memory at a time. ``attempts_max``: how often a task is started
-    whose worker died in it, at most 63. ``claims_max``: how many short tasks a worker takes at once, at most 64 (1: one by one). ``durability`` of outputs:
-    ``"none"``, ``"atomic"``, ``"data"`` or ``"full"``.
+    context. ``ring_slots``: how many tasks are in shared memory at a time. ``attempts_max``: how often a task is
+    started whose worker died in it, at most 63. ``claims_max``: how many short tasks a worker takes at once, at most
+    64 (1: one by one). ``durability`` of outputs: ``"none"``, ``"atomic"``, ``"data"`` or ``"full"``.
 
-    Use it as a context manager. Leaving it normally drains it; leaving it by an exception drops what has not started, and by
-    Ctrl-C, ``SIGTERM`` or ``SIGHUP`` kills what runs too. Methods may be called from any thread of the process that made it.
+    Use it as a context manager. Leaving it normally drains it; leaving it by an exception drops what has not started,
+    and by Ctrl-C, ``SIGTERM`` or ``SIGHUP`` kills what runs too. Methods may be called from any thread of the process
+    that made it.
 
     Raises ``SharedMemoryFullError`` where ``/dev/shm`` has no room, ``ValueError`` for numbers out of range.
     """
@@ -182,10 +183,10 @@ class Coordinator:
     ) -> FileRun:
         """Run ``fn`` over ``inputs``; an iterator of ``FileResult``s, in the order in which they end.
 
-        ``inputs`` are paths, or ``FileTask``s with their outputs; they are drawn as results are taken, at most ``window``
-        (default: the slots of the ring) ahead. ``output`` gives the output of an input that comes without. A task that
-        fails is a result with an ``error``; the run goes on. Function and parameters are checked here, at once; that two
-        tasks under way have one output is an ``OutputCollisionError`` when the second is drawn.
+        ``inputs`` are paths, or ``FileTask``s with their outputs; they are drawn as results are taken, at most
+        ``window`` (default: the slots of the ring) ahead. ``output`` gives the output of an input that comes without.
+        A task that fails is a result with an ``error``; the run goes on. Function and parameters are checked here, at
+        once; that two tasks under way have one output is an ``OutputCollisionError`` when the second is drawn.
         """
         self._check_open()
         function = self._function(fn, params or {})
@@ -199,8 +200,9 @@ class Coordinator:
     def wait_for_task_result(self, task_id: int, timeout: float | None = None) -> Any:
         """The result of the task that ``submit_file_task`` gave that id; raises what the task raised.
 
-        Waits up to ``timeout`` seconds (None: for ever), then raises ``TimeoutError``. A result can be read once; of those
-        that nobody read, the newest 65,536 are kept. Raises ``KeyError`` for an id that is unknown, read, or pushed out.
+        Waits up to ``timeout`` seconds (None: for ever), then raises ``TimeoutError``. A result can be read once; of
+        those that nobody read, the newest 65,536 are kept. Raises ``KeyError`` for an id that is unknown, read, or
+        pushed out.
         """
         future = self._board.find(task_id)
         if future is None:

@@ -36,9 +36,9 @@ FILL_S = 0.001  # how long inputs are drawn while results wait to be taken
 class FileResult(msgspec.Struct, frozen=True, gc=False):
     """What became of one file.
 
-    ``path`` and ``output`` as they were given (``output``: None where there is none); ``value``: what the function returned;
-    ``error``: None, or what it raised, or why it could not run; ``attempts``: how often it was started; ``duration_s``: of the
-    last attempt, in the function; ``worker``: the index of the worker that ran it.
+    ``path`` and ``output`` as they were given (``output``: None where there is none); ``value``: what the function
+    returned; ``error``: None, or what it raised, or why it could not run; ``attempts``: how often it was started;
+    ``duration_s``: of the last attempt, in the function; ``worker``: the index of the worker that ran it.
     """
 
     path: Any
@@ -63,31 +63,38 @@ class FileResult(msgspec.Struct, frozen=True, gc=False):
 
 def outcome_of(segment: str, ticket: Ticket, record: ResultRecord) -> tuple[Any, BaseException | None]:
     """Value and error of a delivered task; its blob, if it has one, is read and removed."""
-    status = record.status
     try:
-        if record.encoding == Encoding.BLOB:
-            name = blobs.result_name(segment, ticket.sequence, record.attempt)
-            try:
-                value = values.read_blob(name, writable=True)
-            finally:
-                blobs.unlink(name)
-        else:
-            value = values.decode(record.encoding, record.payload) if record.payload else None
+        value = _value_of(segment, ticket, record)
     except Exception as error:
-        return None, values.undecodable(error, "unknown")
-    if status == Status.OK:
+        return None, values.undecodable(error, f"that {ticket.source} gave")
+    if record.status == Status.OK:
         return value, None
-    if status == Status.ERROR:
-        if isinstance(value, str):  # there was no room for the exception itself
+    return None, _error_of(ticket, record.status, value)
+
+
+def _value_of(segment: str, ticket: Ticket, record: ResultRecord) -> Any:
+    if record.encoding != Encoding.BLOB:
+        return values.decode(record.encoding, record.payload) if record.payload else None
+    name = blobs.result_name(segment, ticket.sequence, record.attempt)
+    try:
+        return values.read_blob(name, writable=True)
+    finally:
+        blobs.unlink(name)
+
+
+def _error_of(ticket: Ticket, status: int, value: Any) -> BaseException:
+    match status:
+        case Status.ERROR if isinstance(value, str):  # there was no room for the exception itself
             type_name, _, message = value.partition(": ")
-            return None, RemoteError(type_name, message, "")
-        return None, values.decode_error(value)
-    if status == Status.DIED:
-        signal, exitcode, pid, deaths = value
-        return None, WorkerDiedError(signal, exitcode, pid, str(ticket.source), deaths)
-    if status == Status.IN_DOUBT:
-        return None, TaskInDoubtError(str(ticket.source), str(ticket.output))
-    return None, CancelledError()
+            return RemoteError(type_name, message, "")
+        case Status.ERROR:
+            return values.decode_error(value)
+        case Status.DIED:
+            return WorkerDiedError(value[0], value[1], value[2], str(ticket.source), value[3])
+        case Status.IN_DOUBT:
+            return TaskInDoubtError(str(ticket.source), str(ticket.output))
+        case _:
+            return CancelledError()
 
 
 class TaskFuture(Future[Any]):

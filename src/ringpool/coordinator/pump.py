@@ -4,8 +4,8 @@
     Supervisor --deaths--> recover --> Supervisor.start
     call (any thread) --> commands, run here
 
-Because no other thread of the coordinator takes the ring's lock, a signal handler that raises (in the main thread) never
-leaves it held. It sleeps on the coordinator's semaphore only; whoever has something for it posts that.
+Because no other thread of the coordinator takes the ring's lock, a signal handler that raises (in the main thread)
+never leaves it held. It sleeps on the coordinator's semaphore only; whoever has something for it posts that.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class Pump:
         return False
 
     def cancel_all(self) -> list[Ticket]:
-        """Keep all tasks from starting that no worker has; returns those that had not been published. Through ``call``."""
+        """Keep all tasks from starting that no worker has; those that were not published. Through ``call``."""
         dropped = list(self._backlog)
         self._backlog.clear()
         self.end.cancel_unclaimed()
@@ -295,7 +295,7 @@ class Pump:
         self._sleeping = False
 
     def _results_wanted(self) -> int:
-        """How many results to be woken for: what arrives in about a millisecond, so that short tasks are collected in groups."""
+        """How many results to be woken for: what arrives in a millisecond; short tasks are collected in groups."""
         now = time.monotonic()
         elapsed_s = now - self._rated_at
         if elapsed_s > 0.01:

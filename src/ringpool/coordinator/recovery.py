@@ -16,8 +16,8 @@
     claimed   dead     committing   -        staged    too many  FAIL
     claimed   dead     committing   -        unknown   -         DOUBT      TaskInDoubtError: never run it again
 
-``result`` is that of this attempt only. ``deaths``: whether the task may be tried again after this death. A task that is
-committing was started, whatever the worker's ``running`` word says.
+``result`` is that of this attempt only. ``deaths``: whether the task may be tried again after this death. A task that
+is committing was started, whatever the worker's ``running`` word says.
 """
 
 from __future__ import annotations

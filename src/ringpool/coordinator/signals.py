@@ -3,8 +3,8 @@
     KeyboardInterrupt   from SIGINT, Python's own
     SystemExit(128 + n) from SIGTERM and SIGHUP, while a pool lives, unless the program handles or ignores them itself
 
-The exception unwinds the program's ``with`` block, or its ``atexit``, and that stops the pool. A signal's default action would
-end the process with the segment left in ``/dev/shm`` until the next start removes it.
+The exception unwinds the program's ``with`` block, or its ``atexit``, and that stops the pool. A signal's default
+action would end the process with the segment left in ``/dev/shm`` until the next start removes it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def ended() -> bool:
 
 
 def install() -> None:
-    """Handle the signals from now on, if this is the main thread and nobody else does. Undone by as many ``uninstall``."""
+    """Handle the signals, if this is the main thread and nobody else does; until as many ``uninstall``."""
     global _pools
     with _lock:
         _pools += 1

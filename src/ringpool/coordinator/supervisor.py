@@ -4,11 +4,13 @@
                     |
                     +--(stop: told through the ring)--> exited
 
-One thread per pool starts all processes and waits on their pidfds, so that a death is noticed when it happens, and so that
-this thread is the parent for as long as the pool lives (a worker's PDEATHSIG fires when the *thread* that made it ends).
+One thread per pool starts all processes and waits on their pidfds, so that a death is noticed when it happens, and so
+that this thread is the parent for as long as the pool lives (a worker's PDEATHSIG fires when the *thread* that made
+it ends).
 
-Each worker has a guard pipe. Only this process holds its write end, and forks of this process close it at once, so that the
-kernel closes it when this process ends, however it ends; and at that the kernel kills the worker (``workers.confinement``).
+Each worker has a guard pipe. Only this process holds its write end, and forks of this process close it at once, so
+that the kernel closes it when this process ends, however it ends; and at that the kernel kills the worker
+(``workers.confinement``).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from typing import Any, cast
 
 import msgspec
 
@@ -141,7 +144,7 @@ class Supervisor:
         self._wake()
 
     def join(self, timeout_s: float) -> None:
-        """Wait for all workers to end by themselves; after ``timeout_s`` seconds they are killed. Then the thread ends."""
+        """Wait for all workers to end by themselves; after ``timeout_s`` seconds they are killed."""
         self._stopping = True
         self._wake()
         self._thread.join(timeout_s)
@@ -177,7 +180,9 @@ class Supervisor:
 
     def _start(self, index: int) -> None:
         guard, write_end = _guards.open()
-        process = self._context.Process(  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType, reportUnknownMemberType]
+        process: BaseProcess = cast(
+            "Any", self._context
+        ).Process(  # every context has it; typeshed's base class has not
             target=main, args=(self._arguments(index), guard), name=f"ringpool-worker-{index}"
         )
         try:
@@ -190,7 +195,7 @@ class Supervisor:
             return
         guard.close()
         try:
-            pidfd = os.pidfd_open(process.pid)
+            pidfd = os.pidfd_open(process.pid or 0)
         except ProcessLookupError:  # it ended and was reaped already
             self._report(index, process)
             _guards.close(write_end)

@@ -1,8 +1,8 @@
 """membarrier(2): one side of a store-then-load race pays for the fence of both.
 
-The frequent side does a plain store and a plain load, the rare side its store, ``fence_all``, its load. After the call
-every running thread of a process that had registered has passed a full barrier, so that at least one side sees the other's
-store. Costs the rare side about a microsecond, the frequent side nothing.
+The frequent side does a plain store and a plain load, the rare side its store, ``fence_all``, its load. After the
+call every running thread of a process that had registered has passed a full barrier, so that at least one side sees
+the other's store. Costs the rare side about a microsecond, the frequent side nothing.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@
     0x18  Q  bytes of each buffer, n_buffers times
     then the body, then the buffers, each on a multiple of 64
 
-The publisher writes once (a buffer is copied once, into the file); a reader maps the file and makes views into the mapping:
-no copy. A view keeps its mapping alive, and an unlinked file lives on while it is mapped, so that nothing is reused while
-something still exports it, and all is freed with the last view. Names: ``<segment>.t<id>`` payloads, ``.f<id>`` functions,
-``.r<sequence>.<attempt>`` results; all go with their segment.
+The publisher writes once (a buffer is copied once, into the file); a reader maps the file and makes views into the
+mapping: no copy. A view keeps its mapping alive, and an unlinked file lives on while it is mapped, so that nothing is
+reused while something still exports it, and all is freed with the last view. Names: ``<segment>.t<id>`` payloads,
+``.f<id>`` functions, ``.r<sequence>.<attempt>`` results; all go with their segment.
 """
 
 from __future__ import annotations

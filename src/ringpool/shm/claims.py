@@ -8,9 +8,9 @@
     worker:       running := entry        | then read  revoke
     coordinator:  revoke := claim (mutex) | membarrier | then read  running     (``dispatch.take_back``)
 
-The barrier falls before or after the worker's read of ``revoke``. After: the worker sees it, and asks the lists under the
-mutex. Before: its earlier store to ``running`` is visible, and the coordinator leaves it that entry. Both may happen; then
-the lists decide as well. So an entry is run by the one whose list it is in, and never by two.
+The barrier falls before or after the worker's read of ``revoke``. After: the worker sees it, and asks the lists under
+the mutex. Before: its earlier store to ``running`` is visible, and the coordinator leaves it that entry. Both may
+happen; then the lists decide as well. So an entry is run by the one whose list it is in, and never by two.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ _write_cursors = layout.CURSORS.pack_into
 class WorkerEnd:
     """Worker ``index``'s end of the ring in ``segment``, for the process that calls. One thread uses it.
 
-    ``spins``: how often it looks for work before it sleeps. Any exception out of a method means that the process must end
-    (``os._exit``) at once, without unlocking: the kernel frees the mutex, and whoever gets it finishes the section.
+    ``spins``: how often it looks for work before it sleeps. Any exception out of a method means that the process must
+    end (``os._exit``) at once, without unlocking: the kernel frees the mutex, and whoever gets it finishes the
+    section.
     """
 
     def __init__(self, segment: Segment, index: int, spins: int = 0) -> None:
@@ -64,7 +65,12 @@ class WorkerEnd:
         ready, retry, done = ring.ready, ring.retry, ring.done
         halves = ring.lists + 2 * index * claims_max
         claim_word, bit = self._claim, 1 << index
-        try_lock, inherit, unlock, mutex = ring.lock.try_call, ring.lock.acquire_slowly, ring.lock.unlock_call, ring.lock.mutex
+        try_lock, inherit, unlock, mutex = (
+            ring.lock.try_call,
+            ring.lock.acquire_slowly,
+            ring.lock.unlock_call,
+            ring.lock.mutex,
+        )
         wake_coordinator = self._coordinator.release
         block_at, stride = layout.BLOCK_A_AT, layout.BLOCK_STRIDE
 
@@ -175,7 +181,9 @@ class WorkerEnd:
             pass  # the backstop, or a handled signal; the lists are looked at again in any case
 
     def start(self, entry: int, now_ns: int) -> bool:
-        """Mark ``entry`` as being run since ``now_ns``. False where it was taken back: leave it and all that follows it."""
+        """Mark ``entry`` as being run since ``now_ns``. False where it was taken back: leave it and all that follows
+        it.
+        """
         words = self._words
         words[self._running] = entry
         if words[self._revoke] == self.claim_sequence:  # read after the store above: see the race at the top

@@ -1,7 +1,8 @@
 """The coordinator's end of the ring: publish, collect, take back, settle the dead.
 
-One thread uses it. An exception that arrives in the middle of a method (Ctrl-C in a program without a thread of its own for
-this) costs nothing: the mutex is released, and the private state, marked stale, is rebuilt from the segment at the next call.
+One thread uses it. An exception that arrives in the middle of a method (Ctrl-C in a program without a thread of its
+own for this) costs nothing: the mutex is released, and the private state, marked stale, is rebuilt from the segment
+at the next call.
 
     publish     records and ready entries beyond T -> (section: T, parked workers to wake) -> their semaphores
     collect     done [DHEAD, DT) -> deliver each -> DHEAD: a coordinator that dies between delivers again, never loses
@@ -29,7 +30,7 @@ _write_task = layout.TASK.pack_into
 
 
 class Task(msgspec.Struct, frozen=True, gc=False):
-    """What is published: a function's id, its payload (at most 192 bytes) or the id of the payload's blob, and a key."""
+    """What is published: a function's id, its payload (at most 192 bytes) or that of its blob, and a key."""
 
     function: int
     payload: bytes
@@ -38,7 +39,7 @@ class Task(msgspec.Struct, frozen=True, gc=False):
 
 
 class ClaimedTask(NamedTuple):
-    """An entry that a dead worker held: how far its result is, whether the worker had started it, earlier deaths in it."""
+    """An entry that a dead worker held: how far its result is, whether it was started, earlier deaths in it."""
 
     entry: int
     status: Status
@@ -49,8 +50,8 @@ class ClaimedTask(NamedTuple):
 class CoordinatorEnd:
     """The only publisher and collector of ``segment``, in one process and one thread.
 
-    Takes the segment over: raises ``SegmentBusyError`` where another living process has it, ``SegmentFormatError`` where
-    its contents contradict each other or its lock cannot be had within 5 seconds.
+    Takes the segment over: raises ``SegmentBusyError`` where another living process has it, ``SegmentFormatError``
+    where its contents contradict each other or its lock cannot be had within 5 seconds.
     """
 
     def __init__(self, segment: Segment) -> None:
@@ -266,7 +267,9 @@ class CoordinatorEnd:
     # ---- tasks not yet running
 
     def cancel(self, sequences: Container[int]) -> int:
-        """Cancel those of the tasks that nobody has claimed: they will not start, and are collected as CANCELLED. How many."""
+        """Cancel those of the tasks that nobody has claimed: they will not start, and are collected as CANCELLED. How
+        many.
+        """
         return self._cancel(lambda entry: layout.sequence_of(entry) in sequences)
 
     def cancel_unclaimed(self) -> int:
@@ -291,7 +294,8 @@ class CoordinatorEnd:
     def take_back(self, worker: int) -> int:
         """Take from a living ``worker`` what it claimed and has not started; returns how many tasks.
 
-        What it has finished of that claim goes to done at once; the one that it runs stays. See ``claims`` for the race.
+        What it has finished of that claim goes to done at once; the one that it runs stays. See ``claims`` for the
+        race.
         """
         if self._stale:
             self._rebuild()
@@ -346,7 +350,9 @@ class CoordinatorEnd:
         return cursors.ready_head + cursors.retry_head
 
     def post_for_dead(self, entry: int, status: Status, payload: bytes = b"") -> None:
-        """Give a dead worker's task the result that its worker did not: OK finishes a commit, else ``payload`` tells why."""
+        """Give a dead worker's task the result that its worker did not: OK finishes a commit, else ``payload`` tells
+        why.
+        """
         assert status in layout.STATUS_STEPS[self.ring.status(entry)], "no such step"
         if status is Status.OK:
             self.results.finish(entry)
@@ -374,7 +380,7 @@ class CoordinatorEnd:
         self._wake(wake)
 
     def _commit_moves(self, worker: int, done: Sequence[int], retry: Sequence[int], kept: Sequence[int]) -> list[int]:
-        """Under the mutex: entries of ``worker`` to done and to retry, ``kept`` into the other half of its claim list."""
+        """Under the mutex: entries of ``worker`` to done and to retry, ``kept`` into its claim list's other half."""
         ring = self.ring
         claim = ring.words[ring.worker_word(worker, layout.W_CLAIM)]
         claim = (claim >> layout.CLAIM_SHIFT) + 1 << layout.CLAIM_SHIFT | len(kept)
@@ -411,7 +417,9 @@ class CoordinatorEnd:
 
 
 def _pick(parked: int, n: int) -> tuple[list[int], int]:
-    """Up to ``n`` workers of the bitmap ``parked``, to be woken after the mutex is released, and the bitmap without them."""
+    """Up to ``n`` workers of the bitmap ``parked``, to be woken after the mutex is released, and the bitmap without
+    them.
+    """
     picked: list[int] = []
     while parked and len(picked) < n:
         lowest = parked & -parked

@@ -257,7 +257,7 @@ def sections(slots: int, workers: int, claims_max: int) -> Sections:
     for size in sizes:
         offsets.append(end)
         end = _page_up(end + size)
-    return Sections(*offsets, end)
+    return Sections._make((*offsets, end))
 
 
 def _page_up(offset: int) -> int:

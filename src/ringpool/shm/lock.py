@@ -8,15 +8,15 @@
 
 Three rules, each measured or seen:
 
-- Never block in ``pthread_mutex_lock``: a *waiter* that is killed can swallow the only wake-up, and everybody sleeps on a
-  free mutex. So there are no waiters in the kernel: trylock, and short sleeps.
+- Never block in ``pthread_mutex_lock``: a *waiter* that is killed can swallow the only wake-up, and everybody sleeps
+  on a free mutex. So there are no waiters in the kernel: trylock, and short sleeps.
 - Calls go through ``PyDLL`` (the GIL is kept): releasing and taking it costs more than the call.
 - Interrupted: an exception that a signal handler raises can leave a section between any two bytecodes, with the mutex
   held by a thread that lives. The next ``acquire`` of that thread sees its own id as the owner, redoes what the section
   had committed, and goes on. ``release_if_held`` does it at once.
 
-glibc keeps the owner's thread id in the low 30 bits of the first word of a robust mutex (``nptl/pthreadP.h``); that, and
-robust mutexes as such, are sound from glibc 2.25 on. An older one is refused.
+glibc keeps the owner's thread id in the low 30 bits of the first word of a robust mutex (``nptl/pthreadP.h``); that,
+and robust mutexes as such, are sound from glibc 2.25 on. An older one is refused.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class RobustLock:
         "_place",
         "_redo",
         "_tid_of",
-                "_word",
+        "_word",
         "acquire",
         "mutex",
         "release",
@@ -112,7 +112,7 @@ class RobustLock:
         self.release = self._release()
 
     def _acquire(self) -> Callable[[], None]:
-        """``acquire`` as a closure: it is called twice for each task, and attribute look-ups would cost as much as it."""
+        """``acquire`` as a closure: attribute look-ups would cost as much as the call."""
         try_call, mutex, slow = self.try_call, self.mutex, self.acquire_slowly
 
         def acquire() -> None:
@@ -137,7 +137,9 @@ class RobustLock:
             self.acquire_slowly(error, time.monotonic() + timeout_s)
 
     def acquire_slowly(self, error: int, deadline: float | None = None) -> None:
-        """What ``acquire`` does after a ``try_call`` that gave ``error``; for callers that do the first step themselves."""
+        """What ``acquire`` does after a ``try_call`` that gave ``error``; for callers that do the first step
+        themselves.
+        """
         try_call, mutex = self.try_call, self.mutex
         while error == EBUSY:
             if self.held_by_this_thread:

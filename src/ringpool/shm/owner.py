@@ -1,8 +1,8 @@
 """A process's identity, and whether it lives.
 
-A pid alone names nobody: pids are used again. Pid and start time (ticks since boot, field 22 of ``/proc/PID/stat``) name
-one process on one boot, inside one pid namespace. A zombie counts as dead: it executes nothing any more, and the kernel has
-released what it held. Reclaim only on this proof, never on a heartbeat.
+A pid alone names nobody: pids are used again. Pid and start time (ticks since boot, field 22 of ``/proc/PID/stat``)
+name one process on one boot, inside one pid namespace. A zombie counts as dead: it executes nothing any more, and the
+kernel has released what it held. Reclaim only on this proof, never on a heartbeat.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     worker:       read_task -> run -> [stage: payload, then word COMMITTING] -> post: payload, then word OK, ERROR, ...
     coordinator:  after the worker's proven death only: overwrite (DIED, IN_DOUBT), finish (COMMITTING -> OK)
 
-The word is stored last, and is the task's own commit: without it nothing has happened, with it the task is done, whoever
-dies next. The payload may be written in any order before it, because nobody reads it before the word stands.
+The word is stored last, and is the task's own commit: without it nothing has happened, with it the task is done,
+whoever dies next. The payload may be written in any order before it, because nobody reads it before the word stands.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _read_head = layout.RESULT_HEAD.unpack_from
 class ResultRecord(msgspec.Struct, frozen=True, gc=False):
     """A result as it stands in its slot: plain integers in a struct, because one is made for every task.
 
-    ``status`` (``Status``), ``attempt`` (from 0), ``encoding`` (``Encoding``), ``payload`` (bytes), ``duration_ns`` (of the
-    task function), ``blob_bytes`` (0: no blob), ``worker`` (index).
+    ``status`` (``Status``), ``attempt`` (from 0), ``encoding`` (``Encoding``), ``payload`` (bytes), ``duration_ns``
+    (of the task function), ``blob_bytes`` (0: no blob), ``worker`` (index).
     """
 
     status: int
@@ -70,7 +70,7 @@ class Results:
     def stage(
         self, entry: int, encoding: int, payload: bytes, duration_ns: int, blob_bytes: int, device: int, inode: int
     ) -> None:
-        """Announce that the output (file ``inode`` on ``device``) is about to be put in its place: status COMMITTING."""
+        """Announce that the output, file ``inode`` of ``device``, is being put in its place: status COMMITTING."""
         assert len(payload) <= INLINE_BYTES
         at = self._results + (entry & layout.SLOT_MASK) * RECORD_BYTES
         _write_staged(self._mapping, at + 8, duration_ns, blob_bytes, self.index, encoding, device, inode)

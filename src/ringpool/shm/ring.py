@@ -9,16 +9,18 @@
 Invariants, at every instant, whoever is killed:
 
 1. A slot stands in one list or in none; the lists are what the *active* cursor block, the claim words and DHEAD say.
-2. Lists, cursors and claim words change only under the mutex. A section reads the active block, writes entries beyond the
-   tails and the other block, then stores ``version_word``: that one aligned store is the commit. One store follows it, the
-   claim word named by ``op_worker``. Whoever inherits the mutex does that one again (``redo``), so that killed before the
-   commit nothing has happened, and killed after it everything has.
+2. Lists, cursors and claim words change only under the mutex. A section reads the active block, writes entries beyond
+the
+   tails and the other block, then stores ``version_word``: that one aligned store is the commit. One store follows
+   it, the claim word named by ``op_worker``. Whoever inherits the mutex does that one again (``redo``), so that
+   killed before the commit nothing has happened, and killed after it everything has.
 3. A claim list is written into the half that is not in use; the claim word's parity says which half is.
 4. A result belongs to an entry only where sequence and attempt in its word are the entry's.
 5. What stands in the done list has its result.
 
-A word that others read without the mutex is stored through ``memoryview.cast("Q")``, one aligned 8-byte store; never by
-``struct.pack_into``, which writes zeros first. Reads without the mutex are hints: they are checked under it before they count.
+A word that others read without the mutex is stored through ``memoryview.cast("Q")``, one aligned 8-byte store; never
+by ``struct.pack_into``, which writes zeros first. Reads without the mutex are hints: they are checked under it before
+they count.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class Ring:
     """The mapped lists and cursors of one segment, and their lock.
 
     Attributes: ``segment``; ``words`` (the mapping as 8-byte words); ``slots``, ``workers``, ``claims_max`` (counts);
-    ``lists``, ``ready``, ``retry``, ``done`` (word indices of the sections); ``tasks``, ``results`` (byte offsets); ``lock``.
+    ``lists``, ``ready``, ``retry``, ``done`` (word indices of the sections); ``tasks``, ``results`` (byte offsets);
+    ``lock``.
     """
 
     def __init__(self, segment: Segment) -> None:
@@ -74,7 +77,7 @@ class Ring:
             self.words[self.worker_word(op_worker, layout.W_CLAIM)] = cursors[7]
 
     def redo(self) -> None:
-        """Do again, idempotently, the one store that follows a commit: for an owner that died or was interrupted there."""
+        """Do again, idempotently, the one store that follows a commit, for an owner that did not get to it."""
         cursors = self.cursors()
         if cursors.op_worker < self.workers:
             self.words[self.worker_word(cursors.op_worker, layout.W_CLAIM)] = cursors.op_claim
@@ -103,7 +106,9 @@ class Ring:
         return found + self.words[base : base + n - first].tolist() if first < n else found
 
     def put(self, base: int, position: int, entries: Sequence[int]) -> None:
-        """Write ``entries`` into the list at word ``base``, from ``position`` on: beyond its tail, invisible until a commit."""
+        """Write ``entries`` into the list at word ``base``, from ``position`` on: beyond its tail, invisible until a
+        commit.
+        """
         if not entries:
             return
         block = array("Q", entries)

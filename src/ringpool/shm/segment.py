@@ -7,10 +7,10 @@
     create   name, O_EXCL 0600 -> fallocate -> map -> header, mutex, semaphores -> magic (ready)
     attach   open -> owner, size -> header by pread -> magic, checksum, format, machine, boot -> map -> mutex kind
 
-Everything is allocated at creation, so that a full ``/dev/shm`` is an error there and never a SIGBUS later. Nothing is
-mapped before its size is known to be true. A creator that dies half way leaves a name, and the name says who it was: the
-next start removes whatever belongs to the dead, by ``reclaim_dead``. ``multiprocessing.shared_memory`` is not used: its
-resource tracker unlinks what an attacher leaves.
+Everything is allocated at creation, so that a full ``/dev/shm`` is an error there and never a SIGBUS later. Nothing
+is mapped before its size is known to be true. A creator that dies half way leaves a name, and the name says who it
+was: the next start removes whatever belongs to the dead, by ``reclaim_dead``. ``multiprocessing.shared_memory`` is
+not used: its resource tracker unlinks what an attacher leaves.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Segment:
 def create(slots: int, workers: int, claims_max: int = layout.CLAIMS_MAX) -> Segment:
     """Make a segment that belongs to the calling process, and its semaphores.
 
-    ``slots``: tasks that can be in it at a time, 1 to 4,194,303. ``workers``: at most 64. ``claims_max``: tasks that one
-    worker may hold, 1 to 64. Raises ``SharedMemoryFullError``, leaving nothing, and ``ValueError``.
+    ``slots``: tasks that can be in it at a time, 1 to 4,194,303. ``workers``: at most 64. ``claims_max``: tasks that
+    one worker may hold, 1 to 64. Raises ``SharedMemoryFullError``, leaving nothing, and ``ValueError``.
     """
     for what, value, top in (
         ("slots", slots, layout.SLOTS_MAX),
@@ -103,22 +103,12 @@ def _create(name: str, me: owner.Owner, places: layout.Sections, slots: int, wor
     finally:
         file.close_fd()
     *offsets, size_bytes = places
-    header = layout.Header(
-        0,
-        layout.VERSION,
-        layout.HEADER_BYTES,
-        size_bytes,
-        *_machine(),
-        slots,
-        workers,
-        claims_max,
-        layout.RECORD_BYTES,
-        *offsets,
-        *me,
-        owner.boot_id(),
-        owner.pid_namespace(),
-        secrets.token_bytes(16),
-        layout.FORMAT_ID,
+    header = layout.Header._make(
+        (
+            *(0, layout.VERSION, layout.HEADER_BYTES, size_bytes, *_machine()),  # no magic number yet
+            *(slots, workers, claims_max, layout.RECORD_BYTES, *offsets),
+            *(*me, owner.boot_id(), owner.pid_namespace(), secrets.token_bytes(16), layout.FORMAT_ID),
+        )
     )
     layout.HEADER.pack_into(mapping, 0, *header)
     _MAGIC_WORD.pack_into(mapping, layout.CRC_AT, _checksum(mapping[: layout.HEADER_BYTES]))
@@ -133,7 +123,8 @@ def _create(name: str, me: owner.Owner, places: layout.Sections, slots: int, wor
 def attach(name: str) -> Segment:
     """Map an existing segment of this user, made on this boot, in this pid namespace and by this format.
 
-    Raises a ``SegmentError`` that says which of these does not hold. Contents beyond the header are for ``ring`` to judge.
+    Raises a ``SegmentError`` that says which of these does not hold. Contents beyond the header are for ``ring`` to
+    judge.
     """
     try:
         file = posix_ipc.SharedMemory(f"/{name}")
@@ -165,7 +156,7 @@ def _verified_header(name: str, fd: int) -> layout.Header:
         raise SegmentTruncatedError(
             name, f"it has {status.st_size} bytes, and its header alone takes {layout.HEADER_BYTES}"
         )
-    header = layout.Header(*layout.HEADER.unpack_from(head))
+    header = layout.Header._make(layout.HEADER.unpack_from(head))
     if header.version != layout.VERSION:
         raise SegmentFormatError(name, f"it has layout version {header.version}, and this build has {layout.VERSION}")
     if _MAGIC_WORD.unpack_from(head, layout.CRC_AT)[0] != _checksum(head):
@@ -217,10 +208,15 @@ def owner_of(name: str) -> owner.Owner | None:
 
     None where it is none of ours, or of another pid namespace, in which we cannot tell who lives.
     """
-    match = NAME.match(name.removeprefix("sem."))
+    match = _segment_name(name)
     if match is None or int(match["namespace"]) != owner.pid_namespace():
         return None
     return owner.Owner(int(match["pid"]), int(match["start"]))
+
+
+def _segment_name(file: str) -> re.Match[str] | None:
+    """The name of the segment that ``file`` of ``/dev/shm`` belongs to."""
+    return NAME.match(file.removeprefix("sem."))
 
 
 def reclaim_dead() -> list[str]:
@@ -231,12 +227,12 @@ def reclaim_dead() -> list[str]:
     removed: set[str] = set()
     with os.scandir(SHM_DIRECTORY) as files:
         for file in files:
-            belongs_to = owner_of(file.name)
-            if belongs_to is None or belongs_to.alive:
+            match, belongs_to = _segment_name(file.name), owner_of(file.name)
+            if match is None or belongs_to is None or belongs_to.alive:
                 continue
             with contextlib.suppress(OSError):  # it vanished: somebody else reclaims too
                 if file.stat(follow_symlinks=False).st_uid == os.geteuid():
-                    removed.add(NAME.match(file.name.removeprefix("sem."))[0])  # pyright: ignore[reportOptionalSubscript]
+                    removed.add(match[0])
     for name in removed:
         unlink(name)
     return sorted(removed)

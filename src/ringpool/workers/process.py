@@ -7,8 +7,8 @@
           +- None: stop, exit 0       +- False: taken back,       +- no: exit UNSOUND; finished ones are settled,
                                          claim again                 unstarted ones go back, nobody is blamed
 
-Crash-only: whatever goes wrong outside a task function ends the process at once (``os._exit``), without unlocking or tidying.
-That path has to be right anyway, because SIGKILL takes it; so there is no other.
+Crash-only: whatever goes wrong outside a task function ends the process at once (``os._exit``), without unlocking or
+tidying. That path has to be right anyway, because SIGKILL takes it; so there is no other.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _MSGPACK, _BLOB = int(Encoding.MSGPACK), int(Encoding.BLOB)
 
 
 class WorkerArguments(msgspec.Struct, frozen=True):
-    """What the coordinator tells a worker: segment name, worker index, most entries per claim, spins before sleeping."""
+    """What the coordinator tells a worker: segment, index, most entries per claim, spins before sleeping."""
 
     segment: str
     index: int
@@ -181,7 +181,7 @@ class Worker:
     def _run_with_output(
         self, entry: int, function: BoundFunction, task: tasks.FilePayload, parameters: dict[str, Any], start_ns: int
     ) -> int:
-        """Run, stage, and under the target's lock: COMMITTING, rename, OK. A death at any point leaves all or nothing."""
+        """Run, stage, and under the target's lock: COMMITTING, rename, OK. A death leaves all or nothing."""
         assert task.target is not None
         target = atomic.prepare_target(task.target, function.durability)
         staged = staged_path(self.token, entry, target)

@@ -5,8 +5,8 @@
 
 A task function is ``fn(src, **parameters)``, or ``fn(src, dst, **parameters)`` where the task has an output: having a
 parameter called ``dst`` is what makes a function one with outputs. ``src`` and ``dst`` are ``Path``s, or ``str`` or
-``bytes`` where the annotation says so. All that can be wrong with a function or its parameters is found before anything is
-queued.
+``bytes`` where the annotation says so. All that can be wrong with a function or its parameters is found before
+anything is queued.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ decode_spec: Callable[[bytes | memoryview], FunctionSpec] = msgspec.msgpack.Deco
 class Signature(NamedTuple):
     """How a task function wants to be called.
 
-    ``source_type`` and ``target_type`` make ``src`` and ``dst`` of bytes; ``takes_output``: it has a ``dst``; ``needs_output``: one without a
-    default; ``model``: the struct that its keyword parameters must fit, None where it takes any; ``fields``: their names;
-    ``required``: of them those without a default.
+    ``source_type`` and ``target_type`` make ``src`` and ``dst`` of bytes; ``takes_output``: it has a ``dst``;
+    ``needs_output``: one without a default; ``model``: the struct that its keyword parameters must fit, None where it
+    takes any; ``fields``: their names; ``required``: of them those without a default.
     """
 
     source_type: Callable[[bytes], Any]
@@ -154,7 +154,9 @@ def _hints(function: TaskFunction) -> dict[str, Any]:
 
 
 def _path_type(hint: object) -> Callable[[bytes], Any]:
-    return {str: os.fsdecode, bytes: bytes}.get(hint, _as_path)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    if hint is str:
+        return os.fsdecode
+    return bytes if hint is bytes else _as_path
 
 
 def _as_path(path: bytes) -> Path:

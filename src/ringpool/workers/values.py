@@ -4,8 +4,8 @@
     everything else                                     pickle, protocol 5; so that a tuple stays a tuple
     more than 192 bytes of either                       a blob; large buffers lie in it as they are
 
-A reader gets views into the blob's mapping for out-of-band buffers: read-only in a worker, private copy-on-write where the
-result arrives. The mapping lives as long as any of them.
+A reader gets views into the blob's mapping for out-of-band buffers: read-only in a worker, private copy-on-write
+where the result arrives. The mapping lives as long as any of them.
 """
 
 from __future__ import annotations

@@ -374,16 +374,34 @@ def test_the_disk_is_really_full(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_text() == "old"
 
 
+def test_an_error_of_the_clean_up_does_not_leave_the_temporary_file(tmp_path: Path) -> None:
+    failures = {"write": 1, "unlink": 1}
+
+    def wanted(_: int, name: str) -> bool:
+        failures[name] = failures.get(name, 0) - 1
+        return failures[name] == 0
+
+    with failing(wanted, errno.EIO), pytest.raises(AtomicWriteError, match="write"):
+        atomic_write(tmp_path / "a", b"new")
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("disk_is_full", [False, True])
 @pytest.mark.parametrize("exclusive", [False, True])
-def test_ctrl_c_at_any_bytecode_leaves_no_temporary_file(tmp_path: Path, exclusive: bool) -> None:
+def test_ctrl_c_at_any_bytecode_leaves_no_temporary_file(tmp_path: Path, exclusive: bool, disk_is_full: bool) -> None:
     path = tmp_path / "a.bin"
+
+    def write() -> None:
+        with failing(lambda _, name: name == "write" and disk_is_full, errno.ENOSPC), suppress(AtomicWriteError):
+            atomic_write(path, b"new", durability="atomic", exclusive=exclusive)
+
     n_interrupted = 0
     for nth in count(1):
         if exclusive:
             path.unlink(missing_ok=True)
         else:
             path.write_bytes(b"old")
-        interrupted = interrupt_at(nth, lambda: atomic_write(path, b"new", durability="atomic", exclusive=exclusive))
+        interrupted = interrupt_at(nth, write)
         assert names(tmp_path) <= {"a.bin"}, nth
         if path.exists():
             assert path.read_bytes() in (b"old", b"new")

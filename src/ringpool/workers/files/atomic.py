@@ -277,10 +277,8 @@ class _Write:
         if self.level in (Durability.DATA, Durability.FULL):
             _sync(self.fd, self.path, "fsync")
         self.step = "close"
-        fd, self.fd = (
-            self.fd,
-            -1,
-        )  # closed once, whatever close says (close(2)): a network file system reports errors here
+        # Closed once, whatever close says (close(2)); a network file system reports errors of writing here.
+        fd, self.fd = self.fd, -1
         calls.close(fd)
         self.step = "rename"
         self._publish(exclusive)

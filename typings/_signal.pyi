@@ -1,0 +1,3 @@
+"""The part of _signal that ringpool uses; typeshed has only ``signal``, which wraps it."""
+
+def getsignal(signalnum: int, /) -> object: ...
