@@ -24,6 +24,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ WORKERS = min(4, len(os.sched_getaffinity(0)))
 RESULTS_BEFORE_KILL = 100
 ROUNDS_MAX = 5
 EXIT_TIMEOUT_S = 10.0
+FAULTS_SHOWN_MAX = 20
 
 
 class Run(NamedTuple):
@@ -65,8 +67,11 @@ def run_and_kill(target: Path) -> Run:
     words = ["ringpool", "run", "gzip_task:gzip_file", *SOURCES, "--out", f"{target}/{{relpath}}.gz"]
     words += ["--param", "level=9", "--workers", str(WORKERS), "--json"]
     print(f"$ cd {shlex.quote(str(STDLIB))}\n$ {shlex.join(words)}", flush=True)
-    module_path = os.pathsep.join(filter(None, [str(EXAMPLES), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": module_path}
+    search_path = [
+        str(EXAMPLES),
+        *map(os.path.abspath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))),
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search_path)}
     results: dict[str, dict[str, Any]] = {}
     pidfds: dict[int, int] = {}
     killed = None
@@ -125,26 +130,33 @@ def list_modules() -> set[str]:
     return found
 
 
-def find_faults(run: Run, target: Path) -> list[str]:
-    """Everything about ``run`` and its outputs that is not as it should be."""
-    modules = list_modules()
-    faults = [f"the command exited with {run.status}"] if run.status else []
-    faults += [f"process {pid} outlived the command" for pid in run.survivors]
-    faults += [f"{path}: no result was reported" for path in modules - run.results.keys()]
-    faults += [f"{path}: a result was reported for what is no input" for path in run.results.keys() - modules]
+def find_faults(run: Run, modules: set[str], target: Path) -> dict[str, str]:
+    """What is not as it should be, and why; by path where it is a module."""
+    faults = {f"process {pid}": "outlived the command" for pid in run.survivors}
+    if run.status:
+        faults["the command"] = f"exited with {run.status}"
+    faults |= dict.fromkeys(modules - run.results.keys(), "no result was reported")
+    faults |= dict.fromkeys(run.results.keys() - modules, "a result was reported for what is no input")
     for path in modules & run.results.keys():
-        try:
-            content = gzip.decompress((target / f"{path}.gz").read_bytes())
-        except (OSError, EOFError, ValueError) as error:
-            faults.append(f"{path}: its output is not whole: {error}")
-            continue
-        if content != (STDLIB / path).read_bytes():
-            faults.append(f"{path}: its output does not give its content back")
-        if hashlib.sha256(content).hexdigest() != run.results[path]["value"]:
-            faults.append(f"{path}: its checksum is not the one reported")
+        if fault := find_fault(STDLIB / path, target / f"{path}.gz", run.results[path]["value"]):
+            faults[path] = fault
     outputs = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
-    strays = {path for path in outputs if ".ringpool" not in Path(path).parts} - {f"{path}.gz" for path in modules}
-    return faults + [f"{target / path}: nobody ordered that file" for path in strays]
+    expected = {f"{path}.gz" for path in modules}
+    strays = {path for path in outputs - expected if ".ringpool" not in Path(path).parts}
+    return faults | dict.fromkeys(strays, "nobody ordered this file")
+
+
+def find_fault(source: Path, output: Path, checksum: str) -> str | None:
+    """What is wrong with one output."""
+    try:
+        content = gzip.decompress(output.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        return f"its output is not whole: {error}"
+    if content != source.read_bytes():
+        return "its output does not give its content back"
+    if hashlib.sha256(content).hexdigest() != checksum:
+        return f"its checksum is not the reported {checksum}"
+    return None
 
 
 # ---- the demo --------------------------------------------------------------------------------------------------------
@@ -152,29 +164,30 @@ def find_faults(run: Run, target: Path) -> list[str]:
 
 def demonstrate(place: Path) -> int:
     """Run until a killed worker has cost a retry; the exit status."""
+    modules = list_modules()
     for round_number in range(1, ROUNDS_MAX + 1):
         target = place / f"run-{round_number}"
         shutil.rmtree(target, ignore_errors=True)
         run = run_and_kill(target)
-        faults = find_faults(run, target)
+        faults = find_faults(run, modules, target)
         if faults or run.retried:
             break
         print("the kill hit nothing this time; once more", flush=True)
-    n = len(run.results)
-    print(f"{n} files compressed in {run.duration_s:.1f} s by {WORKERS} workers: {n / run.duration_s:.0f} files/s")
-    print(f"worker killed: {run.killed}; tried again: {', '.join(run.retried) or 'nothing'}")
-    for fault in faults[:20]:
-        print(f"FAULT: {fault}")
-    wrong = {fault.partition(":")[0] for fault in faults}
-    print(f"outputs that give back their inputs and have the checksums reported: {n - len(wrong)} of {n}")
+    rate_per_s = len(run.results) / run.duration_s
+    speed = f"{run.duration_s:.1f} s, {rate_per_s:.0f} files/s"
+    print(f"files compressed   {len(run.results)}, by {WORKERS} workers in {speed}")
+    print(f"worker killed      {f'process {run.killed}' if run.killed else 'none'}")
+    print(f"tried again        {', '.join(run.retried) or 'nothing'}")
+    print(f"outputs verified   {len(modules - faults.keys())} of {len(modules)}: content and checksum")
+    for what, why in list(faults.items())[:FAULTS_SHOWN_MAX]:
+        print(f"FAULT              {what}: {why}")
     if faults:
         print(f"{len(faults)} faults")
-        return 1
-    if not run.retried:
-        print(f"in {ROUNDS_MAX} runs no kill hit a task that ran: nothing was shown")
-        return 1
-    print("one worker was killed, one task was run again, nothing was lost and nothing is left over")
-    return 0
+    elif not run.retried:
+        print(f"in {ROUNDS_MAX} runs no kill hit a task at work: nothing was shown")
+    else:
+        print("A worker was killed at work. Its task was run again; nothing is lost, torn or left over.")
+    return 1 if faults or not run.retried else 0
 
 
 def main() -> int:

@@ -65,8 +65,27 @@ def write_half_and_wait(src: Path, dst: Path, *, begun: str) -> None:
     wait_for_ever(src, begun=begun)
 
 
+def write_half_and_fail(src: Path, dst: Path) -> None:
+    dst.write_text("half")
+    raise ValueError(src.name)
+
+
 def dawdle(src: Path) -> None:
     select.select([], [], [], 0.05)
+
+
+def copy_slowly(src: Path, dst: Path) -> int:
+    dawdle(src)
+    return copy(src, dst)
+
+
+def odd_keys(src: Path) -> dict[tuple[int, int], bytes]:
+    """A value whose keys JSON does not know."""
+    return {(1, 2): b"x"}
+
+
+def raw(src: Path) -> bytes:
+    return b"\x00\xff"
 
 
 @dataclass

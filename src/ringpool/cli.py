@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from itertools import chain, islice
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -35,6 +36,7 @@ from ringpool.coordinator.inputs import InputFile, OutputPattern, list_inputs, w
 from ringpool.errors import InputMissingError, PoolError, RingpoolError, SegmentError
 from ringpool.shm import layout
 from ringpool.workers import tasks
+from ringpool.workers.files.locks import PathLock
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -197,6 +199,8 @@ def _run(options: RunOptions) -> int:
     pattern = _check_function(options)
     pairs = _pair(options, pattern)
     head = list(islice(pairs, 2))  # two inputs with one output are a likely mistake: seen before anything runs
+    if pattern is not None:
+        _found_locks(pattern.base)
     tally = Tally()
     try:
         _run_tasks(options, chain(head, pairs), tally, _printer(options, pattern))
@@ -227,6 +231,13 @@ def _pair(options: RunOptions, pattern: OutputPattern | None) -> Iterator[tuple[
     if pattern is None:
         return ((file, None) for file in files)
     return with_outputs(files, pattern, one_source=len(options.inputs) == 1)
+
+
+def _found_locks(base: Path) -> None:
+    """Have all lock files of a run below one directory: without it, each directory of outputs would get its own."""
+    base.mkdir(parents=True, exist_ok=True)
+    with PathLock(base / "any name", base=base):
+        pass
 
 
 def _run_tasks(
@@ -404,4 +415,4 @@ def _as_builtin(value: object) -> object:
 
 
 def _path_or_repr(value: object) -> str:
-    return os.fsdecode(value) if isinstance(value, os.PathLike) else repr(value)
+    return str(value) if isinstance(value, PurePath) else repr(value)

@@ -312,8 +312,8 @@ class CrashLoopError(PoolError):
         how = f"by {signal_name(self.signal)}" if self.signal is not None else f"with exit status {self.exitcode}"
         return (
             f"{self.deaths} workers in a row died before they took a task, the last one {how}; the pool is stopped. "
-            "What they printed on standard error says why; often the main module cannot be imported by a worker (guard its "
-            'top-level code with `if __name__ == "__main__":`)'
+            "What they printed on standard error says why; often the main module cannot be imported by a worker "
+            '(guard its top-level code with `if __name__ == "__main__":`)'
         )
 
 

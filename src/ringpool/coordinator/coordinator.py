@@ -23,6 +23,8 @@ from multiprocessing.context import BaseContext
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import msgspec
+
 from ringpool.coordinator import signals
 from ringpool.coordinator.futures import FileResult, FileRun, RunInbox, TaskBoard, TaskFuture
 from ringpool.coordinator.pump import Pump, Ticket
@@ -46,7 +48,7 @@ Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 START_METHOD = "forkserver"
 ABORT_TIMEOUT_S = 1.0
 STOP_TIMEOUT_S = 5.0
-SPINS = 200  # about 50 us of looking for work before a worker sleeps, where it has a core to itself
+SPINS = 200  # looks for work before a worker sleeps, about 100 us
 _PRELOAD = ["__main__", "ringpool.workers.process"]
 
 _open: weakref.WeakSet[Coordinator] = weakref.WeakSet()
@@ -72,12 +74,15 @@ class CoordinatorStats(NamedTuple):
     taken_back: int  # claims taken from a worker that was busy with a long task
 
 
-class _Function(NamedTuple):
-    """A task function as it is registered: id of its blob, name, and how it wants to be called."""
+class _Function(msgspec.Struct):
+    """A task function as it is registered: the id of its blob, how it wants to be called, and how many runs use it."""
 
     id: int
     name: str
     signature: tasks.Signature
+    spec: bytes
+    shared: bool  # it has parameters that all its tasks share
+    users: int = 0
 
 
 class Coordinator:
@@ -117,7 +122,7 @@ class Coordinator:
         self._task_ids = itertools.count(1)
         self._blob_ids = itertools.count(1)
         self._function_ids = itertools.count(1)
-        self._functions: dict[bytes, int] = {}
+        self._functions: dict[bytes, _Function] = {}
         self._board = TaskBoard()
         context = _context(mp_context)
         segment.reclaim_dead()
@@ -125,10 +130,9 @@ class Coordinator:
         try:
             self._end = CoordinatorEnd(self._segment)
             self._pump = Pump(self._end, attempts_max)
-            spins = SPINS if n_workers < cores else 0  # a worker that spins must not take the core of one that works
             name = self._segment.name
             self._supervisor = Supervisor(
-                context, lambda w: WorkerArguments(name, w, claims_max, spins), n_workers, self._pump.on_death
+                context, lambda w: WorkerArguments(name, w, claims_max, SPINS), n_workers, self._pump.on_death
             )
             _open.add(self)
             signals.install()
@@ -156,20 +160,18 @@ class Coordinator:
         """
         self._check_open()
         function = self._function(fn, {})
+        name, signature = function.name, function.signature
         _check_output(function, has_output=dst is not None)
-        own = tasks.validate(function.name, function.signature, params or {})
-        tasks.require(function.name, function.signature, own)
-        directory = os.getcwdb()
-        source = _absolute(src, directory)
+        own = tasks.validate(name, signature, params or {})
+        tasks.require(name, signature, own)
+        source, target = _absolute(src), None if dst is None else _absolute(dst)
         if not os.path.exists(source):
             raise InputMissingError(os.fsdecode(source))
-        target = None if dst is None else _absolute(dst, directory)
-        payload = tasks.FilePayload(source, target, tasks.pack_parameters(function.name, own) or None)
+        payload = tasks.FilePayload(source, target, tasks.pack_parameters(name, own) or None)
         future = TaskFuture(next(self._task_ids), self._pump, self._board)
-        ticket = Ticket(self._task(function.id, payload, future.task_id), future, src, dst)
-        future.ticket = ticket
+        future.ticket = Ticket(self._task(function.id, payload, future.task_id), future, src, dst)
         self._board.add(future)
-        self._pump.submit((ticket,))
+        self._pump.submit((future.ticket,))
         return future
 
     def run_file_tasks(
@@ -193,7 +195,7 @@ class Coordinator:
         tasks.require(function.name, function.signature, params or {})
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, not {window}")
-        inbox = RunInbox(self._segment.name)
+        inbox = RunInbox(self._segment.name, lambda: self._release(function))
         tickets = self._tickets(function, iter(inputs), output, inbox)
         return FileRun(self._pump, inbox, tickets, window or self._segment.header.slots)
 
@@ -311,20 +313,27 @@ class Coordinator:
             raise CoordinatorClosedError
 
     def _function(self, fn: tasks.TaskFunction | str, shared: Mapping[str, Any]) -> _Function:
-        """Register a function with what all its tasks share. Its blob lives as long as the segment."""
-        name = tasks.name_of(fn)
+        """Register a function with what all its tasks share; ``_release`` it after the last of them."""
+        name, signature = tasks.describe(fn)
         tasks.require_importable_main(name)
-        function = tasks.resolve(name)
-        signature = tasks.signature_of(function, name)
         packed = tasks.pack_parameters(name, tasks.validate(name, signature, shared))
         spec = tasks.encode_spec(tasks.FunctionSpec(name, packed, self._durability))
         with self._lock:
-            known = self._functions.get(spec)
-            if known is None:
-                known = next(self._function_ids)
-                blobs.write(blobs.function_name(self._segment.name, known), Encoding.MSGPACK, spec)
-                self._functions[spec] = known
-        return _Function(known, name, signature)
+            found = self._functions.get(spec)
+            if found is None:
+                found = _Function(next(self._function_ids), name, signature, spec, shared=bool(packed))
+                blobs.write(blobs.function_name(self._segment.name, found.id), Encoding.MSGPACK, spec)
+                self._functions[spec] = found
+            found.users += 1
+        return found
+
+    def _release(self, function: _Function) -> None:
+        """A run has ended. One with parameters takes its function's blob along; plain functions stay registered."""
+        with self._lock:
+            function.users -= 1
+            if function.shared and not function.users and not self._closed:
+                del self._functions[function.spec]
+                blobs.unlink(blobs.function_name(self._segment.name, function.id))
 
     def _task(self, function: int, payload: tasks.FilePayload, key: int) -> Task:
         encoded = tasks.encode_payload(payload)
@@ -371,10 +380,10 @@ def _context(chosen: str | BaseContext | None) -> BaseContext:
     return context
 
 
-def _absolute(path: Path, directory: bytes) -> bytes:
+def _absolute(path: Path, directory: bytes | None = None) -> bytes:
     """As bytes, and absolute: a task that changes its working directory must not move its neighbours' files."""
     raw = os.fsencode(path)
-    return raw if raw.startswith(b"/") else os.path.join(directory, raw)
+    return raw if raw.startswith(b"/") else os.path.join(directory or os.getcwdb(), raw)
 
 
 def _check_output(function: _Function, *, has_output: bool) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any
 
@@ -116,11 +116,13 @@ class TaskFuture(Future[Any]):
     def cancel(self) -> bool:
         """Keep the task from starting; False where a worker has it already, or it is done."""
         if not self.done():
-            ticket = self.ticket
-            if ticket is None or not self._pump.call(lambda: self._pump.cancel(ticket)):
-                return False
-            self._cancelled()
+            self._pump.call(self._cancel_here)
         return self.cancelled()
+
+    def _cancel_here(self) -> None:
+        """In the pump's thread, so that nobody else settles this future meanwhile."""
+        if self.ticket is not None and not self.done() and self._pump.cancel(self.ticket):
+            self._cancelled()
 
     def running(self) -> bool:
         """Whether a worker is at it."""
@@ -173,11 +175,8 @@ class TaskFuture(Future[Any]):
         """A future tells its waiters at once."""
 
     def _cancelled(self) -> None:
-        if super().cancel():
-            try:
-                self.set_running_or_notify_cancel()
-            except RuntimeError:  # told already, by the other of pump and caller
-                return
+        if not self.done() and super().cancel():
+            self.set_running_or_notify_cancel()
             self._board.arrived(self)
 
 
@@ -218,8 +217,10 @@ class TaskBoard:
 class RunInbox:
     """Where the pump puts the results of a run. Apart from ``FileRun``, so that one that is dropped is noticed."""
 
-    def __init__(self, segment: str) -> None:
+    def __init__(self, segment: str, on_retired: Callable[[], None]) -> None:
         self.segment = segment
+        self._on_retired = on_retired
+        self._left = 0  # once closed: tasks that a worker still has
         self.arrived: deque[tuple[Ticket, ResultRecord | BaseException]] = deque()
         self.news = threading.Event()
         self.closed = False
@@ -229,6 +230,9 @@ class RunInbox:
         """A task has a result: it is decoded where it is taken, not here."""
         if self.closed:
             self.free(ticket, record)
+            self._left -= 1
+            if not self._left:
+                self._on_retired()
         else:
             self.arrived.append((ticket, record))
 
@@ -243,6 +247,12 @@ class RunInbox:
     def drop(self, ticket: Ticket) -> None:
         """A task was taken out of the queue, because the pool closes."""
         self.arrived.append((ticket, CoordinatorClosedError()))
+
+    def retire(self, left: int) -> None:
+        """Nobody takes results any more, and ``left`` are still to come. In the pump's thread, or where none are."""
+        self._left = left
+        if not left:
+            self._on_retired()
 
     def free(self, ticket: Ticket, record: ResultRecord | BaseException) -> None:
         """Free a result that nobody will read."""
@@ -311,6 +321,8 @@ class FileRun(Iterator[FileResult]):
                 self._inbox.free(*waiting.popleft())
         if self._under_way:
             self._pump.abandon(self._inbox)
+        else:
+            self._inbox.retire(0)
 
     def _fill(self) -> None:
         """Draw inputs up to the window; but not for long while results wait to be taken."""

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -31,10 +31,14 @@ from ringpool.workers import tasks
 from ringpool.workers.files import atomic
 from ringpool.workers.process import staged_path
 
+if TYPE_CHECKING:
+    from ringpool.coordinator.futures import RunInbox
+
 IDLE_WAIT_S = 0.1
 COALESCE_S = 0.001  # how long results may wait for company while the workers have more to do
 TAKE_BACK_AFTER_S = 0.02  # a claim of several tasks that has not moved for so long is broken up
 RESULTS_WANTED_MAX = 64
+SPINS = 60  # looks for results before the pump sleeps, about 100 us, where few tasks are under way
 PUBLISH_MAX = 256
 
 
@@ -91,6 +95,7 @@ class Pump:
         self._in_ring = 0
         self._touched: set[Sink] = set()
         self._sleeping = False
+        self._moved = False  # in this turn: a task into the ring, or out of it
         self._stopping = False
         self._ending = False
         self._idle = threading.Condition()
@@ -192,13 +197,19 @@ class Pump:
         self.end.cancel_unclaimed()
         return dropped
 
-    def abandon(self, sink: Sink) -> None:
-        """Nobody takes the results of ``sink`` any more: keep its tasks from starting. Returns at once."""
+    def abandon(self, inbox: RunInbox) -> None:
+        """Nobody takes the results of a run any more: keep its tasks from starting. Returns at once."""
 
         def drop() -> None:
-            for ticket in self._backlog:
-                ticket.cancelled = ticket.cancelled or ticket.sink is sink
-            self.end.cancel({ticket.sequence for ticket in self._tickets if ticket is not None and ticket.sink is sink})
+            for _ in range(len(self._backlog)):
+                ticket = self._backlog.popleft()
+                if ticket.sink is inbox:
+                    self._free_payload(ticket)
+                else:
+                    self._backlog.append(ticket)
+            left = {ticket.sequence for ticket in self._tickets if ticket is not None and ticket.sink is inbox}
+            self.end.cancel(left)
+            inbox.retire(len(left))
 
         self._commands.append(drop)
         self._wake()
@@ -225,10 +236,11 @@ class Pump:
         self._fail_all(error)
 
     def _turn(self) -> None:
-        self._publish()
+        self._moved = self._publish()
         if self.end.collect(self._deliver):
             self._after_delivery()
             self._publish()
+            self._moved = True
         while self._commands:
             self._commands.popleft()()
         while self._deaths:
@@ -238,9 +250,11 @@ class Pump:
         self._watch_claims()
         self._sleep()
 
-    def _publish(self) -> None:
-        """Move tasks from the backlog into the ring, as far as it has room."""
+    def _publish(self) -> bool:
+        """Move tasks from the backlog into the ring, as far as it has room; whether there were any."""
         backlog, end = self._backlog, self.end
+        if not backlog:
+            return False
         while backlog and end.n_free and not self.broken:
             batch: list[Ticket] = []
             room = min(end.n_free, PUBLISH_MAX)
@@ -257,6 +271,7 @@ class Pump:
                 sequence += 1
                 self._tickets[slot] = ticket
             self._in_ring += len(batch)
+        return True
 
     def _deliver(self, slot: int, entry: int) -> None:
         ticket = self._tickets[slot]
@@ -288,6 +303,9 @@ class Pump:
     def _sleep(self) -> None:
         self._sleeping = True
         if (self._backlog and self.end.n_free and not self.broken) or self._deaths or self._commands or self._stopping:
+            self._sleeping = False
+            return
+        if self._moved and 0 < self._in_ring <= self.end.ring.workers and self.end.spin(SPINS):
             self._sleeping = False
             return
         busy = self._in_ring > 1

@@ -15,6 +15,7 @@ happen; then the lists decide as well. So an entry is run by the one whose list 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import posix_ipc
@@ -166,9 +167,10 @@ class WorkerEnd:
         return entries
 
     def _spin(self) -> bool:
-        """Look for work, a bounded number of times; whether there seems to be some."""
-        words = self.ring.words
+        """Look for work, a bounded number of times; whether there seems to be some. Whoever needs the core gets it."""
+        words, let_others_run = self.ring.words, os.sched_yield
         for _ in range(self.spins):
+            let_others_run()
             at = layout.BLOCK_A_AT + (words[VERSION_WORD] & 1) * layout.BLOCK_STRIDE >> 3
             if words[at] != words[at + 1] or words[at + 2] != words[at + 3]:
                 return True

@@ -30,7 +30,7 @@ _write_task = layout.TASK.pack_into
 
 
 class Task(msgspec.Struct, frozen=True, gc=False):
-    """What is published: a function's id, its payload (at most 192 bytes) or that of its blob, and a key."""
+    """What is published: a function's id, its payload (at most INLINE_BYTES) or that of its blob, and a key."""
 
     function: int
     payload: bytes
@@ -175,7 +175,7 @@ class CoordinatorEnd:
             payload = task.payload
             entry = sequence << layout.SEQUENCE_SHIFT | slot
             at, length = tasks_at + slot * RECORD_BYTES, len(payload)
-            assert length <= INLINE_BYTES, "a payload beyond 192 bytes belongs into a blob"
+            assert length <= INLINE_BYTES, "a payload beyond INLINE_BYTES belongs into a blob"
             _write_task(mapping, at, entry, task.function, length, task.blob, task.key, 0, 0)
             mapping[at + PAYLOAD_AT : at + PAYLOAD_AT + length] = payload
             entries.append(entry)
@@ -256,6 +256,18 @@ class CoordinatorEnd:
             raise
         if not awake:
             self.sleep(coalesce_s if n else timeout_s)
+
+    def spin(self, n: int) -> bool:
+        """Look for results, or for a post, ``n`` times; whether there is either. Lets other threads run in between."""
+        for _ in range(n):
+            if self.has_results:
+                return True
+            try:
+                self.semaphore.acquire(0)  # releases the GIL, as a loop in Python would not
+                return True
+            except (posix_ipc.BusyError, posix_ipc.SignalError):
+                continue
+        return False
 
     def sleep(self, timeout_s: float) -> None:
         """Sleep until somebody posts the coordinator's semaphore, or ``timeout_s`` ends."""

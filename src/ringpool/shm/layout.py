@@ -15,7 +15,7 @@ Little-endian; every word is 8 bytes and aligned. N slots, W workers (at most 64
     0x020  I    slots            N
     0x024  I    workers          W
     0x028  I    claims_max       K
-    0x02c  I    record_bytes     0x100
+    0x02c  I    record_bytes     0x400
     0x030  Q    lists_at         claim lists: W x 2 x K x 8, one of each pair in use, by the parity of the claim word
     0x038  Q    ready_at         ring of N entries
     0x040  Q    retry_at         ring of N entries
@@ -76,7 +76,7 @@ Little-endian; every word is 8 bytes and aligned. N slots, W workers (at most 64
     0x18   Q    key              the publisher's own name for the task
     0x20   Q    cancel           1: do not start it
     0x28   Q    blame            attempt << 8 | deaths: how many workers died in it before that attempt
-    0x40   192s payload
+    0x40   960s payload
 
     RESULT          written by the worker that runs the task; after its proven death by the coordinator
     0x00   Q    word             seq:36 attempt:6 status:4 length:18. Stored last: it is the task's own commit
@@ -86,7 +86,7 @@ Little-endian; every word is 8 bytes and aligned. N slots, W workers (at most 64
     0x1c   I    encoding         Encoding of the payload
     0x20   Q    device           of the staged output, while status is COMMITTING
     0x28   Q    inode            of the staged output
-    0x40   192s payload
+    0x40   960s payload
 
     entry = seq:36 | attempt:6 | slot:22
 
@@ -104,8 +104,8 @@ MAGIC = int.from_bytes(b"RINGPOOL", "little")
 VERSION = 1
 HEADER_BYTES = 0x100
 PAGE_BYTES = 4096
-RECORD_BYTES = 256
-INLINE_BYTES = 192
+RECORD_BYTES = 1024
+INLINE_BYTES = 960
 PAYLOAD_AT = 64
 WORKERS_MAX = 64
 CLAIMS_MAX = 64

@@ -58,7 +58,7 @@ class Results:
     def post(
         self, entry: int, status: int, encoding: int, payload: bytes, duration_ns: int, blob_bytes: int = 0
     ) -> None:
-        """Commit the result of ``entry``. ``payload``: at most 192 bytes."""
+        """Commit the result of ``entry``. ``payload``: at most INLINE_BYTES."""
         at = self._results + (entry & layout.SLOT_MASK) * RECORD_BYTES
         length = len(payload)
         _write_head(self._mapping, at + 8, duration_ns, blob_bytes, self.index, encoding)

@@ -17,7 +17,7 @@ import fcntl
 import os
 import select
 import signal
-from _signal import getsignal as _get_handler  # without the enums: a tenth of the cost, and it is paid for every claim
+from _signal import getsignal as _get_handler  # pyright: ignore[reportMissingModuleSource]
 
 _F_SETSIG = 10  # fcntl.h
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # sys/prctl.h

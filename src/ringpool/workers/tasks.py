@@ -11,6 +11,7 @@ anything is queued.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -69,6 +70,13 @@ class Signature(NamedTuple):
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=256)
+def describe(function: TaskFunction | str) -> tuple[str, Signature]:
+    """``name_of`` and ``signature_of`` a task function, remembered: both look into its module and its annotations."""
+    name = name_of(function)
+    return name, signature_of(resolve(name), name)
 
 
 def name_of(function: TaskFunction | str) -> str:
@@ -193,7 +201,7 @@ def validate(name: str, signature: Signature, parameters: Mapping[str, Any]) -> 
 
     Raises ``ParameterError`` for one that is unknown or of the wrong type; for one that is missing, see ``require``.
     """
-    if signature.model is None:
+    if signature.model is None or not parameters:
         return dict(parameters)
     unknown = sorted(set(parameters) - signature.fields)
     if unknown:

@@ -2,7 +2,7 @@
 
     exactly None, bool, 64-bit int, float, str, bytes   msgpack
     everything else                                     pickle, protocol 5; so that a tuple stays a tuple
-    more than 192 bytes of either                       a blob; large buffers lie in it as they are
+    more than 960 bytes of either                       a blob; large buffers lie in it as they are
 
 A reader gets views into the blob's mapping for out-of-band buffers: read-only in a worker, private copy-on-write
 where the result arrives. The mapping lives as long as any of them.

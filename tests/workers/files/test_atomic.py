@@ -386,6 +386,18 @@ def test_an_error_of_the_clean_up_does_not_leave_the_temporary_file(tmp_path: Pa
     assert names(tmp_path) == set()
 
 
+def test_a_file_that_has_our_temporary_name_already_is_not_removed(tmp_path: Path) -> None:
+    def precede(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "open" and args[1] & os.O_EXCL:
+            (tmp_path / os.fsdecode(args[0])).write_text("theirs")
+        return call(*args, **kwargs)
+
+    with intercepted(precede), pytest.raises(AtomicWriteError) as caught:
+        atomic_write(tmp_path / "a", b"new")
+    assert caught.value.errno == errno.EEXIST
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["theirs"]
+
+
 @pytest.mark.parametrize("disk_is_full", [False, True])
 @pytest.mark.parametrize("exclusive", [False, True])
 def test_ctrl_c_at_any_bytecode_leaves_no_temporary_file(tmp_path: Path, exclusive: bool, disk_is_full: bool) -> None:
@@ -428,6 +440,7 @@ def interrupt_at(nth: int, action: Callable[[], None]) -> bool:
         return trace
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 looks for one such frame when tracing begins
     sys.settrace(trace)
     try:
         action()

@@ -252,6 +252,19 @@ def test_ctrl_c_while_waiting_leaves_nothing_held(tmp_path: Path, monkeypatch: p
             pass
 
 
+def test_ctrl_c_just_after_it_was_had_leaves_nothing_held(tmp_path: Path) -> None:
+    lock = PathLock(tmp_path / "a")
+
+    def interrupt(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "fstat":
+            raise KeyboardInterrupt
+        return call(*args, **kwargs)
+
+    with intercepted(interrupt), pytest.raises(KeyboardInterrupt):
+        lock.acquire()
+    assert is_free(lock_file(tmp_path, lock))
+
+
 # ---- one file, one lock file -----------------------------------------------------------------------------------------
 
 
@@ -528,6 +541,23 @@ def fork_and_release(path: str) -> None:
     listen()
     os.write(writer, b".")
     assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_killed_holder_frees_it_though_a_fork_of_it_lives(tmp_path: Path) -> None:
+    with Child(fork_and_wait, tmp_path / "a") as child:
+        child.wait_for("forked")
+        child.kill()
+        with PathLock(tmp_path / "a", timeout_s=0):
+            pass  # the fork ends when its standard input does, with this block
+
+
+def fork_and_wait(path: str) -> None:
+    with PathLock(path):
+        if os.fork() == 0:
+            say("forked")
+            listen()
+            os._exit(0)
+        os.wait()
 
 
 def test_forks_beside_busy_threads_leave_no_descriptor_and_no_lock_in_the_child(tmp_path: Path) -> None:

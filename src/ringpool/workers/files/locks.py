@@ -276,8 +276,11 @@ def _borrow(path: bytes, base: bytes | None) -> _Stripe:
     stripe = _stripe_of(device, inode, name)
     for _ in range(REOPENS_MAX):
         root = base or _base_of(directory, device, inode)
-        found = calls.stat(root)
-        key = (found.st_dev, found.st_ino, stripe)
+        if root == directory:
+            key = (device, inode, stripe)
+        else:
+            found = calls.stat(root)
+            key = (found.st_dev, found.st_ino, stripe)
         borrowed, opened = _table.borrow(key, b"%b/%b/locks/%02x.lock" % (root, DIRECTORY, stripe))
         # Opening may have made the first .ringpool of this directory, while a neighbour made one further out.
         if not opened or base is not None or _base_of(directory, device, inode) == root:
