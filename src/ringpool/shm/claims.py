@@ -65,7 +65,7 @@ class WorkerEnd:
         slots, workers, claims_max = ring.slots, ring.workers, ring.claims_max
         ready, retry, done = ring.ready, ring.retry, ring.done
         halves = ring.lists + 2 * index * claims_max
-        claim_word, bit = self._claim, 1 << index
+        claim_word, bit, others = self._claim, 1 << index, (1 << 64) - 1 ^ 1 << index
         try_lock, inherit, unlock, mutex = (
             ring.lock.try_call,
             ring.lock.acquire_slowly,
@@ -80,7 +80,7 @@ class WorkerEnd:
             if error:
                 inherit(error)
             version = words[VERSION_WORD]
-            head, tail, retry_head, retry_tail, done_tail, parked, _, _, wake_at, published = _read_cursors(
+            head, tail, retry_head, retry_tail, done_tail, parked, _, _, wake_at, spinning = _read_cursors(
                 mapping, block_at + (version & 1) * stride
             )
             claim = words[claim_word]
@@ -100,7 +100,8 @@ class WorkerEnd:
                 done_tail += n
             sequence = (claim >> 16) + 1
             at = halves + (sequence & 1) * claims_max
-            parked &= ~bit
+            parked &= others
+            spinning &= others
             m = tail - head
             stop = words[RUN_STATE]
             if stop:
@@ -120,6 +121,8 @@ class WorkerEnd:
                 head += m
             elif park:
                 parked |= bit
+            else:
+                spinning |= bit
             wake = wake_at and n and (done_tail >= wake_at or not m)
             if wake:
                 wake_at = 0
@@ -136,7 +139,7 @@ class WorkerEnd:
                 index,
                 claim,
                 wake_at,
-                published,
+                spinning,
             )
             words[VERSION_WORD] = version + 1  # the commit
             words[claim_word] = claim

@@ -90,7 +90,7 @@ class CoordinatorEnd:
             cursors = ring.cursors()
             self._check(cursors)
             live = self._live(cursors)
-            ring.commit(cursors._replace(parked=0, op_worker=ring.workers, op_claim=0, wake_at=0))
+            ring.commit(cursors._replace(parked=0, spinning=0, op_worker=ring.workers, op_claim=0, wake_at=0))
         finally:
             ring.lock.release_if_held()
         used = {layout.slot_of(entry) for entry in live}
@@ -154,10 +154,10 @@ class CoordinatorEnd:
         ring.put(ring.ready, first, entries)
         ring.lock.acquire()
         try:
-            head, _, retry_head, retry_tail, done_tail, parked, _, _, wake_at, n = ring.cursors()
+            head, _, retry_head, retry_tail, done_tail, parked, _, _, wake_at, spinning = ring.cursors()
             tail = first + len(entries)
-            wake, parked = _pick(parked, tail - head)
-            ring.commit((head, tail, retry_head, retry_tail, done_tail, parked, ring.workers, 0, wake_at, n + 1))
+            wake, parked = _pick(parked, tail - head - spinning.bit_count())
+            ring.commit((head, tail, retry_head, retry_tail, done_tail, parked, ring.workers, 0, wake_at, spinning))
             ring.lock.release()
         except BaseException:
             ring.lock.release_if_held()
@@ -402,12 +402,15 @@ class CoordinatorEnd:
         cursors = ring.cursors()
         ring.put(ring.done, cursors.done_tail, done)
         ring.put(ring.retry, cursors.retry_tail, retry)
-        wake, parked = _pick(cursors.parked, len(retry))
+        me = 1 << worker  # it will not be woken by its semaphore: it is dead, or it runs a task
+        waiting = cursors.ready_tail - cursors.ready_head + cursors.retry_tail - cursors.retry_head + len(retry)
+        wake, parked = _pick(cursors.parked & ~me, waiting)
         ring.commit(
             cursors._replace(
                 retry_tail=cursors.retry_tail + len(retry),
                 done_tail=cursors.done_tail + len(done),
                 parked=parked,
+                spinning=cursors.spinning & ~me,
                 op_worker=worker,
                 op_claim=claim,
             )

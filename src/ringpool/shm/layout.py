@@ -55,7 +55,7 @@ Little-endian; every word is 8 bytes and aligned. N slots, W workers (at most 64
     0x30   Q    op_worker        the one store that follows this commit: claim of this worker (W: none) ...
     0x38   Q    op_claim         ... becomes this. A successor of a dead owner does it again
     0x40   Q    wake_at          done_tail at which the coordinator wants to be woken (0: it is awake)
-    0x48   Q    n_published      commits of the publisher, for monitors
+    0x48   Q    spinning         bit w: worker w found nothing and looks again; it need not be woken
 
     WORKER          written by the worker itself, except claim (under the mutex) and revoke (the coordinator, under it)
     0x00   Q    pid              0: nobody
@@ -193,7 +193,8 @@ class Encoding(IntEnum):
 
 
 class Cursors(NamedTuple):
-    """One block, decoded. Counts of entries, ever growing; ``parked`` is a bitmap of worker indices."""
+    """One block, decoded. Counts of entries, ever growing; ``parked`` and ``spinning`` are
+    bitmaps of worker indices."""
 
     ready_head: int
     ready_tail: int
@@ -204,7 +205,7 @@ class Cursors(NamedTuple):
     op_worker: int
     op_claim: int
     wake_at: int
-    n_published: int
+    spinning: int
 
 
 class Header(NamedTuple):
