@@ -217,7 +217,7 @@ def _check_function(options: RunOptions) -> OutputPattern | None:
         sys.path.insert(0, os.getcwd())  # as `python -m` does
     name = options.function
     signature = tasks.signature_of(tasks.resolve(name), name)
-    tasks.validate(name, signature, options.parameters)
+    tasks.require(name, signature, tasks.validate(name, signature, options.parameters))
     pattern = None if options.out is None else OutputPattern(options.out)
     if pattern is None and signature.needs_output:
         raise click.UsageError(f"{name} writes an output: say where with --out, such as --out 'out/{{relpath}}'")

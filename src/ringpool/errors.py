@@ -15,6 +15,7 @@
         ParameterError             a parameter does not fit its annotations
       InputMissingError          an input file is not there (also a FileNotFoundError)
       OutputCollisionError       two inputs map to one output
+      OutputPatternError         a pattern for outputs cannot be used
       OutputMissingError         a task function ended without writing its output
       WorkerDiedError            the worker died while it ran this task (also a BrokenProcessPool)
       TaskInDoubtError           the worker died while it committed, and the disk does not tell how far it got
@@ -154,6 +155,9 @@ class InputMissingError(RingpoolError, FileNotFoundError):
 
     def __reduce__(self) -> tuple[type[InputMissingError], tuple[str]]:
         return type(self), (self.filename,)
+
+    def __str__(self) -> str:
+        return f"input file not found: {self.filename}"
 
 
 class OutputCollisionError(RingpoolError):

@@ -233,6 +233,8 @@ class Pump:
             error = unexpected
             self.broken = unexpected if isinstance(unexpected, RingpoolError) else RingpoolError(str(unexpected))
             traceback.print_exc()
+        while self._deaths:  # of workers that were killed at the end: what they had staged goes
+            self._recover(self._deaths.popleft())
         self._fail_all(error)
 
     def _turn(self) -> None:

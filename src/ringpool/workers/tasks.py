@@ -19,7 +19,7 @@ import pickle
 import sys
 import typing
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import msgspec
@@ -208,10 +208,19 @@ def validate(name: str, signature: Signature, parameters: Mapping[str, Any]) -> 
         known = ", ".join(sorted(signature.fields)) or "none"
         raise ParameterError(name, f"it has no parameter {unknown[0]!r}; it has: {known}")
     try:
-        model = msgspec.convert(dict(parameters), signature.model, strict=False)
+        model = msgspec.convert(dict(parameters), signature.model, strict=False, dec_hook=_convert_path)
     except msgspec.ValidationError as error:
         raise ParameterError(name, _reason(error)) from None
     return {key: getattr(model, key) for key in parameters}
+
+
+def _convert_path(wanted: type, value: Any) -> Any:
+    """A path given as text, on the command line say, for a parameter that is a ``Path``."""
+    if issubclass(wanted, PurePath) and isinstance(value, str):
+        return wanted(value)
+    if isinstance(value, wanted):
+        return value
+    raise TypeError(f"expected `{wanted.__qualname__}`, got `{type(value).__qualname__}`")
 
 
 def _reason(error: msgspec.ValidationError) -> str:
