@@ -32,7 +32,6 @@ from ringpool.coordinator.supervisor import Supervisor
 from ringpool.errors import (
     CoordinatorClosedError,
     InputMissingError,
-    OutputCollisionError,
     ParameterError,
     WrongProcessError,
 )
@@ -197,7 +196,7 @@ class Coordinator:
             raise ValueError(f"window must be at least 1, not {window}")
         inbox = RunInbox(self._segment.name, lambda: self._release(function))
         tickets = self._tickets(function, iter(inputs), output, inbox)
-        return FileRun(self._pump, inbox, tickets, window or self._segment.header.slots)
+        return FileRun(self._pump, inbox, tickets, window or self._segment.header.slots, self._check_open)
 
     def wait_for_task_result(self, task_id: int, timeout: float | None = None) -> Any:
         """The result of the task that ``submit_file_task`` gave that id; raises what the task raised.
@@ -339,6 +338,9 @@ class Coordinator:
         encoded = tasks.encode_payload(payload)
         if len(encoded) <= INLINE_BYTES:
             return Task(function, encoded, 0, key)
+        return self._task_of_blob(function, encoded, key)
+
+    def _task_of_blob(self, function: int, encoded: bytes, key: int = 0) -> Task:
         blob = next(self._blob_ids)
         blobs.write(blobs.payload_name(self._segment.name, blob), Encoding.MSGPACK, encoded)
         return Task(function, b"", blob, key)
@@ -350,21 +352,31 @@ class Coordinator:
         output: Callable[[Any], Path] | None,
         inbox: RunInbox,
     ) -> Iterator[Ticket]:
+        """A ticket for each input. The loop in which a run spends its time: what can be known before it, is."""
         directory = os.getcwdb()
-        targets = inbox.targets
+        may_lack_output, may_have_output = _outputs_allowed(function)
+        function_id = function.id
         for item in inputs:
             src, dst = item if isinstance(item, FileTask) else (item, None)
             if dst is None and output is not None:
                 dst = output(src)
-            _check_output(function, has_output=dst is not None)
-            target = None if dst is None else _absolute(dst, directory)
-            if target is not None:
-                if target in targets:
-                    raise OutputCollisionError(os.fsdecode(target), str(targets[target]), str(src))
-                targets[target] = src  # until its result is taken: memory is bounded by the window
-            self._check_open()
-            payload = tasks.FilePayload(_absolute(src, directory), target)
-            yield Ticket(self._task(function.id, payload, 0), inbox, src, dst, target)
+            if dst is None:
+                target = None
+                if not may_lack_output:
+                    _check_output(function, has_output=False)
+            else:
+                if not may_have_output:
+                    _check_output(function, has_output=True)
+                target = _absolute(dst, directory)
+                inbox.expect(target, src)
+            raw = os.fsencode(src)
+            if not raw.startswith(b"/"):
+                raw = os.path.join(directory, raw)
+            encoded = tasks.encode_payload(tasks.FilePayload(raw, target))
+            task = (
+                Task(function_id, encoded) if len(encoded) <= INLINE_BYTES else self._task_of_blob(function_id, encoded)
+            )
+            yield Ticket(task, inbox, src, dst, target)
 
 
 def _context(chosen: str | BaseContext | None) -> BaseContext:
@@ -386,10 +398,17 @@ def _absolute(path: Path, directory: bytes | None = None) -> bytes:
     return raw if raw.startswith(b"/") else os.path.join(directory or os.getcwdb(), raw)
 
 
+def _outputs_allowed(function: _Function) -> tuple[bool, bool]:
+    """Whether tasks of ``function`` may come without an output, and whether with one."""
+    signature = function.signature
+    return not signature.needs_output, signature.takes_output or signature.model is None
+
+
 def _check_output(function: _Function, *, has_output: bool) -> None:
-    if has_output and not function.signature.takes_output and function.signature.model is not None:
+    may_lack, may_have = _outputs_allowed(function)
+    if has_output and not may_have:
         raise ParameterError(function.name, "it has no parameter dst, and the task has an output")
-    if not has_output and function.signature.needs_output:
+    if not has_output and not may_lack:
         raise ParameterError(function.name, "it has a parameter dst, and the task has no output")
 
 

@@ -10,6 +10,7 @@ FileRun:  next() <- ready <- inbox <--- pump            draws inputs only when a
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import OrderedDict, deque
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ringpool.errors import CoordinatorClosedError, RemoteError, TaskInDoubtError, WorkerDiedError
+from ringpool.errors import CoordinatorClosedError, OutputCollisionError, RemoteError, TaskInDoubtError, WorkerDiedError
 from ringpool.shm import blobs, layout
 from ringpool.shm.layout import Encoding, Status
 from ringpool.shm.results import ResultRecord
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ringpool.coordinator.pump import Pump, Ticket
 
 UNREAD_MAX = 65_536
+_OK, _BLOB = int(Status.OK), int(Encoding.BLOB)  # plain integers compare faster than the enums
 FLUSH_TICKETS = 64
 FILL_S = 0.001  # how long inputs are drawn while results wait to be taken
 
@@ -64,17 +66,20 @@ class FileResult(msgspec.Struct, frozen=True, gc=False):
 def outcome_of(segment: str, ticket: Ticket, record: ResultRecord) -> tuple[Any, BaseException | None]:
     """Value and error of a delivered task; its blob, if it has one, is read and removed."""
     try:
-        value = _value_of(segment, ticket, record)
+        if record.encoding != _BLOB and record.payload:
+            value = values.decode(record.encoding, record.payload)
+        else:
+            value = _value_of(segment, ticket, record)
     except Exception as error:
         return None, values.undecodable(error, f"that {ticket.source} gave")
-    if record.status == Status.OK:
+    if record.status == _OK:
         return value, None
     return None, _error_of(ticket, record.status, value)
 
 
 def _value_of(segment: str, ticket: Ticket, record: ResultRecord) -> Any:
-    if record.encoding != Encoding.BLOB:
-        return values.decode(record.encoding, record.payload) if record.payload else None
+    if record.encoding != _BLOB:
+        return None
     name = blobs.result_name(segment, ticket.sequence, record.attempt)
     try:
         return values.read_blob(name, writable=True)
@@ -224,7 +229,7 @@ class RunInbox:
         self.arrived: deque[tuple[Ticket, ResultRecord | BaseException]] = deque()
         self.news = threading.Event()
         self.closed = False
-        self.targets: dict[bytes, Any] = {}  # outputs of tasks under way, with their inputs
+        self._targets: dict[bytes, Any] = {}  # outputs of tasks under way, with their inputs
 
     def deliver(self, ticket: Ticket, record: ResultRecord) -> None:
         """A task has a result: it is decoded where it is taken, not here."""
@@ -235,6 +240,16 @@ class RunInbox:
                 self._on_retired()
         else:
             self.arrived.append((ticket, record))
+
+    def expect(self, target: bytes, source: Any) -> None:
+        """A task with this output is drawn. Raises ``OutputCollisionError`` where one with the same is under way."""
+        if target in self._targets:
+            raise OutputCollisionError(os.fsdecode(target), str(self._targets[target]), str(source))
+        self._targets[target] = source
+
+    def taken(self, target: bytes) -> None:
+        """The result of the task with this output is taken: the memory of outputs is bounded by the window."""
+        self._targets.pop(target, None)
 
     def fail(self, ticket: Ticket, error: BaseException) -> None:
         """A task will never have a result."""
@@ -267,12 +282,15 @@ class FileRun(Iterator[FileResult]):
     raised when all that was drawn before it has been given out. One thread at a time takes from it.
     """
 
-    def __init__(self, pump: Pump, inbox: RunInbox, tickets: Iterator[Ticket], window: int) -> None:
+    def __init__(
+        self, pump: Pump, inbox: RunInbox, tickets: Iterator[Ticket], window: int, check_open: Callable[[], None]
+    ) -> None:
         self._closed = False
         self._pump = pump
         self._inbox = inbox
         self._tickets = tickets
         self._window = window
+        self._check_open = check_open
         self._ready: deque[tuple[Ticket, ResultRecord | BaseException]] = deque()
         self._under_way = 0
         self._exhausted = False
@@ -293,7 +311,7 @@ class FileRun(Iterator[FileResult]):
                 raise StopIteration if error is None else error
         ticket, record = self._ready.popleft()
         if ticket.target is not None:
-            self._inbox.targets.pop(ticket.target, None)
+            self._inbox.taken(ticket.target)
         if isinstance(record, BaseException):  # the pool has ended: one error, not one for each file
             self.close()
             raise record
@@ -329,6 +347,7 @@ class FileRun(Iterator[FileResult]):
         batch: list[Ticket] = []
         began = time.monotonic()
         try:
+            self._check_open()
             while self._under_way + len(batch) < self._window:
                 batch.append(next(self._tickets))
                 if len(batch) >= FLUSH_TICKETS:

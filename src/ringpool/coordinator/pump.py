@@ -40,6 +40,7 @@ TAKE_BACK_AFTER_S = 0.02  # a claim of several tasks that has not moved for so l
 RESULTS_WANTED_MAX = 64
 SPINS = 60  # looks for results before the pump sleeps, about 100 us, where few tasks are under way
 PUBLISH_MAX = 256
+_OK, _CANCELLED = int(Status.OK), int(Status.CANCELLED)  # plain integers compare faster than the enums
 
 
 class Sink(Protocol):
@@ -239,7 +240,7 @@ class Pump:
 
     def _turn(self) -> None:
         self._moved = self._publish()
-        if self.end.collect(self._deliver):
+        if self.end.has_results and self.end.collect(self._deliver):
             self._after_delivery()
             self._publish()
             self._moved = True
@@ -281,10 +282,11 @@ class Pump:
         record = self.end.results.read(entry)
         self._tickets[slot] = None
         self._in_ring -= 1
-        self._free_payload(ticket)
-        if record.status == Status.OK:
+        if ticket.task.blob:
+            self._free_payload(ticket)
+        if record.status == _OK:
             self.n_completed += 1
-        elif record.status != Status.CANCELLED:
+        elif record.status != _CANCELLED:
             self.n_failed += 1
         sink = ticket.sink
         sink.deliver(ticket, record)

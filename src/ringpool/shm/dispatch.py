@@ -154,7 +154,7 @@ class CoordinatorEnd:
         ring.put(ring.ready, first, entries)
         ring.lock.acquire()
         try:
-            head, _, retry_head, retry_tail, done_tail, parked, _, _, wake_at, spinning = ring.cursors()
+            head, _, retry_head, retry_tail, done_tail, parked, _, _, wake_at, spinning = ring.block()
             tail = first + len(entries)
             wake, parked = _pick(parked, tail - head - spinning.bit_count())
             ring.commit((head, tail, retry_head, retry_tail, done_tail, parked, ring.workers, 0, wake_at, spinning))
@@ -210,7 +210,7 @@ class CoordinatorEnd:
         delivered = words[DONE_HEAD]
         ring.lock.acquire()
         try:
-            done_tail = ring.cursors()[4]
+            done_tail = ring.block()[4]
             ring.lock.release()
         except BaseException:
             ring.lock.release_if_held()
@@ -245,11 +245,11 @@ class CoordinatorEnd:
         delivered = ring.words[DONE_HEAD]
         ring.lock.acquire()
         try:
-            cursors = ring.cursors()
-            n = cursors[4] - delivered
-            awake = n >= results_wanted or (n and cursors[0] == cursors[1])
+            block = ring.block()
+            n = block[4] - delivered
+            awake = n >= results_wanted or (n and block[0] == block[1])
             if not awake:
-                ring.commit((*cursors[:6], ring.workers, 0, delivered + results_wanted, cursors[9]))
+                ring.commit((*block[:6], ring.workers, 0, delivered + results_wanted, block[9]))
             ring.lock.release()
         except BaseException:
             ring.lock.release_if_held()

@@ -144,6 +144,7 @@ class RobustLock:
         while error == EBUSY:
             if self.held_by_this_thread:
                 self._redo()  # interrupted: this thread left a section without unlocking
+                self._consistent(mutex)  # it may have been interrupted while it inherited; EINVAL where it was not
                 return
             for _ in range(SPINS):
                 error = try_call(mutex)
@@ -168,6 +169,7 @@ class RobustLock:
         """Redo and release, where the calling thread owns the mutex. For the way out of an interrupted section."""
         if self.held_by_this_thread:
             self._redo()
+            self._consistent(self.mutex)  # see acquire_slowly: unlocked unmended, nobody could ever have it again
             self.release()
 
     def detach(self) -> None:

@@ -62,10 +62,13 @@ class Ring:
 
     # ---- the cursor block; all of it under the mutex, but for ``peek``
 
+    def block(self) -> tuple[int, ...]:
+        """The active block, in the order of ``layout.Cursors``, for those who cannot wait for its names."""
+        return _read_cursors(self.mapping, layout.BLOCK_A_AT + (self.words[VERSION_WORD] & 1) * layout.BLOCK_STRIDE)
+
     def cursors(self) -> layout.Cursors:
         """The active block."""
-        at = layout.BLOCK_A_AT + (self.words[VERSION_WORD] & 1) * layout.BLOCK_STRIDE
-        return layout.Cursors._make(_read_cursors(self.mapping, at))
+        return layout.Cursors._make(self.block())
 
     def commit(self, cursors: Sequence[int]) -> None:
         """Make ``cursors`` the active block, in one store; then do the one store that follows."""
