@@ -126,19 +126,23 @@ class Coordinator:
         context = _context(mp_context)
         segment.reclaim_dead()
         self._segment = segment.create(ring_slots, n_workers, claims_max)
+        name = self._segment.name
         try:
             self._end = CoordinatorEnd(self._segment)
-            self._pump = Pump(self._end, attempts_max)
-            name = self._segment.name
-            self._supervisor = Supervisor(
-                context, lambda w: WorkerArguments(name, w, claims_max, SPINS), n_workers, self._pump.on_death
-            )
-            _open.add(self)
-            signals.install()
+        except BaseException:
+            segment.unlink(name)
+            raise
+        self._pump = Pump(self._end, attempts_max)
+        self._supervisor = Supervisor(
+            context, lambda w: WorkerArguments(name, w, claims_max, SPINS), n_workers, self._pump.on_death
+        )
+        _open.add(self)
+        signals.install()
+        try:
             self._pump.begin(self._supervisor)
             self._supervisor.begin()
         except BaseException:
-            segment.unlink(self._segment.name)
+            self._abort()
             raise
 
     # ---- tasks

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -132,21 +133,22 @@ class Pump:
         """Run ``function`` in the pump's thread, and return what it returned."""
         if threading.current_thread() is self._thread:
             return function()
-        outcome: list[Any] = []
-        done = threading.Event()
+        outcome: Future[Any] = Future()
 
         def run() -> None:
             try:
-                outcome.append(function())
-            finally:
-                done.set()
+                outcome.set_result(function())
+            except Exception as error:
+                outcome.set_exception(error)
 
         self._commands.append(run)
         self._wake()
-        while not done.wait(1.0):
-            if not self._thread.is_alive():
-                raise CoordinatorClosedError
-        return outcome[0] if outcome else None
+        while True:
+            try:
+                return outcome.result(1.0)
+            except TimeoutError:
+                if not outcome.done() and not self._thread.is_alive():
+                    raise CoordinatorClosedError from None
 
     def wait_idle(self) -> None:
         """Wait until nothing is queued and nothing is in the ring, or the pool is broken."""
@@ -246,6 +248,7 @@ class Pump:
             self._moved = True
         while self._commands:
             self._commands.popleft()()
+            self._tell_idle()
         while self._deaths:
             self._recover(self._deaths.popleft())
         if self.broken is not None and self._backlog:
@@ -300,6 +303,9 @@ class Pump:
         for sink in self._touched:
             sink.settle()
         self._touched.clear()
+        self._tell_idle()
+
+    def _tell_idle(self) -> None:
         if self._is_idle():
             with self._idle:
                 self._idle.notify_all()

@@ -146,6 +146,8 @@ class Supervisor:
     def join(self, timeout_s: float) -> None:
         """Wait for all workers to end by themselves; after ``timeout_s`` seconds they are killed."""
         self._stopping = True
+        if self._thread.ident is None:
+            return
         self._wake()
         self._thread.join(timeout_s)
         if self._thread.is_alive():

@@ -85,19 +85,20 @@ class CoordinatorEnd:
     def _rebuild(self) -> None:
         """Free slots and the publish cursor, from what the lists hold. Also the way out of an interrupted method."""
         ring = self.ring
-        ring.lock.acquire()
-        try:
+
+        def section() -> tuple[int, list[int]]:
             cursors = ring.cursors()
             self._check(cursors)
             live = self._live(cursors)
             ring.commit(cursors._replace(parked=0, spinning=0, op_worker=ring.workers, op_claim=0, wake_at=0))
-        finally:
-            ring.lock.release_if_held()
+            return cursors.ready_tail, live
+
+        published, live = ring.lock.run(section)
         used = {layout.slot_of(entry) for entry in live}
         if len(used) != len(live) or any(slot >= ring.slots for slot in used):
             raise SegmentFormatError(ring.segment.name, "a slot stands in two lists, or is none")
         self._free = [slot for slot in range(ring.slots) if slot not in used]
-        self._published = cursors.ready_tail
+        self._published = published
         self._stale = False
 
     def _check(self, cursors: layout.Cursors) -> None:
@@ -107,10 +108,13 @@ class CoordinatorEnd:
             cursors.retry_tail - cursors.retry_head,
             cursors.done_tail - delivered,
         )
-        claims = [
-            ring.words[ring.worker_word(w, layout.W_CLAIM)] & layout.CLAIM_COUNT_MASK for w in range(ring.workers)
-        ]
-        if any(not 0 <= span <= ring.slots for span in spans) or any(n > ring.claims_max for n in claims):
+        claims = [ring.words[ring.worker_word(w, layout.W_CLAIM)] for w in range(ring.workers)]
+        counts = (ring.words[VERSION_WORD], delivered, *cursors[:5], cursors.wake_at, *claims)
+        if any(count >> 62 for count in counts):  # the next addition might not fit a word
+            raise SegmentFormatError(ring.segment.name, "its counts are beyond what anybody can have counted")
+        if any(not 0 <= span <= ring.slots for span in spans) or any(
+            claim & layout.CLAIM_COUNT_MASK > ring.claims_max for claim in claims
+        ):
             raise SegmentFormatError(ring.segment.name, "its cursors contradict each other")
         if cursors.ready_tail >> layout.SEQUENCE_BITS:
             raise SegmentFormatError(ring.segment.name, "its sequence is beyond 36 bits")
@@ -152,16 +156,15 @@ class CoordinatorEnd:
         slots = free[-len(tasks) :]
         entries = self._write_records(tasks, slots, first)
         ring.put(ring.ready, first, entries)
-        ring.lock.acquire()
-        try:
+        tail = first + len(entries)
+
+        def section() -> list[int]:
             head, _, retry_head, retry_tail, done_tail, parked, _, _, wake_at, spinning = ring.block()
-            tail = first + len(entries)
             wake, parked = _pick(parked, tail - head - spinning.bit_count())
             ring.commit((head, tail, retry_head, retry_tail, done_tail, parked, ring.workers, 0, wake_at, spinning))
-            ring.lock.release()
-        except BaseException:
-            ring.lock.release_if_held()
-            raise
+            return wake
+
+        wake = ring.lock.run(section)
         del free[-len(tasks) :]
         self._published = tail
         self._stale = False
@@ -208,14 +211,7 @@ class CoordinatorEnd:
             self._rebuild()
         ring, words = self.ring, self.ring.words
         delivered = words[DONE_HEAD]
-        ring.lock.acquire()
-        try:
-            done_tail = ring.block()[4]
-            ring.lock.release()
-        except BaseException:
-            ring.lock.release_if_held()
-            raise
-        n = done_tail - delivered
+        n = ring.lock.run(ring.block)[4] - delivered
         if not n:
             return 0
         entries = ring.entries(ring.done, delivered, n)
@@ -243,19 +239,18 @@ class CoordinatorEnd:
         """
         ring = self.ring
         delivered = ring.words[DONE_HEAD]
-        ring.lock.acquire()
-        try:
+
+        def section() -> float:
             block = ring.block()
             n = block[4] - delivered
-            awake = n >= results_wanted or (n and block[0] == block[1])
-            if not awake:
-                ring.commit((*block[:6], ring.workers, 0, delivered + results_wanted, block[9]))
-            ring.lock.release()
-        except BaseException:
-            ring.lock.release_if_held()
-            raise
-        if not awake:
-            self.sleep(coalesce_s if n else timeout_s)
+            if n >= results_wanted or (n and block[0] == block[1]):
+                return 0
+            ring.commit((*block[:6], ring.workers, 0, delivered + results_wanted, block[9]))
+            return coalesce_s if n else timeout_s
+
+        sleep_s = ring.lock.run(section)
+        if sleep_s:
+            self.sleep(sleep_s)
 
     def spin(self, n: int) -> bool:
         """Look for results, or for a post, ``n`` times; whether there is either. Lets other threads run in between."""
@@ -289,19 +284,19 @@ class CoordinatorEnd:
         return self._cancel(lambda _entry: True)
 
     def _cancel(self, wanted: Callable[[int], bool]) -> int:
-        ring, n = self.ring, 0
-        ring.lock.acquire()  # a claim is made under it too, so that what stands in these lists is not being looked at
-        try:
+        ring = self.ring
+
+        def section() -> int:  # a claim is made under the mutex too: nobody is looking at what stands in these lists
             cursors = ring.cursors()
             waiting = ring.entries(ring.ready, cursors.ready_head, cursors.ready_tail - cursors.ready_head)
             waiting += ring.entries(ring.retry, cursors.retry_head, cursors.retry_tail - cursors.retry_head)
-            for entry in filter(wanted, waiting):
+            cancelled = list(filter(wanted, waiting))
+            for entry in cancelled:
                 at = ring.tasks + layout.slot_of(entry) * RECORD_BYTES + layout.TASK_CANCEL_AT
                 ring.words[at >> 3] = 1
-                n += 1
-        finally:
-            ring.lock.release_if_held()
-        return n
+            return len(cancelled)
+
+        return ring.lock.run(section)
 
     def take_back(self, worker: int) -> int:
         """Take from a living ``worker`` what it claimed and has not started; returns how many tasks.
@@ -312,37 +307,33 @@ class CoordinatorEnd:
         if self._stale:
             self._rebuild()
         ring, words = self.ring, self.ring.words
-        wake: list[int] = []
-        back: list[int] = []
-        ring.lock.acquire()
-        try:
+        revoke, running_at = (ring.worker_word(worker, word) for word in (layout.W_REVOKE, layout.W_RUNNING))
+
+        def section() -> tuple[int, list[int]]:
             entries = ring.claimed(worker)
-            claim = words[ring.worker_word(worker, layout.W_CLAIM)]
-            words[ring.worker_word(worker, layout.W_REVOKE)] = claim >> layout.CLAIM_SHIFT
-            if len(entries) > 1 and barrier.fence_all():
-                running = words[ring.worker_word(worker, layout.W_RUNNING)]
-                started = entries.index(running) if running in entries else -1
-                finished, kept, back = (
-                    entries[: max(started, 0)],
-                    entries[max(started, 0) : started + 1],
-                    entries[started + 1 :],
-                )
-                if back or finished:
-                    wake = self._commit_moves(worker, finished, back, kept)
-            ring.lock.release()
-        except BaseException:
-            ring.lock.release_if_held()
-            raise
+            words[revoke] = words[ring.worker_word(worker, layout.W_CLAIM)] >> layout.CLAIM_SHIFT
+            if len(entries) < 2 or not barrier.fence_all():
+                return 0, []
+            running = words[running_at]  # read after the store above: see the race in ``claims``
+            n_ended = entries.index(running) if running in entries else 0
+            first_unstarted = n_ended + (running in entries)
+            finished, back = entries[:n_ended], entries[first_unstarted:]
+            if not all(map(ring.result_word, finished)):
+                return 0, []  # its stores arrive out of order (not on x86-64): another time
+            return len(back), self._commit_moves(worker, finished, back, entries[n_ended:first_unstarted])
+
+        n_back, wake = ring.lock.run(section)
         self._wake(wake)
-        return len(back)
+        return n_back
 
     # ---- the dead
 
     def claims_of_dead(self, worker: int) -> list[ClaimedTask]:
         """What a worker held when it died. Its process must be gone: nobody else touches these tasks any more."""
         ring = self.ring
-        ring.lock.acquire()  # whoever gets the mutex finishes what the dead had committed: its claim word is final now
-        ring.lock.release_if_held()
+        ring.lock.run(
+            ring.block
+        )  # whoever gets the mutex finishes what the dead had committed: its claim word is final
         running = ring.words[ring.worker_word(worker, layout.W_RUNNING)]
         return [
             ClaimedTask(entry, ring.status(entry), entry == running, self.results.deaths(entry))
@@ -380,13 +371,7 @@ class CoordinatorEnd:
         for entry in blamed:
             self.results.blame(entry)
         retried = [*again, *(entry + layout.ATTEMPT_ONE for entry in blamed)]
-        ring.lock.acquire()
-        try:
-            wake = self._commit_moves(worker, done, retried, ())
-            ring.lock.release()
-        except BaseException:
-            ring.lock.release_if_held()
-            raise
+        wake = ring.lock.run(lambda: self._commit_moves(worker, done, retried, ()))
         for word in (layout.W_PID, layout.W_RUNNING, layout.W_N_TASKS):
             ring.words[ring.worker_word(worker, word)] = 0
         self._wake(wake)

@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Callable
 from errno import EBUSY, EOWNERDEAD
+from typing import TypeVar
 
 from ringpool.errors import LockBrokenError
 
@@ -41,6 +42,8 @@ MUTEX_BYTES = 48 if platform.machine() == "aarch64" else 40
 _PTHREAD_PROCESS_SHARED = 1
 _PTHREAD_MUTEX_ROBUST = 1
 _pthread = ctypes.PyDLL(None)
+
+T = TypeVar("T")
 
 
 def glibc_version() -> tuple[int, int]:
@@ -82,8 +85,8 @@ def expected_kind() -> bytes:
 class RobustLock:
     """The mutex at ``offset`` of ``mapping``. Not re-entrant. ``redo`` is called, idempotently, by whoever inherits it.
 
-    Not a context manager on purpose: what must happen when a section is left by an exception differs between a worker
-    (it ends, and the kernel frees the mutex) and a coordinator (it redoes and goes on).
+    A coordinator's sections go through ``run``, which releases on any exception. A worker calls ``acquire`` and
+    ``release``: on an exception it ends, and the kernel frees the mutex.
     """
 
     __slots__ = (
@@ -129,6 +132,17 @@ class RobustLock:
             unlock_call(mutex)
 
         return release
+
+    def run(self, section: Callable[[], T]) -> T:
+        """Run ``section`` under the mutex. On whatever exception, of its own or from outside, the mutex is released."""
+        try:
+            self.acquire()
+            outcome = section()
+            self.release()
+        except BaseException:
+            self.release_if_held()
+            raise
+        return outcome
 
     def acquire_within(self, timeout_s: float) -> None:
         """``acquire``, for a segment that may be damaged. Raises ``LockBrokenError`` after ``timeout_s`` seconds."""

@@ -37,6 +37,7 @@ VERSION_WORD = layout.VERSION_WORD_AT >> 3
 DONE_HEAD = layout.DONE_HEAD_AT >> 3
 RUN_STATE = layout.RUN_STATE_AT >> 3
 _N_REDONE = layout.N_REDONE_AT >> 3
+_WORD_MASK = (1 << 64) - 1
 _read_cursors = layout.CURSORS.unpack_from
 _write_cursors = layout.CURSORS.pack_into
 
@@ -84,7 +85,7 @@ class Ring:
         cursors = self.cursors()
         if cursors.op_worker < self.workers:
             self.words[self.worker_word(cursors.op_worker, layout.W_CLAIM)] = cursors.op_claim
-        self.words[_N_REDONE] += 1
+        self.words[_N_REDONE] = self.words[_N_REDONE] + 1 & _WORD_MASK  # called before anything has been checked
 
     def peek(self) -> layout.Cursors:
         """A consistent block without the mutex: read again where it was committed meanwhile."""
