@@ -1,0 +1,263 @@
+"""Blobs: what was written is read, without a copy, for as long as somebody looks at it."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import pickle
+import random
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.shm.test_segment import in_a_small_shared_memory
+from tests.workers.files.child import Child, say
+
+from ringpool.errors import SegmentMissingError
+from ringpool.shm import blobs, segment
+from ringpool.shm.layout import Encoding
+from ringpool.shm.segment import SHM_DIRECTORY
+
+MIB = 1 << 20
+
+
+def path_of(name: str) -> Path:
+    return Path(SHM_DIRECTORY, name)
+
+
+def mapped_spans(name: str) -> list[tuple[int, int]]:
+    """The address ranges at which this process has mapped the blob, unlinked or not."""
+    spans: list[tuple[int, int]] = []
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        for line in maps:
+            if f"{SHM_DIRECTORY}/{name}" in line:
+                first, _, last = line.split()[0].partition("-")
+                spans.append((int(first, 16), int(last, 16)))
+    return spans
+
+
+def is_inside(array: np.ndarray[Any, Any], spans: list[tuple[int, int]]) -> bool:
+    at: int = array.__array_interface__["data"][0]
+    return any(first <= at and at + array.nbytes <= last for first, last in spans)
+
+
+def write_pickled(name: str, value: object) -> int:
+    buffers: list[pickle.PickleBuffer] = []
+    body = pickle.dumps(value, 5, buffer_callback=buffers.append)
+    return blobs.write(name, Encoding.PICKLE, body, [buffer.raw() for buffer in buffers])
+
+
+def read_pickled(name: str, *, writable: bool = False) -> Any:
+    encoding, body, buffers = blobs.read(name, writable=writable)
+    assert encoding is Encoding.PICKLE
+    return pickle.loads(body, buffers=buffers)
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 960, 961, 4095, 4096, 4097, MIB, 50_000_000])
+def test_a_body_of_any_size_is_read_as_it_was_written(size: int, stem: str) -> None:
+    name = blobs.payload_name(stem, 1)
+    body = random.Random(size).randbytes(size)
+    size_bytes = blobs.write(name, Encoding.MSGPACK, body)
+    assert path_of(name).stat().st_size == size_bytes >= size
+    encoding, found, buffers = blobs.read(name)
+    assert (encoding, found == body, buffers) == (Encoding.MSGPACK, True, [])
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [(0,), (1,), (64, 64), (0, 0, 0), (5, 0, 7), (4096, 1, 4095), (MIB, 3, MIB + 1), tuple(range(100))],
+    ids=str,
+)
+@pytest.mark.parametrize("writable", [False, True])
+def test_buffers_are_read_as_they_were_written(lengths: tuple[int, ...], writable: bool, stem: str) -> None:
+    name = blobs.payload_name(stem, 1)
+    chance = random.Random(1)
+    contents = [chance.randbytes(length) for length in lengths]
+    size_bytes = blobs.write(name, Encoding.PICKLE, b"body", [memoryview(content) for content in contents])
+    assert path_of(name).stat().st_size == size_bytes
+    _, body, buffers = blobs.read(name, writable=writable)
+    assert body == b"body"
+    assert [bytes(buffer) for buffer in buffers] == contents
+
+
+def test_the_layout_is_the_one_of_the_table(stem: str) -> None:
+    name = blobs.payload_name(stem, 1)
+    blobs.write(name, Encoding.PICKLE, b"abc", [memoryview(b"x" * 65), memoryview(b"yy")])
+    content = path_of(name).read_bytes()
+    assert content[:8] == b"RPBLOB1\0"
+    numbers = [int.from_bytes(content[at:end], "little") for at, end in ((8, 12), (12, 16), (16, 24), (24, 32), (32, 40))]
+    assert numbers == [Encoding.PICKLE, 2, 3, 65, 2]
+    assert content[64:67] == b"abc"
+    assert content[128:193] == b"x" * 65
+    assert content[256:] == b"yy"
+
+
+def test_what_is_written_from_other_kinds_of_buffers_is_the_same(stem: str) -> None:
+    wide = np.arange(12, dtype="<u4").reshape(3, 4)
+    write_body = bytearray(b"body")
+    blobs.write(blobs.payload_name(stem, 1), Encoding.PICKLE, write_body, [memoryview(wide)])
+    _, body, [buffer] = blobs.read(blobs.payload_name(stem, 1))
+    assert body == b"body"
+    assert bytes(buffer) == wide.tobytes()
+
+
+def test_everything_is_allocated_and_for_this_user_only(stem: str) -> None:
+    name = blobs.payload_name(stem, 1)
+    size_bytes = blobs.write(name, Encoding.MSGPACK, bytes(100_000))
+    status = path_of(name).stat()
+    assert stat.S_IMODE(status.st_mode) == 0o600
+    assert status.st_blocks * 512 >= size_bytes
+
+
+def test_names_belong_to_their_segment_and_tell_attempts_apart() -> None:
+    assert blobs.payload_name("rp.1", 7) == "rp.1.t7"
+    assert blobs.function_name("rp.1", 7) == "rp.1.f7"
+    assert blobs.result_name("rp.1", 7, 0) == "rp.1.r7.0"
+    assert blobs.result_name("rp.1", 7, 1) == "rp.1.r7.1"
+
+
+def test_a_segments_blobs_go_with_it(stem: str) -> None:
+    for name in (blobs.payload_name(stem, 1), blobs.function_name(stem, 2), blobs.result_name(stem, 3, 0)):
+        blobs.write(name, Encoding.MSGPACK, b"x")
+    segment.unlink(stem)
+    assert [file for file in os.listdir(SHM_DIRECTORY) if stem in file] == []
+
+
+# ---- views -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_array_in_a_reader_is_read_only_and_lies_in_the_mapping(stem: str) -> None:
+    name = blobs.payload_name(stem, 1)
+    array = np.arange(100_000, dtype=np.float64).reshape(100, 1000)
+    write_pickled(name, {"array": array, "few": 1})
+    found = read_pickled(name)["array"]
+    assert np.array_equal(found, array)
+    assert not found.flags.writeable
+    assert found.__array_interface__["data"][0] % blobs.ALIGN_BYTES == 0
+    assert is_inside(found, mapped_spans(name))
+    with pytest.raises(ValueError, match="read-only"):
+        found[0, 0] = 1
+
+
+def test_a_writable_array_is_private(stem: str) -> None:
+    name = blobs.payload_name(stem, 1)
+    array = np.arange(100_000)
+    write_pickled(name, array)
+    first, second = read_pickled(name, writable=True), read_pickled(name, writable=True)
+    assert is_inside(first, mapped_spans(name))
+    first[:] = -1
+    assert np.array_equal(second, array)
+    assert np.array_equal(read_pickled(name), array)
+
+
+def test_the_views_of_a_reader_may_not_be_written(stem: str) -> None:
+    name = blobs.payload_name(stem, 1)
+    blobs.write(name, Encoding.PICKLE, b"body", [memoryview(b"buffer")])
+    _, body, [buffer] = blobs.read(name)
+    assert body.readonly
+    assert buffer.readonly
+
+
+def test_an_unlinked_blob_lives_as_long_as_its_views(stem: str) -> None:
+    name = blobs.payload_name(stem, 1)
+    array = np.arange(1_000_000)
+    write_pickled(name, (array, array + 1))
+    first, second = read_pickled(name)
+    blobs.unlink(name)
+    assert not path_of(name).exists()
+    assert np.array_equal(first, array)
+    del first
+    gc.collect()
+    assert mapped_spans(name), "the mapping went while a view was there"
+    assert np.array_equal(second, array + 1)
+    del second
+    gc.collect()
+    assert mapped_spans(name) == []
+
+
+def test_its_memory_is_freed_with_its_last_view() -> None:
+    """In a shared memory of its own, so that what is in use there is what this blob uses."""
+    said = in_a_small_shared_memory(
+        4096,
+        """
+import gc, os
+from ringpool.shm import blobs
+from ringpool.shm.layout import Encoding
+def used():
+    room = os.statvfs("/dev/shm")
+    return (room.f_blocks - room.f_bfree) * room.f_frsize
+blobs.write("b", Encoding.PICKLE, b"body", [memoryview(bytes(1 << 20))])
+print(used() > 1 << 20)
+_, _, [view] = blobs.read("b")
+blobs.unlink("b")
+print(used() > 1 << 20, len(bytes(view)))
+del view, _
+gc.collect()
+print(used())
+""",
+    )
+    assert said.splitlines() == ["True", f"True {MIB}", "0"]
+
+
+def test_a_blob_written_by_one_process_is_read_by_another(stem: str) -> None:
+    name = blobs.result_name(stem, 5, 1)
+    with Child(write_an_array, name) as child:
+        child.wait_for("written")
+        child.succeed()
+    assert read_pickled(name, writable=True).sum() == 499_500
+
+
+def write_an_array(name: str) -> None:
+    write_pickled(name, np.arange(1000))
+    say("written")
+
+
+# ---- what can go wrong -------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_blob_is_named() -> None:
+    with pytest.raises(SegmentMissingError, match="rp\\.none\\.t1: the blob is gone"):
+        blobs.read("rp.none.t1")
+
+
+def test_unlinking_what_is_not_there_is_nothing_to_do(stem: str) -> None:
+    blobs.unlink(blobs.payload_name(stem, 1))
+    blobs.write(blobs.payload_name(stem, 1), Encoding.MSGPACK, b"x")
+    blobs.unlink(blobs.payload_name(stem, 1))
+    blobs.unlink(blobs.payload_name(stem, 1))
+    assert not path_of(blobs.payload_name(stem, 1)).exists()
+
+
+def test_no_room_for_it_is_an_error_that_leaves_nothing() -> None:
+    said = in_a_small_shared_memory(
+        1024,
+        """
+import os
+from ringpool.errors import SharedMemoryFullError
+from ringpool.shm import blobs
+from ringpool.shm.layout import Encoding
+for body, buffers in ((bytes(1 << 21), ()), (b"", [memoryview(bytes(1 << 20))]), (bytes(1 << 19),) * 2):
+    try:
+        blobs.write("b", Encoding.PICKLE, body, [memoryview(buffers)] if isinstance(buffers, bytes) else buffers)
+    except SharedMemoryFullError as error:
+        print(error.name, error.reason, os.listdir("/dev/shm"), os.statvfs("/dev/shm").f_bfree)
+print(blobs.write("b", Encoding.PICKLE, bytes(1 << 19)) >= 1 << 19)
+""",
+    )
+    *errors, last = said.splitlines()
+    sizes = ["2,097,216", "1,048,640", "1,048,640"]
+    assert errors == [f"b /dev/shm has no room for {size} bytes [] 256" for size in sizes]
+    assert last == "True"
+
+
+def test_a_write_that_fails_half_way_leaves_nothing(stem: str) -> None:
+    name = blobs.payload_name(stem, 1)
+    with mmap.mmap(-1, 4096) as page, memoryview(page) as view:
+        scattered = view[::2]  # memory that is not in one piece cannot be copied as bytes
+        with pytest.raises(TypeError):
+            blobs.write(name, Encoding.PICKLE, b"body", [scattered])
+        scattered.release()
+    assert not path_of(name).exists()

@@ -1,0 +1,381 @@
+"""Task functions for the coordinator's tests, the hostile ones among them. Worker processes import this module.
+
+They tell where they are by files, never by time: ``begun`` and ``gate`` are paths that appear.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ringpool.errors import RingpoolError
+
+WATCHDOG_S = 60
+
+
+def wait_for(path: str | Path) -> None:
+    """Until ``path`` exists."""
+    for _ in range(WATCHDOG_S * 200):
+        if os.path.exists(path):
+            return
+        select.select([], [], [], 0.005)
+    raise TimeoutError(f"{path} did not appear")
+
+
+# ---- plain ones ------------------------------------------------------------------------------------------------------
+
+
+def size(src: Path) -> int:
+    return src.stat().st_size
+
+
+def process_id(src: Path) -> int:
+    return os.getpid()
+
+
+def name(src: Path) -> str:
+    return src.name
+
+
+def typed(src: Path, *, times: int, mark: str = "x") -> str:
+    return f"{times!r} {mark!r}"
+
+
+def anything(src: Path, **parameters: Any) -> dict[str, Any]:
+    return parameters
+
+
+def echo(src: Path, *, value: Any = None) -> Any:
+    return value
+
+
+def many_bytes(src: Path, *, n: int) -> bytes:
+    return bytes(n)
+
+
+def ramp(src: Path, *, n: int) -> np.ndarray:
+    return np.arange(n)
+
+
+def total(src: Path, *, numbers: np.ndarray) -> int:
+    return int(numbers.sum())
+
+
+def unpicklable(src: Path) -> threading.Lock:
+    return threading.Lock()
+
+
+def append_line(src: Path) -> None:
+    """One line in ``src`` for each time it is run."""
+    with src.open("ab") as file:
+        file.write(b"run\n")
+
+
+# ---- waiting ones ----------------------------------------------------------------------------------------------------
+
+
+def hold(src: Path, *, gate: str, begun: str) -> int:
+    """Says that it has begun, with its pid, and ends when the gate appears."""
+    announce(begun)
+    wait_for(gate)
+    return os.getpid()
+
+
+def announce(begun: str) -> None:
+    Path(begun + ".new").write_text(str(os.getpid()))
+    os.rename(begun + ".new", begun)
+
+
+def stay(src: Path, *, how: str, begun: str) -> None:
+    """Never ends, in one way or another. ``begun`` comes with the pid of what should die with this worker."""
+    if how == "python":
+        announce(begun)
+        while True:
+            pass
+    elif how == "sleep holding the GIL":
+        announce(begun)
+        ctypes.PyDLL(None).sleep(WATCHDOG_S)
+    elif how == "hopeless match":
+        announce(begun)
+        re.match("(a*)*b", "a" * 64)
+    elif how == "stopped":
+        announce(begun)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif how == "subprocess":
+        child = subprocess.Popen(["sleep", str(WATCHDOG_S)])
+        Path(begun + ".new").write_text(str(child.pid))
+        os.rename(begun + ".new", begun)
+        child.wait()
+    elif how == "deaf":
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        announce(begun)
+        while True:
+            signal.pause()
+    raise AssertionError(how)
+
+
+# ---- failing ones ----------------------------------------------------------------------------------------------------
+
+
+class UnpicklableError(Exception):
+    def __init__(self) -> None:
+        super().__init__("holds a lock")
+        self.lock = threading.Lock()
+
+
+class TwoArgumentsError(Exception):
+    """Pickles, and cannot be rebuilt: its ``args`` are not what it is called with."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+class MuteError(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+class TaskRefusedError(RingpoolError):
+    pass
+
+
+def fail(src: Path, *, how: str) -> None:
+    match how:
+        case "value":
+            raise ValueError("no good")
+        case "chained":
+            try:
+                raise LookupError("first")
+            except LookupError as error:
+                raise ValueError("second") from error
+        case "interrupt":
+            raise KeyboardInterrupt
+        case "exit":
+            sys.exit(3)
+        case "generator exit":
+            raise GeneratorExit
+        case "unpicklable":
+            raise UnpicklableError
+        case "cannot be rebuilt":
+            raise TwoArgumentsError("a", "b")
+        case "local class":
+
+            class LocalError(Exception):
+                pass
+
+            raise LocalError("nobody knows me")
+        case "mute":
+            raise MuteError
+        case "huge":
+            raise ValueError("x" * 10_000_000)
+        case "surrogates":
+            raise ValueError("\udcff")
+        case "recursion":
+            fail(src, how=how)
+        case "memory":
+            raise MemoryError
+        case "group":
+            raise ExceptionGroup("several", [ValueError("a"), KeyError("b")])
+        case "of ringpool":
+            raise TaskRefusedError("own")
+        case _:
+            raise AssertionError(how)
+
+
+def fail_if_marked(src: Path) -> str:
+    """Fails where the input says so."""
+    if src.read_text() == "fail":
+        raise ValueError(src.name)
+    return src.name
+
+
+# ---- dying ones ------------------------------------------------------------------------------------------------------
+
+
+def die(src: Path, *, how: str = "kill") -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    match how:
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "terminate":
+            os.kill(os.getpid(), signal.SIGTERM)
+        case "exit":
+            os._exit(7)
+        case "exit well":
+            os._exit(0)
+        case "abort":
+            os.abort()
+        case "segfault":
+            ctypes.string_at(0)
+        case "group":
+            os.killpg(0, signal.SIGKILL)
+        case _:
+            raise AssertionError(how)
+
+
+def die_once(src: Path, *, marks: str) -> str:
+    """Dies at its first attempt on each file."""
+    mark = Path(marks, src.name)
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return src.name
+
+
+def die_if_marked(src: Path) -> str:
+    """Kills its worker where the input says so."""
+    if src.read_text() == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return src.name
+
+
+# ---- ones that bend their process ------------------------------------------------------------------------------------
+
+
+def close_descriptors(src: Path) -> str:
+    os.closerange(0, 4096)
+    return "closed"
+
+
+def close_streams(src: Path) -> str:
+    sys.stdout.close()
+    sys.stderr.close()
+    return "closed"
+
+
+def replace_handlers(src: Path) -> str:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGUSR1, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+    return "replaced"
+
+
+def handlers(src: Path) -> list[str]:
+    found = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGCHLD)]
+    return [getattr(handler, "name", "python") for handler in found] + [str(signal.getitimer(signal.ITIMER_REAL)[0])]
+
+
+def wait_while_alarmed(src: Path) -> str:
+    """Long enough for an alarm that was left behind to go off."""
+    select.select([], [], [], 0.2)
+    return "alive"
+
+
+def change_directory(src: Path, *, to: str) -> str:
+    os.chdir(to)
+    return os.getcwd()
+
+
+def directory(src: Path) -> str:
+    return os.getcwd()
+
+
+def fork_here(src: Path, *, then: str) -> int:
+    """Forks, and lets the child take a way out of the task function. The original returns its pid."""
+    child = os.fork()
+    if not child:
+        if then == "raise":
+            raise ValueError("in the child")
+        if then == "exit":
+            sys.exit(5)
+        if then == "exit at once":
+            os._exit(5)
+        return -1
+    os.waitpid(child, 0)
+    return os.getpid()
+
+
+def leave_child(src: Path) -> int:
+    """Leaves a sleeping process behind; its pid."""
+    return subprocess.Popen(["sleep", str(WATCHDOG_S)]).pid
+
+
+def leave_child_and_die(src: Path, *, begun: str) -> None:
+    child = subprocess.Popen(["sleep", str(WATCHDOG_S)])
+    Path(begun).write_text(str(child.pid))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def read_input(src: Path) -> str:
+    return sys.stdin.read()
+
+
+def use_a_pool(src: Path) -> list[int]:
+    """Processes of its own, in a worker."""
+    import multiprocessing
+
+    with multiprocessing.get_context("fork").Pool(2) as own:
+        return own.map(abs, [-1, -2, -3])
+
+
+# ---- ones with outputs -----------------------------------------------------------------------------------------------
+
+
+def copy(src: Path, dst: Path) -> int:
+    return dst.write_bytes(src.read_bytes())
+
+
+def copy_or_size(src: Path, dst: Path | None = None) -> int:
+    return src.stat().st_size if dst is None else dst.write_bytes(src.read_bytes())
+
+
+def staging_of(src: Path, dst: Path) -> str:
+    dst.write_bytes(b"")
+    return str(dst)
+
+
+def write_nothing(src: Path, dst: Path) -> None:
+    pass
+
+
+def write_directory(src: Path, dst: Path) -> None:
+    dst.mkdir()
+    (dst / "inside").write_text("x")
+
+
+def write_half(src: Path, dst: Path, *, then: str, begun: str = "") -> None:
+    dst.write_bytes(b"half")
+    match then:
+        case "raise":
+            raise ValueError("half")
+        case "exit":
+            sys.exit(1)
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "wait":
+            announce(begun)
+            signal.pause()
+
+
+def block_target(src: Path, dst: Path, *, target: str, n: int) -> bytes:
+    """Writes its output, and puts something in the way of it; returns ``n`` bytes."""
+    dst.write_bytes(b"whole")
+    os.mkdir(target)
+    return bytes(n)
+
+
+def copy_after_moving(src: Path, dst: Path, *, to: str) -> int:
+    os.chdir(to)
+    return copy(src, dst)
+
+
+def die_once_with_output(src: Path, dst: Path, *, marks: str) -> None:
+    dst.write_text("first")
+    mark = Path(marks, src.name)
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    dst.write_text("second")
