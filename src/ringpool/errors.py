@@ -25,6 +25,7 @@
         CoordinatorClosedError     it is closed
         CrashLoopError             workers die before they take a first task
         WrongProcessError          it was made by another process, before a fork
+        WrongThreadError           it cannot be closed in a future's callback
       FileOperationError         ``workers.files``: an operation on one file (also an OSError)
         AtomicWriteError           the target was not replaced; its old content stands
         DurabilityError            the kernel could not promise that it is on disk
@@ -334,6 +335,16 @@ class WrongProcessError(PoolError):
 
     def __str__(self) -> str:
         return f"this coordinator belongs to process {self.owner_pid}, and this is {self.pid}; make one after the fork"
+
+
+class WrongThreadError(PoolError):
+    """``close`` was called in a future's callback, which runs in the thread that ``close`` has to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __str__(self) -> str:
+        return "a coordinator cannot be closed in a future's callback; close it where it was made, or in another thread"
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
 
@@ -154,9 +154,9 @@ class Program:
                     found.add(int(entry))
         return found
 
-    def assert_no_process_is_left(self, but: set[int] = frozenset()) -> None:  # type: ignore[assignment]
+    def assert_no_process_is_left(self, but: Collection[int] = ()) -> None:
         """No process of it lives, ``but`` these."""
-        wait_until(lambda: not self.processes - but, f"the end of all its processes; it printed\n{self.err}")
+        wait_until(lambda: not self.processes.difference(but), f"the end of all its processes; it printed\n{self.err}")
 
     def assert_nothing_is_left(self) -> None:
         """No process, nothing in ``/dev/shm``, and no storm of tracebacks."""

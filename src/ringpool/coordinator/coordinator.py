@@ -34,6 +34,7 @@ from ringpool.errors import (
     InputMissingError,
     ParameterError,
     WrongProcessError,
+    WrongThreadError,
 )
 from ringpool.shm import blobs, layout, segment
 from ringpool.shm.dispatch import CoordinatorEnd, Task
@@ -168,13 +169,14 @@ class Coordinator:
         own = tasks.validate(name, signature, params or {})
         tasks.require(name, signature, own)
         source, target = _absolute(src), None if dst is None else _absolute(dst)
-        if not os.path.exists(source):
-            raise InputMissingError(os.fsdecode(source))
+        if not src or not os.path.exists(source):
+            raise InputMissingError(os.fsdecode(source) if src else "''")
         payload = tasks.FilePayload(source, target, tasks.pack_parameters(name, own) or None)
         future = TaskFuture(next(self._task_ids), self._pump, self._board)
         future.ticket = Ticket(self._task(function.id, payload, future.task_id), future, src, dst)
         self._board.add(future)
-        self._pump.submit((future.ticket,))
+        self._pump.queue(future.ticket)
+        self._pump.wake()
         return future
 
     def run_file_tasks(
@@ -196,6 +198,8 @@ class Coordinator:
         self._check_open()
         function = self._function(fn, params or {})
         tasks.require(function.name, function.signature, params or {})
+        if isinstance(inputs, str | bytes | os.PathLike):
+            raise TypeError(f"inputs must be an iterable of paths, not one path ({inputs!r}); put it into a list")
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, not {window}")
         inbox = RunInbox(self._segment.name, lambda: self._release(function))
@@ -243,10 +247,13 @@ class Coordinator:
     def close(self, *, cancel: bool = False) -> None:
         """Stop: run what is queued to its end (``cancel``: drop what no worker has), end the workers, leave nothing.
 
-        Ctrl-C while it waits kills the workers. Safe to call twice, and from any thread but those of a task's callback.
+        Ctrl-C while it waits kills the workers. Safe to call twice, and from any thread; in a
+        future's callback, which it would have to wait for, it raises ``WrongThreadError``.
         """
         if self._closed or os.getpid() != self._pid:
             return
+        if self._pump.is_current_thread:
+            raise WrongThreadError
         self._closing = True
         try:
             if cancel:

@@ -286,6 +286,7 @@ class FileRun(Iterator[FileResult]):
         self, pump: Pump, inbox: RunInbox, tickets: Iterator[Ticket], window: int, check_open: Callable[[], None]
     ) -> None:
         self._closed = False
+        self._pid = os.getpid()
         self._pump = pump
         self._inbox = inbox
         self._tickets = tickets
@@ -331,7 +332,7 @@ class FileRun(Iterator[FileResult]):
 
     def close(self) -> None:
         """Take no more: what has not started is cancelled, what runs is left to end, and its result is dropped."""
-        if self._closed:
+        if self._closed or os.getpid() != self._pid:  # in a fork of the program, the results are its parent's
             return
         self._closed = self._exhausted = self._inbox.closed = True
         for waiting in (self._ready, self._inbox.arrived):
@@ -343,29 +344,32 @@ class FileRun(Iterator[FileResult]):
             self._inbox.retire(0)
 
     def _fill(self) -> None:
-        """Draw inputs up to the window; but not for long while results wait to be taken."""
-        batch: list[Ticket] = []
-        began = time.monotonic()
+        """Draw inputs up to the window; but not for long while results wait to be taken.
+
+        Each is queued before the next is drawn, which may take its time.
+        """
+        queue, tickets, arrived, clock = self._pump.queue, self._tickets, self._inbox.arrived, time.monotonic
+        began_s = woken_s = clock()
+        not_told = FLUSH_TICKETS if not self._under_way else 0  # the first of all is told at once
         try:
             self._check_open()
-            while self._under_way + len(batch) < self._window:
-                batch.append(next(self._tickets))
-                if len(batch) >= FLUSH_TICKETS:
-                    self._submit(batch)
-                    batch = []
-                if self._inbox.arrived and time.monotonic() - began > FILL_S:
+            while self._under_way < self._window:
+                queue(next(tickets))
+                self._under_way += 1
+                not_told += 1
+                now_s = clock()
+                if not_told > FLUSH_TICKETS or now_s - woken_s > FILL_S:
+                    self._pump.wake()
+                    not_told, woken_s = 0, now_s
+                if arrived and now_s - began_s > FILL_S:
                     break
         except StopIteration:
             self._exhausted = True
         except Exception as error:
             self._exhausted = True
             self._input_error = error
-        self._submit(batch)
-
-    def _submit(self, batch: list[Ticket]) -> None:
-        if batch:
-            self._under_way += len(batch)
-            self._pump.submit(batch)
+        if not_told:
+            self._pump.wake()
 
     def _take(self) -> None:
         """Wait for results, and take all that are there."""

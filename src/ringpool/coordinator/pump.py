@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -117,9 +117,12 @@ class Pump:
         self.supervisor = supervisor
         self._thread.start()
 
-    def submit(self, tickets: Iterable[Ticket]) -> None:
-        """Queue ``tickets``, in order."""
-        self._backlog.extend(tickets)
+    def queue(self, ticket: Ticket) -> None:
+        """Queue a ticket. The pump sees it when it wakes, within 0.1 s; ``wake`` it after one or some of them."""
+        self._backlog.append(ticket)
+
+    def wake(self) -> None:
+        """There is something for the pump."""
         self._wake()
         if not self._thread.is_alive():  # it ended between the caller's look and this: nobody would answer
             self._fail_all(self.broken or CoordinatorClosedError())
@@ -168,6 +171,11 @@ class Pump:
         self._wake()
         if threading.current_thread() is not self._thread and self._thread.ident is not None:
             self._thread.join()
+
+    @property
+    def is_current_thread(self) -> bool:
+        """Whether the caller runs in the pump's thread: in a future's callback."""
+        return threading.current_thread() is self._thread
 
     @property
     def in_flight(self) -> tuple[int, int]:
@@ -234,7 +242,7 @@ class Pump:
                 self._turn()
         except BaseException as unexpected:  # the ring is corrupt, or we are wrong: nobody may wait for ever
             error = unexpected
-            self.broken = unexpected if isinstance(unexpected, RingpoolError) else RingpoolError(str(unexpected))
+            self.broken = unexpected if isinstance(unexpected, RingpoolError) else RingpoolError(repr(unexpected))
             traceback.print_exc()
         while self._deaths:  # of workers that were killed at the end: what they had staged goes
             self._recover(self._deaths.popleft())
@@ -262,27 +270,36 @@ class Pump:
         if not backlog:
             return False
         while backlog and end.n_free and not self.broken:
-            batch: list[Ticket] = []
-            room = min(end.n_free, PUBLISH_MAX)
-            while backlog and len(batch) < room:
-                ticket = backlog.popleft()
-                if ticket.cancelled:
-                    self._free_payload(ticket)
-                else:
-                    batch.append(ticket)
+            n = min(end.n_free, PUBLISH_MAX, len(backlog))
+            self._in_ring += n  # before they leave the backlog: whoever waits for both to be empty must not see a gap
+            batch = [backlog.popleft() for _ in range(n)]
+            if any(ticket.cancelled for ticket in batch):
+                batch = self._without_cancelled(batch)
             sequence = end.published
             slots = end.publish([ticket.task for ticket in batch])
             for ticket, slot in zip(batch, slots, strict=True):
                 ticket.sequence = sequence
                 sequence += 1
                 self._tickets[slot] = ticket
-            self._in_ring += len(batch)
         return True
+
+    def _without_cancelled(self, batch: list[Ticket]) -> list[Ticket]:
+        kept: list[Ticket] = []
+        for ticket in batch:
+            if ticket.cancelled:
+                self._in_ring -= 1
+                self._free_payload(ticket)
+            else:
+                kept.append(ticket)
+        return kept
 
     def _deliver(self, slot: int, entry: int) -> None:
         ticket = self._tickets[slot]
-        assert ticket is not None, "a result for a slot that nobody waits for"
         record = self.end.results.read(entry)
+        if ticket is None:  # the pool broke, and its futures were told so, while a worker was still at this
+            assert self.broken is not None, "a result that nobody waits for"
+            blobs.unlink(blobs.result_name(self.segment, layout.sequence_of(entry), record.attempt))
+            return
         self._tickets[slot] = None
         self._in_ring -= 1
         if ticket.task.blob:
@@ -291,9 +308,11 @@ class Pump:
             self.n_completed += 1
         elif record.status != _CANCELLED:
             self.n_failed += 1
-        sink = ticket.sink
-        sink.deliver(ticket, record)
-        self._touched.add(sink)
+        try:
+            ticket.sink.deliver(ticket, record)
+        except BaseException:  # a future's callback may raise what it likes; it must not stop the pool
+            traceback.print_exc()
+        self._touched.add(ticket.sink)
 
     def _free_payload(self, ticket: Ticket) -> None:
         if ticket.task.blob:
@@ -371,13 +390,13 @@ class Pump:
             elif action is Action.DOUBT:
                 self.end.post_for_dead(claim.entry, Status.IN_DOUBT)
             done.append(claim.entry)
-        took_any = self.end.took_any(death.index)
+        failed_to_start = self.end.failed_to_start(death.index)
         self.end.settle(death.index, done, again, blamed)
         if self._ending:
             return
         self.n_deaths += 1
         self.n_retried += len(blamed)
-        if self._is_crash_loop(took_any):
+        if self._is_crash_loop(failed_to_start):
             self._break(CrashLoopError(self._barren_deaths, death.signal, death.exitcode))
         elif self.supervisor is not None:
             self.supervisor.start(death.index)
@@ -416,13 +435,13 @@ class Pump:
         target = tasks.decode_payload(payload).target
         return None if target is None else atomic.resolve_target(target)
 
-    def _is_crash_loop(self, took_any: bool) -> bool:
+    def _is_crash_loop(self, failed_to_start: bool) -> bool:
         """Count deaths of workers that took nothing, with nobody taking anything in between."""
         claims = self.end.n_claims
-        if took_any or claims != self._claims_seen:
+        if claims != self._claims_seen:
             self._barren_deaths = 0
         self._claims_seen = claims
-        self._barren_deaths += not took_any
+        self._barren_deaths += failed_to_start
         return self._barren_deaths >= 2 * self.end.ring.workers + 3
 
     def _break(self, error: RingpoolError) -> None:
@@ -439,6 +458,9 @@ class Pump:
             waiting.append(self._backlog.popleft())
         self._in_ring = 0
         for ticket in waiting:
-            ticket.sink.fail(ticket, error)
+            try:
+                ticket.sink.fail(ticket, error)
+            except BaseException:  # as in _deliver
+                traceback.print_exc()
             self._touched.add(ticket.sink)
         self._after_delivery()

@@ -16,6 +16,7 @@ that the kernel closes it when this process ends, however it ends; and at that t
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.process
 import os
 import select
 import signal
@@ -23,6 +24,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -51,6 +53,7 @@ class _Guards:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._write_ends: set[int] = set()
+        self._used = False
         os.register_at_fork(
             before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._close_in_child
         )
@@ -59,6 +62,7 @@ class _Guards:
         with self._lock:
             read_end, write_end = os.pipe()
             self._write_ends.add(write_end)
+            self._used = True
         return Connection(read_end, writable=False), write_end
 
     def close(self, write_end: int) -> None:
@@ -71,8 +75,26 @@ class _Guards:
         for write_end in self._write_ends:
             with contextlib.suppress(OSError):
                 os.close(write_end)
+        if self._used:
+            _forget_processes()
         self._write_ends.clear()
         self._lock.release()
+
+
+def _forget_processes() -> None:
+    """In a fork of this process: the workers and the fork server are its parent's children, and none of its own.
+
+    ``multiprocessing`` does not notice. Its exit handler would join the workers and fail; its fork server would be
+    waited for and not be found; and the server would not end with its owner while this fork holds its pipe's write end.
+    """
+    children: set[object] = getattr(multiprocessing.process, "_children", set())
+    children.clear()
+    server: Any = getattr(forkserver, "_forkserver", None)
+    alive_fd = getattr(server, "_forkserver_alive_fd", None)
+    if alive_fd is not None:
+        with contextlib.suppress(OSError):
+            os.close(alive_fd)
+        server.__init__()
 
 
 _guards = _Guards()

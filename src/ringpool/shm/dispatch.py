@@ -331,20 +331,24 @@ class CoordinatorEnd:
     def claims_of_dead(self, worker: int) -> list[ClaimedTask]:
         """What a worker held when it died. Its process must be gone: nobody else touches these tasks any more."""
         ring = self.ring
-        ring.lock.run(
-            ring.block
-        )  # whoever gets the mutex finishes what the dead had committed: its claim word is final
+        ring.lock.run(ring.block)  # whoever gets the mutex finishes what the dead had committed: the claim is final now
         running = ring.words[ring.worker_word(worker, layout.W_RUNNING)]
         return [
             ClaimedTask(entry, ring.status(entry), entry == running, self.results.deaths(entry))
             for entry in ring.claimed(worker)
         ]
 
-    def took_any(self, worker: int) -> bool:
-        """Whether the process that was this worker has ever taken a task. Before ``settle``, which forgets it."""
+    def failed_to_start(self, worker: int) -> bool:
+        """Whether the process that was this worker died before it took a task, though it never got as far as looking
+        for one, or there was one. Before ``settle``, which forgets it.
+        """
         ring = self.ring
-        running, n_tasks = (ring.words[ring.worker_word(worker, word)] for word in (layout.W_RUNNING, layout.W_N_TASKS))
-        return bool(running or n_tasks or ring.claimed(worker))
+        pid, running, n_tasks = (
+            ring.words[ring.worker_word(worker, word)] for word in (layout.W_PID, layout.W_RUNNING, layout.W_N_TASKS)
+        )
+        cursors = ring.peek()
+        waiting = cursors.ready_tail - cursors.ready_head + cursors.retry_tail - cursors.retry_head
+        return not (running or n_tasks or ring.claimed(worker)) and (not pid or waiting > 0)
 
     @property
     def n_claims(self) -> int:

@@ -175,7 +175,7 @@ class Status(IntEnum):
 
 STATUS_STEPS: dict[Status, frozenset[Status]] = {
     Status.EMPTY: frozenset({Status.COMMITTING, Status.OK, Status.ERROR, Status.CANCELLED, Status.DIED}),
-    Status.COMMITTING: frozenset({Status.OK, Status.ERROR, Status.IN_DOUBT, Status.EMPTY}),
+    Status.COMMITTING: frozenset({Status.OK, Status.ERROR, Status.DIED, Status.IN_DOUBT, Status.EMPTY}),
     Status.OK: frozenset({Status.EMPTY}),
     Status.ERROR: frozenset({Status.EMPTY}),
     Status.CANCELLED: frozenset({Status.EMPTY}),

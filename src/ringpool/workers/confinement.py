@@ -97,18 +97,23 @@ class Confinement:
         events = self._poll.poll(0)
         return not events or not any(event & select.POLLNVAL for _, event in events)
 
-    def restore(self) -> None:
-        """Put back signal handlers, timers and working directory."""
+    def restore(self) -> bool:
+        """Put back signal handlers, timers and working directory; whether a task had changed any."""
+        bent = False
         handlers = [_get_handler(number) for number in _RESTORED]
         if handlers != self._handlers:
+            bent = True
             for number, handler in zip(_RESTORED, self._handlers, strict=True):
                 signal.signal(number, handler)  # pyright: ignore[reportArgumentType]  (what getsignal gave)
         if signal.getitimer(signal.ITIMER_REAL)[0]:
+            bent = True
             signal.setitimer(signal.ITIMER_REAL, 0)
         try:
             moved = os.stat(".").st_ino != self._directory_inode
         except OSError:
             moved = True
         if moved:
+            bent = True
             with contextlib.suppress(OSError):
                 os.chdir(self._directory)
+        return bent
