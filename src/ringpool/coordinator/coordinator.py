@@ -48,7 +48,7 @@ Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 START_METHOD = "forkserver"
 ABORT_TIMEOUT_S = 1.0
 STOP_TIMEOUT_S = 5.0
-SPINS = 200  # looks for work before a worker sleeps, about 100 us
+SPINS = 500  # looks for work before a worker sleeps: about 250 us in all, during which whoever needs the core has it
 _PRELOAD = ["__main__", "ringpool.workers.process"]
 
 _open: weakref.WeakSet[Coordinator] = weakref.WeakSet()

@@ -339,6 +339,7 @@ class FileRun(Iterator[FileResult]):
             while waiting:
                 self._inbox.free(*waiting.popleft())
         if self._under_way:
+            self._under_way = 0  # who takes from a closed run gets nothing, and does not wait for it
             self._pump.abandon(self._inbox)
         else:
             self._inbox.retire(0)

@@ -311,8 +311,10 @@ class CoordinatorEnd:
 
         def section() -> tuple[int, list[int]]:
             entries = ring.claimed(worker)
+            if len(entries) < 2:
+                return 0, []  # perhaps taken back already: the worker must still see that it was, in ``revoke``
             words[revoke] = words[ring.worker_word(worker, layout.W_CLAIM)] >> layout.CLAIM_SHIFT
-            if len(entries) < 2 or not barrier.fence_all():
+            if not barrier.fence_all():
                 return 0, []
             running = words[running_at]  # read after the store above: see the race in ``claims``
             n_ended = entries.index(running) if running in entries else 0

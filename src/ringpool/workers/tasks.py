@@ -214,8 +214,10 @@ def validate(name: str, signature: Signature, parameters: Mapping[str, Any]) -> 
     return {key: getattr(model, key) for key in parameters}
 
 
-def _convert_path(wanted: type, value: Any) -> Any:
+def _convert_path(wanted: Any, value: Any) -> Any:
     """A path given as text, on the command line say, for a parameter that is a ``Path``."""
+    if not isinstance(wanted, type):
+        return value  # an annotation that nobody can check, such as Callable[[int], int]
     if issubclass(wanted, PurePath) and isinstance(value, str):
         return wanted(value)
     if isinstance(value, wanted):
