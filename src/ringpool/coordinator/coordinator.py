@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.context import BaseContext
 from types import TracebackType
@@ -51,7 +50,7 @@ STOP_TIMEOUT_S = 5.0
 SPINS = 500  # looks for work before a worker sleeps: about 250 us in all, during which whoever needs the core has it
 _PRELOAD = ["__main__", "ringpool.workers.process"]
 
-_open: weakref.WeakSet[Coordinator] = weakref.WeakSet()
+_open: set[Coordinator] = set()  # not weak: one that its program has lost sight of is closed at exit as well
 
 
 class FileTask(NamedTuple):

@@ -101,12 +101,19 @@ _guards = _Guards()
 
 
 class _Worker:
-    """One living worker process: its pidfd, and the write end of its guard pipe."""
+    """One living worker process: its pidfd, and its guard pipe.
 
-    def __init__(self, process: BaseProcess, pidfd: int, write_end: int) -> None:
+    The read end is kept open here too. When this process is killed, the worker may end before the kernel has closed
+    the pipe (the end of its parent, a thread, kills it as well), and with the last reader of the pipe the signal for
+    the worker's children would be lost. The kernel lets go of a dead process's files last to first: of the write end
+    before the read end, which has the lower number.
+    """
+
+    def __init__(self, process: BaseProcess, pidfd: int, guard: Connection, write_end: int) -> None:
         self.process = process
         self.pid: int = process.pid or 0
         self.pidfd = pidfd
+        self.guard = guard
         self.write_end = write_end
 
     def kill(self) -> None:
@@ -203,7 +210,11 @@ class Supervisor:
             os.close(self._wake_read)
 
     def _start(self, index: int) -> None:
-        guard, write_end = _guards.open()
+        try:
+            guard, write_end = _guards.open()
+        except OSError as error:  # EMFILE
+            self._cannot_start(index, error)
+            return
         process: BaseProcess = cast(
             "Any", self._context
         ).Process(  # every context has it; typeshed's base class has not
@@ -214,18 +225,21 @@ class Supervisor:
         except Exception as error:  # fork fails (EAGAIN, ENOMEM), or arguments do not pickle: it counts as a death
             _guards.close(write_end)
             guard.close()
-            os.write(2, f"ringpool: worker {index} cannot be started: {type(error).__name__}: {error}\n".encode())
-            self._on_death(Death(index, 0, None, None))
+            self._cannot_start(index, error)
             return
-        guard.close()
         try:
             pidfd = os.pidfd_open(process.pid or 0)
-        except ProcessLookupError:  # it ended and was reaped already
+        except OSError:  # it ended and was reaped already, or there is no descriptor left to watch it by
+            _guards.close(write_end)  # which kills it
+            guard.close()
             self._report(index, process)
-            _guards.close(write_end)
             return
-        self._workers[index] = _Worker(process, pidfd, write_end)
+        self._workers[index] = _Worker(process, pidfd, guard, write_end)
         self._poll.register(pidfd, select.POLLIN)
+
+    def _cannot_start(self, index: int, error: Exception) -> None:
+        os.write(2, f"ringpool: worker {index} cannot be started: {type(error).__name__}: {error}\n".encode())
+        self._on_death(Death(index, 0, None, None))
 
     def _bury(self, index: int, worker: _Worker) -> None:
         """The worker has ended: end what it had started, reap it, report it."""
@@ -233,6 +247,7 @@ class Supervisor:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(worker.pid, signal.SIGKILL)  # before it is reaped: its pid is not given to others meanwhile
         _guards.close(worker.write_end)
+        worker.guard.close()
         os.close(worker.pidfd)
         del self._workers[index]
         self._report(index, worker.process)

@@ -84,10 +84,14 @@ def create(slots: int, workers: int, claims_max: int = layout.CLAIMS_MAX) -> Seg
             raise ValueError(f"{what} must be from 1 to {top}, not {value}")
     me = owner.this_process()
     name = f"rp.{owner.pid_namespace()}.{me.pid}.{me.start}.{secrets.token_hex(4)}"
+    places = layout.sections(slots, workers, claims_max)
     try:
-        return _create(name, me, layout.sections(slots, workers, claims_max), slots, workers, claims_max)
-    except BaseException:
+        return _create(name, me, places, slots, workers, claims_max)
+    except BaseException as error:
         unlink(name)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
+            reason = f"{SHM_DIRECTORY} has no room for {places.size_bytes:,} bytes"
+            raise SharedMemoryFullError(name, reason) from error
         raise
 
 
@@ -96,10 +100,6 @@ def _create(name: str, me: owner.Owner, places: layout.Sections, slots: int, wor
     try:
         os.posix_fallocate(file.fd, 0, places.size_bytes)
         mapping = mmap.mmap(file.fd, places.size_bytes)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.ENOMEM):
-            raise SharedMemoryFullError(name, f"{SHM_DIRECTORY} has no room for {places.size_bytes:,} bytes") from error
-        raise
     finally:
         file.close_fd()
     *offsets, size_bytes = places

@@ -1,12 +1,12 @@
 """What ties a worker process to its coordinator, and what sets it right again after a task has bent it.
 
-bind      own session; SIGKILL for the whole process group when the guard pipe's write end closes, which only the
-          coordinator holds (F_SETOWN, F_SETSIG, O_ASYNC: the kernel does it, to a stopped process and to one in a C
-          call that holds the GIL alike); SIGKILL for the worker when its parent ends (PDEATHSIG: for one whose task has
-          closed the pipe); default signal handlers; nothing on standard input
-end_if_forked  before a result is posted: the child of a task that forked has no business here
-is_sound  after each task: descriptors open. If not, the process ends, and its unstarted claims go back
-restore   after each claim: signal handlers, timers and the working directory that a task has changed
+bind            own session, default signal handlers, nothing on standard input; and two bonds:
+                the guard pipe, whose write end only the coordinator holds: when it closes, the kernel sends SIGKILL to
+                the whole process group (F_SETOWN, F_SETSIG, O_ASYNC), to a stopped process and to one in a C call
+                that holds the GIL alike; PDEATHSIG: SIGKILL for the worker when its parent ends
+end_if_forked   before a result is posted: the child of a task that forked has no business here
+restore         after each task: signal handlers, timer and working directory are put back. Without its descriptors
+                the process ends; its unstarted claims go back
 """
 
 from __future__ import annotations
@@ -33,16 +33,22 @@ _RESTORED = (
 )
 
 
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def name_process(name: str) -> None:
+    """What ``ps`` and ``top`` call this process; at most 15 bytes."""
+    _libc.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
+
+
 class Confinement:
-    """The bonds of the calling process, worker ``index``; ``guard``: the read end of its guard pipe.
+    """The bonds of the calling process; ``guard``: the read end of its guard pipe.
 
     Raises ``ProcessLookupError`` where the coordinator is gone already.
     """
 
-    def __init__(self, index: int, guard: int) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        libc.prctl(_PR_SET_NAME, f"ringpool-w{index}".encode(), 0, 0, 0)
+    def __init__(self, guard: int) -> None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         with contextlib.suppress(PermissionError):  # it leads its session already
             os.setsid()
         self._reset_signals()
@@ -56,8 +62,7 @@ class Confinement:
             with contextlib.suppress(OSError):  # a daemon may run without standard output
                 os.fstat(fd)
                 self._poll.register(fd, 0)
-        self._directory = os.getcwd()
-        self._directory_inode = os.stat(".").st_ino
+        self._directory = os.getcwdb()
         self._handlers = [_get_handler(number) for number in _RESTORED]
 
     def _arm(self) -> None:
@@ -92,28 +97,19 @@ class Confinement:
         if os.getpid() != self._pid:
             os._exit(0)
 
-    def is_sound(self) -> bool:
-        """Whether this process still has its standard descriptors and its guard."""
-        events = self._poll.poll(0)
-        return not events or not any(event & select.POLLNVAL for _, event in events)
-
     def restore(self) -> bool:
-        """Put back signal handlers, timers and working directory; whether a task had changed any."""
-        bent = False
-        handlers = [_get_handler(number) for number in _RESTORED]
-        if handlers != self._handlers:
-            bent = True
+        """Put back signal handlers, timer and working directory; whether the process still has its descriptors."""
+        if list(map(_get_handler, _RESTORED)) != self._handlers:
             for number, handler in zip(_RESTORED, self._handlers, strict=True):
                 signal.signal(number, handler)  # pyright: ignore[reportArgumentType]  (what getsignal gave)
         if signal.getitimer(signal.ITIMER_REAL)[0]:
-            bent = True
             signal.setitimer(signal.ITIMER_REAL, 0)
         try:
-            moved = os.stat(".").st_ino != self._directory_inode
-        except OSError:
+            moved = os.getcwdb() != self._directory
+        except FileNotFoundError:  # a task has removed it, under itself
             moved = True
         if moved:
-            bent = True
             with contextlib.suppress(OSError):
                 os.chdir(self._directory)
-        return bent
+        events = self._poll.poll(0)
+        return not events or not any(event & select.POLLNVAL for _, event in events)

@@ -2,10 +2,10 @@
 
     main -> Confinement -> attach -> WorkerEnd -> loop:
 
-        claim ----> for each entry: start -> run -> post       (sound?) ----> adapt the batch -> claim ...
-          |                           |                           |
-          +- None: stop, exit 0       +- False: taken back,       +- no: exit UNSOUND; finished ones are settled,
-                                         claim again                 unstarted ones go back, nobody is blamed
+        claim ----> for each entry: start -> run -> post -> restore ----> adapt the batch -> claim ...
+          |                           |                        |
+          +- None: stop, exit 0       +- False: taken back,    +- no: exit UNSOUND; finished ones are settled,
+                                         claim again              unstarted ones go back, nobody is blamed
 
 Crash-only: whatever goes wrong outside a task function ends the process at once (``os._exit``), without unlocking or
 tidying. That path has to be right anyway, because SIGKILL takes it; so there is no other.
@@ -29,7 +29,7 @@ from ringpool.shm.claims import WorkerEnd
 from ringpool.shm.layout import Encoding, Status
 from ringpool.shm.results import Results
 from ringpool.workers import tasks, values
-from ringpool.workers.confinement import Confinement
+from ringpool.workers.confinement import Confinement, name_process
 from ringpool.workers.files import atomic, naming
 from ringpool.workers.files.locks import PathLock
 
@@ -56,8 +56,9 @@ def main(arguments: WorkerArguments, guard: Connection) -> None:
     """The body of a worker process. Returns only when told to stop."""
     code = EXIT_BROKEN
     try:
-        worker = Worker(arguments, Confinement(arguments.index, os.dup(guard.fileno())))
+        worker = Worker(arguments, Confinement(os.dup(guard.fileno())))
         guard.close()
+        name_process(f"ringpool-w{arguments.index}")  # from now on it is one
         code = worker.run()
     except ProcessLookupError:
         code = EXIT_ORPHAN
@@ -101,12 +102,7 @@ class Worker:
 
     def run(self) -> int:
         """Until told to stop; the exit status."""
-        claim, start, is_sound, restore = (
-            self.end.claim,
-            self.end.start,
-            self.confinement.is_sound,
-            self.confinement.restore,
-        )
+        claim, start, restore = self.end.claim, self.end.start, self.confinement.restore
         clock, run_task = time.monotonic_ns, self.run_task
         mean_ns, batch = float(CLAIM_TARGET_NS), 1
         while True:
@@ -120,12 +116,10 @@ class Worker:
                     break
                 now_ns = run_task(entry, now_ns)
                 n += 1
-                if not is_sound():
+                if not restore():
                     return EXIT_UNSOUND
             if not n:
                 continue
-            if restore():
-                mean_ns = float(CLAIM_TARGET_NS)  # such tasks run one by one, so that their neighbours do not notice
             self.n_tasks += n
             self.busy_ns += now_ns - began_ns
             self.end.count(self.n_tasks, self.n_errors, self.busy_ns)
