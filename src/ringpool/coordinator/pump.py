@@ -101,6 +101,7 @@ class Pump:
         self._stopping = False
         self._ending = False
         self._idle = threading.Condition()
+        self._idle_wanted = False  # somebody waits, or has waited, for it
         self._barren_deaths = 0
         self._claims_seen = -1
         self._rate_per_s = 0.0
@@ -158,6 +159,7 @@ class Pump:
         if threading.current_thread() is self._thread:
             return
         with self._idle:
+            self._idle_wanted = True
             while not self._is_idle() and self._thread.is_alive():
                 self._idle.wait(0.5)
 
@@ -244,15 +246,18 @@ class Pump:
             error = unexpected
             self.broken = unexpected if isinstance(unexpected, RingpoolError) else RingpoolError(repr(unexpected))
             traceback.print_exc()
-        while self._deaths:  # of workers that were killed at the end: what they had staged goes
-            self._recover(self._deaths.popleft())
-        self._fail_all(error)
+        try:
+            while self._deaths:  # of workers that were killed at the end: what they had staged goes
+                self._recover(self._deaths.popleft())
+        except Exception:
+            traceback.print_exc()
+        finally:
+            self._fail_all(error)
 
     def _turn(self) -> None:
         self._moved = self._publish()
         if self.end.has_results and self.end.collect(self._deliver):
             self._after_delivery()
-            self._publish()
             self._moved = True
         while self._commands:
             self._commands.popleft()()
@@ -325,7 +330,7 @@ class Pump:
         self._tell_idle()
 
     def _tell_idle(self) -> None:
-        if self._is_idle():
+        if self._idle_wanted and self._is_idle():
             with self._idle:
                 self._idle.notify_all()
 
