@@ -17,9 +17,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from tests.coordinator.program import Program, shared_memory_of, wait_until
 
 from ringpool import Coordinator
-from tests.coordinator.program import Program, shared_memory_of, wait_until
 
 _FUNCTION = re.compile(r"(.*)\.f\d+")
 

@@ -20,11 +20,16 @@ from ringpool.shm.segment import Segment
 
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
+    before = _ours()
     yield
-    left = [name for name in os.listdir(segment.SHM_DIRECTORY) if segment.owner_of(name) == owner.this_process()]
+    left = _ours() - before
     for name in left:
         os.unlink(f"{segment.SHM_DIRECTORY}/{name}")
     assert not left
+
+
+def _ours() -> set[str]:
+    return {name for name in os.listdir(segment.SHM_DIRECTORY) if segment.owner_of(name) == owner.this_process()}
 
 
 @pytest.fixture

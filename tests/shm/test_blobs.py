@@ -88,7 +88,9 @@ def test_the_layout_is_the_one_of_the_table(stem: str) -> None:
     blobs.write(name, Encoding.PICKLE, b"abc", [memoryview(b"x" * 65), memoryview(b"yy")])
     content = path_of(name).read_bytes()
     assert content[:8] == b"RPBLOB1\0"
-    numbers = [int.from_bytes(content[at:end], "little") for at, end in ((8, 12), (12, 16), (16, 24), (24, 32), (32, 40))]
+    numbers = [
+        int.from_bytes(content[at:end], "little") for at, end in ((8, 12), (12, 16), (16, 24), (24, 32), (32, 40))
+    ]
     assert numbers == [Encoding.PICKLE, 2, 3, 65, 2]
     assert content[64:67] == b"abc"
     assert content[128:193] == b"x" * 65
@@ -126,7 +128,7 @@ def test_a_segments_blobs_go_with_it(stem: str) -> None:
     assert [file for file in os.listdir(SHM_DIRECTORY) if stem in file] == []
 
 
-# ---- views -------------------------------------------------------------------------------------------------------------
+# ---- views -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_array_in_a_reader_is_read_only_and_lies_in_the_mapping(stem: str) -> None:
@@ -215,7 +217,7 @@ def write_an_array(name: str) -> None:
     say("written")
 
 
-# ---- what can go wrong -------------------------------------------------------------------------------------------------
+# ---- what can go wrong -----------------------------------------------------------------------------------------------
 
 
 def test_a_missing_blob_is_named() -> None:

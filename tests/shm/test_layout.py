@@ -242,7 +242,7 @@ def test_every_status_has_its_steps_and_only_an_unfinished_one_goes_on() -> None
         assert STATUS_STEPS[status] == {Status.EMPTY}
 
 
-# ---- the format's identity ---------------------------------------------------------------------------------------------
+# ---- the format's identity -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["HEADER", "CURSORS", "WORKER", "TASK", "RESULT"])

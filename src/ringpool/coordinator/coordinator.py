@@ -15,6 +15,7 @@ import atexit
 import itertools
 import multiprocessing
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -48,6 +49,7 @@ START_METHOD = "forkserver"
 ABORT_TIMEOUT_S = 1.0
 STOP_TIMEOUT_S = 5.0
 SPINS = 500  # looks for work before a worker sleeps: about 250 us in all, during which whoever needs the core has it
+_DETOURS = re.compile(rb"/(\.?/)+")  # out//x and out/./x are out/x; out/a/../x need not be, where a is a link
 _PRELOAD = ["__main__", "ringpool.workers.process"]
 
 _open: set[Coordinator] = set()  # not weak: one that its program has lost sight of is closed at exit as well
@@ -377,7 +379,7 @@ class Coordinator:
             else:
                 if not may_have_output:
                     _check_output(function, has_output=True)
-                target = _absolute(dst, directory)
+                target = _DETOURS.sub(b"/", _absolute(dst, directory))
                 inbox.expect(target, src)
             raw = os.fsencode(src)
             if not raw.startswith(b"/"):

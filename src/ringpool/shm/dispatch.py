@@ -74,9 +74,12 @@ class CoordinatorEnd:
             raise SegmentBusyError(self.ring.segment.name, f"its coordinator, process {former.pid}, is alive")
         try:
             self.ring.lock.acquire_within(ATTACH_LOCK_TIMEOUT_S)
+            self.ring.lock.release()
         except LockBrokenError as error:
             raise SegmentFormatError(self.ring.segment.name, str(error)) from error
-        self.ring.lock.release()
+        except BaseException:  # interrupted: held on, the mutex would go down with its mapping, and glibc with it
+            self.ring.lock.release_if_held()
+            raise
         self._rebuild()
         words[start_at] = me.start
         words[pid_at] = me.pid

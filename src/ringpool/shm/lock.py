@@ -139,6 +139,8 @@ class RobustLock:
             self.acquire()
             outcome = section()
             self.release()
+        except LockBrokenError:
+            raise  # glibc leaves this thread's id in a mutex that it refuses: unlocking that is a segmentation fault
         except BaseException:
             self.release_if_held()
             raise

@@ -106,7 +106,9 @@ class Results:
 
     def deaths(self, entry: int) -> int:
         """How many workers died in this task before the attempt that ``entry`` names."""
-        return self._words[self._blame(entry)] & 0xFF
+        word = self._words[self._blame(entry)]
+        counted = word >> 8 == layout.attempt_of(entry) + 1  # this attempt's death too, see ``blame``
+        return (word & 0xFF) - counted
 
     def blame(self, entry: int) -> int:
         """Count one more death for the next attempt of ``entry``; the new count. Idempotent for one attempt."""

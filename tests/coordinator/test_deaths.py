@@ -1,0 +1,522 @@
+"""Workers die, in every way, and the coordinator too: what it costs, and that nothing is left alive."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, wait
+from pathlib import Path
+
+import psutil
+import pytest
+from tests import task_functions as tasks
+from tests.coordinator.program import (
+    WATCHDOG_S,
+    Program,
+    is_alive,
+    shared_memory_of,
+    state_of,
+    wait_until,
+)
+
+from ringpool import Coordinator, WorkerDiedError
+from ringpool.coordinator.futures import TaskFuture
+
+MakeFiles = Callable[[int], list[Path]]
+RunProgram = Callable[..., Program]
+START_METHODS = ["forkserver", "spawn", "fork"]
+
+
+def hold(pool: Coordinator, file: Path, place: Path, name: str = "begun") -> tuple[TaskFuture, int]:
+    """A task that runs until ``place/gate`` appears, and the pid of its worker."""
+    begun = place / name
+    future = pool.submit_file_task(tasks.hold, file, params={"gate": str(place / "gate"), "begun": str(begun)})
+    wait_until(begun.exists, "the task's begin")
+    return future, int(begun.read_text())
+
+
+# ---- a task that kills its worker ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "number", "exitcode"),
+    [
+        ("kill", signal.SIGKILL, None),
+        ("terminate", signal.SIGTERM, None),
+        ("abort", signal.SIGABRT, None),
+        ("segfault", signal.SIGSEGV, None),
+        ("group", signal.SIGKILL, None),
+        ("exit", None, 7),
+        ("exit well", None, 0),
+    ],
+)
+def test_a_task_that_kills_its_worker_is_tried_again_and_then_fails(
+    pool: Coordinator, file: Path, how: str, number: int | None, exitcode: int | None
+) -> None:
+    before = pool.stats()
+    error = pool.submit_file_task(tasks.die, file, params={"how": how}).exception(WATCHDOG_S)
+    assert isinstance(error, WorkerDiedError)
+    assert isinstance(error, BrokenExecutor), "what users of other pools catch"
+    assert (error.signal, error.exitcode, error.deaths) == (number, exitcode, 3)
+    assert error.pid > 0
+    assert str(file) in error.task
+    assert str(file) in str(error)
+    after = pool.stats()
+    assert after.worker_deaths == before.worker_deaths + 3
+    assert after.retried == before.retried + 2
+    assert pool.submit_file_task(tasks.size, file).result(WATCHDOG_S) == 5
+
+
+def test_a_death_in_a_run_is_a_result_with_an_error(pool: Coordinator, file: Path) -> None:
+    [result] = pool.run_file_tasks(tasks.die, [file])
+    assert isinstance(result.error, WorkerDiedError)
+    assert result.attempts == 3
+    assert result.worker in (-1, 0, 1)
+
+
+def test_a_task_whose_worker_died_once_succeeds(pool: Coordinator, files: MakeFiles, tmp_path: Path) -> None:
+    paths = files(3)
+    results = {r.path: r for r in pool.run_file_tasks(tasks.die_once, paths, params={"marks": str(tmp_path)})}
+    assert {r.value for r in results.values()} == {path.name for path in paths}
+    assert {r.attempts for r in results.values()} == {2}
+
+
+def test_the_number_of_attempts_can_be_chosen(file: Path) -> None:
+    with Coordinator(1, attempts_max=1) as once:
+        error = once.submit_file_task(tasks.die, file).exception(WATCHDOG_S)
+        assert isinstance(error, WorkerDiedError)
+        assert error.deaths == 1
+        assert once.stats().worker_deaths == 1
+
+
+def test_neighbours_of_a_killer_are_not_blamed(pool: Coordinator, files: MakeFiles) -> None:
+    """They are short, so that the worker that dies holds others which it has not begun."""
+    paths = files(2000)
+    killers = set(paths[500::400])
+    for path in killers:
+        path.write_text("die")
+    results = {r.path: r for r in pool.run_file_tasks(tasks.die_if_marked, paths)}
+    assert len(results) == len(paths)
+    assert {path for path, result in results.items() if not result.ok} == killers
+    for path, result in results.items():
+        if path in killers:
+            assert isinstance(result.error, WorkerDiedError)
+            assert str(path) in result.error.task
+        else:
+            assert (result.value, result.attempts) == (path.name, 1)
+
+
+def test_each_neighbour_of_a_killer_runs_once(pool: Coordinator, files: MakeFiles, tmp_path: Path) -> None:
+    paths = files(300)
+    victim = tmp_path / "victim"
+    victim.write_text("die")
+    futures = [pool.submit_file_task(tasks.append_line, path) for path in paths[:150]]
+    killer = pool.submit_file_task(tasks.die, victim)
+    futures += [pool.submit_file_task(tasks.append_line, path) for path in paths[150:]]
+    wait(futures, WATCHDOG_S)
+    assert isinstance(killer.exception(WATCHDOG_S), WorkerDiedError)
+    assert [path.read_text() for path in paths] == [f"{path.name}run\n" for path in paths]
+
+
+# ---- a worker that is killed -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_that_is_killed_in_a_task_is_replaced_and_the_task_done(
+    pool: Coordinator, file: Path, tmp_path: Path, number: int
+) -> None:
+    future, pid = hold(pool, file, tmp_path)
+    (tmp_path / "begun").unlink()
+    os.kill(pid, number)
+    wait_until((tmp_path / "begun").exists, "the second attempt")
+    (tmp_path / "gate").touch()
+    assert future.result(WATCHDOG_S) != pid
+    wait_until(lambda: len(pool.worker_pids) == 2, "both workers")
+
+
+def test_idle_workers_may_be_killed_again_and_again(file: Path, tmp_path: Path) -> None:
+    """While the other one is busy with a task, which is none the worse for it."""
+    with Coordinator(2) as own:
+        future, busy = hold(own, file, tmp_path)
+        killed: set[int] = set()
+
+        def idle() -> list[int]:
+            return [pid for pid in own.worker_pids if pid != busy and pid not in killed and is_bound(pid)]
+
+        for _ in range(20):
+            wait_until(idle, "the next idle worker")
+            [pid] = idle()
+            killed.add(pid)
+            os.kill(pid, signal.SIGKILL)
+        (tmp_path / "gate").touch()
+        assert future.result(WATCHDOG_S) == busy
+        assert own.submit_file_task(tasks.size, file).result(WATCHDOG_S) == 5
+
+
+def is_bound(pid: int) -> bool:
+    """Whether the worker process has come as far as to call itself one."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().startswith("ringpool-w")
+    except OSError:
+        return False
+
+
+def test_all_workers_may_be_killed_at_once_in_the_middle_of_a_run(pool: Coordinator, files: MakeFiles) -> None:
+    paths = files(3000)
+    results = []
+    for result in pool.run_file_tasks(tasks.name, paths):
+        results.append(result)
+        if len(results) in (500, 1500):
+            for pid in pool.worker_pids:
+                os.kill(pid, signal.SIGKILL)
+    assert sorted(r.path for r in results) == paths
+    assert all(r.value == r.path.name for r in results), "a short task is not unlucky three times"
+
+
+def test_workers_that_are_stopped_can_be_killed(pool: Coordinator, file: Path, tmp_path: Path) -> None:
+    future, pid = hold(pool, file, tmp_path)
+    (tmp_path / "begun").unlink()
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: state_of(pid) == "T", "the worker's stop")
+    assert pool.submit_file_task(tasks.size, file).result(WATCHDOG_S) == 5
+    os.kill(pid, signal.SIGKILL)
+    (tmp_path / "gate").touch()
+    assert future.result(WATCHDOG_S) != pid
+
+
+def test_a_stopped_worker_goes_on_where_it_was(pool: Coordinator, file: Path, tmp_path: Path) -> None:
+    future, pid = hold(pool, file, tmp_path)
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: state_of(pid) == "T", "the worker's stop")
+    (tmp_path / "gate").touch()
+    os.kill(pid, signal.SIGCONT)
+    assert future.result(WATCHDOG_S) == pid
+
+
+def test_a_fork_server_that_is_killed_is_replaced(file: Path) -> None:
+    with Coordinator(2, mp_context="forkserver") as own:
+        pid = own.submit_file_task(tasks.process_id, file).result(WATCHDOG_S)
+        os.kill(psutil.Process(pid).ppid(), signal.SIGKILL)
+        wait_until(lambda: not is_alive(pid), "the end of the workers with their parent")
+        assert own.submit_file_task(tasks.process_id, file).result(WATCHDOG_S) != pid
+
+
+# ---- tasks that bend their process -----------------------------------------------------------------------------------
+
+
+def test_a_task_that_closes_all_descriptors_is_done_and_its_worker_replaced(
+    pool: Coordinator, files: MakeFiles
+) -> None:
+    paths = files(20)
+    futures = [pool.submit_file_task(tasks.name, path) for path in paths]
+    closing = [pool.submit_file_task(tasks.close_descriptors, paths[0]) for _ in range(3)]
+    futures += [pool.submit_file_task(tasks.name, path) for path in paths]
+    assert [future.result(WATCHDOG_S) for future in closing] == ["closed"] * 3
+    assert [future.result(WATCHDOG_S) for future in futures] == [path.name for path in paths] * 2
+
+
+def test_a_task_may_close_its_streams(pool: Coordinator, file: Path) -> None:
+    assert pool.submit_file_task(tasks.close_streams, file).result(WATCHDOG_S) == "closed"
+    assert [r.value for r in pool.run_file_tasks(tasks.size, [file] * 100)] == [5] * 100
+
+
+def test_handlers_and_timers_of_a_task_do_not_outlive_it(file: Path) -> None:
+    with Coordinator(1) as own:
+        before = own.submit_file_task(tasks.handlers, file).result(WATCHDOG_S)
+        deaths = own.stats().worker_deaths
+        for _ in range(3):
+            bent = own.submit_file_task(tasks.replace_handlers, file)
+            alarmed = own.submit_file_task(tasks.wait_while_alarmed, file)
+            after = own.submit_file_task(tasks.handlers, file)
+            assert bent.result(WATCHDOG_S) == "replaced"
+            assert alarmed.result(WATCHDOG_S) == "alive"
+            assert after.result(WATCHDOG_S) == before
+        assert own.stats().worker_deaths == deaths
+
+
+def test_a_task_cannot_move_its_neighbours(pool: Coordinator, file: Path, tmp_path: Path) -> None:
+    home = pool.submit_file_task(tasks.directory, file).result(WATCHDOG_S)
+    assert home == os.getcwd()
+    assert all(r.ok for r in pool.run_file_tasks(tasks.directory, [file] * 500)), "claimed many at once"
+    futures = []
+    for _ in range(200):
+        futures.append(pool.submit_file_task(tasks.directory, file))
+        pool.submit_file_task(tasks.change_directory, file, params={"to": str(tmp_path)})
+    assert {future.result(WATCHDOG_S) for future in futures} == {home}
+
+
+@pytest.mark.parametrize("then", ["return", "raise", "exit", "exit at once"])
+def test_the_child_of_a_task_that_forks_has_no_say(pool: Coordinator, file: Path, then: str) -> None:
+    pids = pool.worker_pids
+    for _ in range(3):
+        assert pool.submit_file_task(tasks.fork_here, file, params={"then": then}).result(WATCHDOG_S) in pids
+    assert pool.worker_pids == pids
+
+
+def test_a_task_may_use_processes_of_its_own(pool: Coordinator, file: Path) -> None:
+    assert pool.submit_file_task(tasks.use_a_pool, file).result(WATCHDOG_S) == [1, 2, 3]
+
+
+def test_a_task_reads_nothing_from_standard_input(pool: Coordinator, file: Path) -> None:
+    assert pool.submit_file_task(tasks.read_input, file).result(WATCHDOG_S) == ""
+
+
+def test_what_a_task_left_running_goes_with_its_worker(file: Path, tmp_path: Path) -> None:
+    with Coordinator(1) as own:
+        left = own.submit_file_task(tasks.leave_child, file).result(WATCHDOG_S)
+        assert is_alive(left)
+        error = own.submit_file_task(
+            tasks.leave_child_and_die, file, params={"begun": str(tmp_path / "begun")}
+        ).exception(WATCHDOG_S)
+        assert isinstance(error, WorkerDiedError)
+        wait_until(lambda: not is_alive(left), "the end of the first child")
+        child = int((tmp_path / "begun").read_text())
+        wait_until(lambda: not is_alive(child), "the end of the second child")
+        left = own.submit_file_task(tasks.leave_child, file).result(WATCHDOG_S)
+    wait_until(lambda: not is_alive(left), "the end of the last child, with the pool")
+
+
+# ---- the coordinator dies --------------------------------------------------------------------------------------------
+
+BUSY = """
+with Coordinator({workers}, mp_context={method!r}) as pool:
+    here = Path(__file__)
+    ways = ["python", "sleep holding the GIL", "hopeless match", "stopped", "subprocess", "deaf"]
+    for i, way in enumerate(ways):
+        pool.submit_file_task(tasks.stay, here, params={{"how": way, "begun": str(here.with_name(f"begun-{{i}}"))}})
+    while len(list(here.parent.glob("begun-?"))) < len(ways) or len(pool.worker_pids) < {workers}:
+        select.select([], [], [], 0.01)
+    pids = [int(path.read_text()) for path in here.parent.glob("begun-?")]
+    {extra}
+    say("ready", *pool.worker_pids, *pids)
+    wait()
+"""
+
+
+def await_ready(program: Program) -> set[int]:
+    pids = {int(word) for word in program.wait_for("ready").split()}
+    assert len(pids) == 8  # seven workers, six of them busy in one way each, one idle; and a child of one of them
+    assert all(is_alive(pid) for pid in pids)
+    assert pids < program.processes
+    wait_until(lambda: any(state_of(pid) == "T" for pid in pids), "the stop of one")
+    return pids
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_no_worker_survives_a_killed_coordinator(run_program: RunProgram, method: str) -> None:
+    program = run_program(BUSY.format(workers=7, method=method, extra=""))
+    await_ready(program)
+    program.signal(signal.SIGKILL, group=False)
+    assert program.finish() == -signal.SIGKILL
+    program.assert_no_process_is_left()
+    with Coordinator(1):
+        assert shared_memory_of(program.pid) == set(), "the next start removes what the dead one left"
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_no_worker_survives_a_killed_coordinator_of_which_a_fork_lives_on(run_program: RunProgram, method: str) -> None:
+    fork = 'child = os.fork()\n    if not child:\n        wait()\n    say("fork", child)'
+    program = run_program(BUSY.format(workers=7, method=method, extra=fork))
+    pids = await_ready(program)
+    fork_pid = int(program.wait_for("fork"))
+    program.signal(signal.SIGKILL, group=False)
+    assert program.finish() == -signal.SIGKILL
+    wait_until(lambda: not any(is_alive(pid) for pid in pids), "the end of the workers")
+    assert is_alive(fork_pid)
+    with Coordinator(1):
+        assert shared_memory_of(program.pid) == set()
+
+
+def test_what_a_killed_coordinator_was_writing_is_not_visible(run_program: RunProgram) -> None:
+    program = run_program(
+        """
+        place = Path(__file__).parent
+        with Coordinator(1) as pool:
+            begun = str(place / "begun")
+            params = {"then": "wait", "begun": begun}
+            pool.submit_file_task(tasks.write_half, __file__, place / "output.txt", params=params)
+            pool.submit_file_task(tasks.echo, __file__, params={"value": bytes(100_000)})
+            tasks.wait_for(begun)
+            say("ready")
+            wait()
+        """
+    )
+    program.wait_for("ready")
+    program.signal(signal.SIGKILL, group=False)
+    program.finish()
+    program.assert_no_process_is_left()
+    place = program.file.parent
+    assert not (place / "output.txt").exists()
+    staged = [path for path in place.iterdir() if path.name.startswith(".rp-")]
+    assert [path.read_text() for path in staged] == ["half"]
+    with Coordinator(1):
+        assert shared_memory_of(program.pid) == set()
+
+
+def test_a_coordinator_killed_while_its_workers_start_leaves_none(run_program: RunProgram) -> None:
+    for method in START_METHODS:
+        program = run_program(
+            f"""
+            pool = Coordinator(4, mp_context={method!r})
+            say("ready")
+            wait()
+            """
+        )
+        program.wait_for("ready")
+        program.signal(signal.SIGKILL, group=False)
+        program.finish()
+        program.assert_no_process_is_left()
+
+
+# ---- crash loops -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_a_main_module_without_a_guard_ends_in_one_clear_error(run_program: RunProgram, method: str) -> None:
+    program = run_program(
+        f"""
+        with Coordinator(2, mp_context={method!r}) as pool:
+            print([r.value for r in pool.run_file_tasks(tasks.size, [__file__] * 3)])
+        """,
+        guarded=False,
+    )
+    assert program.finish() == 1
+    assert "CrashLoopError" in program.err.splitlines()[-1]
+    assert "__main__" in program.err.splitlines()[-1]
+    program.assert_no_process_is_left()
+    assert shared_memory_of(program.pid) == set()
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_a_main_module_that_raises_in_workers_ends_in_one_clear_error(run_program: RunProgram, method: str) -> None:
+    program = run_program(
+        f"""
+        with Coordinator(2, mp_context={method!r}) as pool:
+            print(pool.submit_file_task(tasks.size, __file__).result())
+        """,
+        top="""
+        if __name__ != "__main__":
+            raise RuntimeError("not here")
+        """,
+    )
+    assert program.finish() == 1
+    assert "CrashLoopError" in program.err.splitlines()[-1]
+    assert "not here" in program.err, "why"
+    program.assert_no_process_is_left()
+    assert shared_memory_of(program.pid) == set()
+
+
+def test_a_crash_loop_fails_what_waits_and_what_comes(run_program: RunProgram) -> None:
+    program = run_program(
+        """
+        from concurrent.futures import ThreadPoolExecutor
+        pool = Coordinator(2, mp_context="spawn")
+        futures = []
+        try:
+            while True:
+                futures.append(pool.submit_file_task(tasks.size, __file__))
+                select.select([], [], [], 0.01)
+        except CrashLoopError as error:
+            say("refused", error.deaths)
+        assert futures and all(isinstance(f.exception(), CrashLoopError) for f in futures)
+        try:
+            pool.run_file_tasks(tasks.size, [__file__])
+        except CrashLoopError:
+            say("refused again")
+        pool.close()
+        say("closed")
+        """,
+        top="""
+        if __name__ != "__main__":
+            os._exit(9)
+        """,
+    )
+    assert program.finish() == 0, program.err
+    assert program.wait_for("closed") == ""
+    program.assert_nothing_is_left()
+
+
+# ---- descriptors run out ---------------------------------------------------------------------------------------------
+
+
+def test_a_pool_without_free_descriptors_fails_in_words_or_recovers(run_program: RunProgram) -> None:
+    program = run_program(
+        """
+        import resource
+        with Coordinator(2) as pool:
+            pool.submit_file_task(tasks.size, __file__).result()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+            held = []
+            try:
+                while True:
+                    held.append(os.open(os.devnull, os.O_RDONLY))
+            except OSError:
+                os.close(held.pop())
+            for pid in pool.worker_pids:
+                os.kill(pid, signal.SIGKILL)
+            try:
+                pool.submit_file_task(tasks.size, __file__).result()
+                say("done")
+            except CrashLoopError:
+                say("refused")
+            for fd in held:
+                os.close(fd)
+        """
+    )
+    assert program.finish() == 0, program.err
+    assert program.out.strip() in ("done", "refused")
+    program.assert_no_process_is_left()
+    assert shared_memory_of(program.pid) == set()
+
+
+# ---- the full matrix -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.crash
+@pytest.mark.timeout(600)
+def test_a_run_of_many_tasks_survives_many_deaths(files: MakeFiles) -> None:
+    """Workers are killed all the time, by another thread; each file has one result, and no innocent fails."""
+    paths = files(50_000)
+    with Coordinator(4, attempts_max=63) as own:
+        over = threading.Event()
+
+        def kill() -> None:
+            while not over.wait(0.02):
+                for pid in own.worker_pids[:1] if os.urandom(1)[0] % 2 else own.worker_pids[-1:]:
+                    try:
+                        os.kill(pid, signal.SIGKILL)
+                    except ProcessLookupError:
+                        continue
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            results = list(own.run_file_tasks(tasks.name, paths))
+        finally:
+            over.set()
+            killer.join()
+        assert own.stats().worker_deaths > 10
+    assert sorted(r.path for r in results) == paths
+    assert all(r.value == r.path.name for r in results)
+
+
+@pytest.mark.crash
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("method", START_METHODS)
+def test_a_coordinator_killed_at_any_moment_leaves_no_worker(run_program: RunProgram, method: str) -> None:
+    """The moments are counted in results, from none to some hundreds."""
+    for n in (0, 1, 2, 5, 17, 120, 400):
+        program = run_program(
+            f"""
+            with Coordinator(3, mp_context={method!r}) as pool:
+                for i, result in enumerate(pool.run_file_tasks(tasks.size, itertools.repeat(__file__))):
+                    if i == {n}:
+                        os.kill(os.getpid(), signal.SIGKILL)
+            """
+        )
+        assert program.finish() == -signal.SIGKILL
+        program.assert_no_process_is_left()
+    with Coordinator(1):
+        assert shared_memory_of(program.pid) == set()

@@ -1,0 +1,322 @@
+"""Outputs of file tasks: there whole or not at all, under their names, beside nothing that was not wanted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests import task_functions as tasks
+from tests.coordinator.program import WATCHDOG_S, wait_until
+
+from ringpool import Coordinator, FileTask, WorkerDiedError
+from ringpool.errors import (
+    AtomicWriteError,
+    OutputCollisionError,
+    OutputMissingError,
+    ParameterError,
+    RingpoolError,
+)
+
+MakeFiles = Callable[[int], list[Path]]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Where outputs go; it does not exist yet."""
+    return tmp_path / "outputs" / "below"
+
+
+def names_in(place: Path) -> list[str]:
+    """What is there, but for the directory of locks."""
+    return sorted(set(os.listdir(place)) - {".ringpool"}) if place.exists() else []
+
+
+# ---- how it goes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("durability", ["none", "atomic", "data", "full"])
+def test_an_output_appears_under_its_name_and_nothing_else(file: Path, place: Path, durability: str) -> None:
+    with Coordinator(1, durability=durability) as own:
+        assert own.submit_file_task(tasks.copy, file, place / "copy").result(WATCHDOG_S) == 5
+    assert (place / "copy").read_bytes() == b"hello"
+    assert names_in(place) == ["copy"]
+
+
+def test_every_input_of_a_run_has_its_output(pool: Coordinator, files: MakeFiles, place: Path) -> None:
+    paths = files(300)
+    results = list(pool.run_file_tasks(tasks.copy, paths, output=lambda src: place / src.name[-1] / src.name))
+    assert all(r.ok and r.output == place / r.path.name[-1] / r.path.name for r in results)
+    assert sorted(path.read_text() for path in place.glob("?/[!.]*")) == [path.name for path in paths]
+
+
+def test_an_input_may_come_with_its_output(pool: Coordinator, file: Path, place: Path) -> None:
+    inputs: list[Any] = [FileTask(file, place / "a"), FileTask(str(file), str(place / "b")), file]
+    results = pool.run_file_tasks(tasks.copy, inputs, output=lambda _: os.fsencode(place / "c"))
+    assert sorted(os.fsdecode(r.output) for r in results) == [str(place / name) for name in "abc"]
+    assert names_in(place) == ["a", "b", "c"]
+
+
+def test_a_function_may_do_without_an_output(pool: Coordinator, file: Path, place: Path) -> None:
+    inputs = [FileTask(file, place / "a"), FileTask(file)]
+    assert [r.value for r in pool.run_file_tasks(tasks.copy_or_size, inputs)] == [5, 5]
+    assert names_in(place) == ["a"]
+
+
+def test_the_staging_name_keeps_the_suffixes(pool: Coordinator, file: Path, place: Path) -> None:
+    staged = Path(pool.submit_file_task(tasks.staging_of, file, place / "a.tar.gz").result(WATCHDOG_S))
+    assert staged.name.endswith(".tar.gz")
+    assert staged.parent == place
+    assert names_in(place) == ["a.tar.gz"]
+
+
+def test_an_output_replaces_what_was_there_and_keeps_its_mode(pool: Coordinator, file: Path, place: Path) -> None:
+    place.mkdir(parents=True)
+    target = place / "copy"
+    target.write_text("old and longer")
+    target.chmod(0o640)
+    assert pool.submit_file_task(tasks.copy, file, target).result(WATCHDOG_S) == 5
+    assert target.read_bytes() == b"hello"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+
+
+def test_an_input_may_be_its_own_output(pool: Coordinator, file: Path) -> None:
+    assert pool.submit_file_task(tasks.copy, file, file).result(WATCHDOG_S) == 5
+    assert file.read_bytes() == b"hello"
+
+
+def test_a_link_is_followed(pool: Coordinator, file: Path, place: Path) -> None:
+    place.mkdir(parents=True)
+    (place / "link").symlink_to("real")
+    assert pool.submit_file_task(tasks.copy, file, place / "link").result(WATCHDOG_S) == 5
+    assert (place / "link").is_symlink()
+    assert (place / "real").read_bytes() == b"hello"
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"x" * 255,
+        b"." + b"y" * 250 + b".png",
+        b"a" * 200 + b"." + b"b" * 54,
+        b"\xff\xfe.bin",
+        "\u00e9\u4e2d".encode(),
+        b" ",
+        b"new\nline",
+        b"-rf",
+    ],
+    ids=["long", "long, hidden", "long suffix", "not UTF-8", "not ASCII", "blank", "line", "dash"],
+)
+def test_names_of_every_kind_work(pool: Coordinator, tmp_path: Path, name: bytes) -> None:
+    source = os.path.join(os.fsencode(tmp_path), name)
+    with open(source, "wb") as made:
+        made.write(b"hello")
+    target = os.path.join(os.fsencode(tmp_path), b"outputs", name)
+    assert pool.submit_file_task(tasks.copy, source, target).result(WATCHDOG_S) == 5
+    [result] = pool.run_file_tasks(tasks.copy, [os.fsdecode(source)], output=lambda _: target)
+    assert result.ok
+    assert names_in(tmp_path / "outputs") == [os.fsdecode(name)]
+    assert pool.submit_file_task(tasks.name, source).result(WATCHDOG_S) == os.fsdecode(name)
+
+
+def test_a_name_that_is_too_long_is_an_error_of_its_task(pool: Coordinator, file: Path, place: Path) -> None:
+    error = pool.submit_file_task(tasks.copy, file, place / ("x" * 256)).exception(WATCHDOG_S)
+    assert isinstance(error, OSError | RingpoolError)
+    assert "x" * 256 in str(error)
+    assert names_in(place) == []
+
+
+def test_paths_longer_than_a_record_work(pool: Coordinator, tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*["d" * 200] * 7)
+    deep.mkdir(parents=True)
+    (deep / "input").write_bytes(b"hello")
+    futures = [pool.submit_file_task(tasks.copy, deep / "input", deep / f"output-{i}") for i in range(20)]
+    assert [future.result(WATCHDOG_S) for future in futures] == [5] * 20
+    assert names_in(deep) == sorted(["input", *(f"output-{i}" for i in range(20))])
+
+
+def test_relative_paths_mean_where_the_caller_is(
+    pool: Coordinator, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    assert pool.submit_file_task(tasks.copy, "input", "copy-1").result(WATCHDOG_S) == 5
+    moving = {"to": str(tmp_path / "elsewhere")}
+    assert pool.submit_file_task(tasks.copy_after_moving, "input", "copy-2", params=moving).result(WATCHDOG_S) == 5
+    inputs = [FileTask("input", "copy-3"), FileTask("input", "copy-4")]
+    run = pool.run_file_tasks(tasks.copy_after_moving, inputs, params=moving)
+    assert [(r.value, r.path) for r in run] == [(5, "input")] * 2
+    assert names_in(tmp_path / "elsewhere") == []
+    assert {f"copy-{i}" for i in (1, 2, 3, 4)} < set(names_in(tmp_path))
+
+
+# ---- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "params", "kind"),
+    [
+        (tasks.write_nothing, {}, OutputMissingError),
+        (tasks.write_directory, {}, OutputMissingError),
+        (tasks.write_half, {"then": "raise"}, ValueError),
+        (tasks.write_half, {"then": "exit"}, SystemExit),
+        (tasks.write_half, {"then": "die"}, WorkerDiedError),
+    ],
+)
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_task_that_fails_leaves_no_trace(
+    pool: Coordinator,
+    file: Path,
+    place: Path,
+    function: Callable[..., None],
+    params: dict[str, str],
+    kind: type[BaseException],
+    old: bytes | None,
+) -> None:
+    target = place / "output.txt"
+    if old is not None:
+        place.mkdir(parents=True)
+        target.write_bytes(old)
+    error = pool.submit_file_task(function, file, target, params=params).exception(WATCHDOG_S)
+    assert isinstance(error, kind)
+    if isinstance(error, OutputMissingError):
+        assert str(target) in str(error)
+    wait_until(lambda: names_in(place) == ([] if old is None else ["output.txt"]), "a tidy directory")
+    assert old is None or target.read_bytes() == old
+
+
+def test_an_output_of_a_second_attempt_is_that_of_the_second(pool: Coordinator, file: Path, place: Path) -> None:
+    marks = file.parent / "marks"
+    marks.mkdir()
+    params = {"marks": str(marks)}
+    [result] = pool.run_file_tasks(tasks.die_once_with_output, [FileTask(file, place / "output")], params=params)
+    assert (result.error, result.attempts) == (None, 2)
+    assert (place / "output").read_text() == "second"
+    assert names_in(place) == ["output"]
+
+
+def test_a_target_that_is_a_directory_is_refused(pool: Coordinator, file: Path, place: Path) -> None:
+    (place / "there").mkdir(parents=True)
+    error = pool.submit_file_task(tasks.copy, file, place / "there").exception(WATCHDOG_S)
+    assert isinstance(error, AtomicWriteError)
+    assert str(place / "there") in str(error)
+    assert names_in(place) == ["there"]
+    assert names_in(place / "there") == []
+
+
+@pytest.mark.parametrize("n", [0, 100, 5000, 1_000_000])
+def test_a_target_that_becomes_a_directory_is_an_error_of_its_task(
+    pool: Coordinator, file: Path, place: Path, n: int
+) -> None:
+    """Found out when the output is to be put in place, however large the result beside it is."""
+    before = pool.stats().worker_deaths
+    target = place / "there"
+    params = {"target": str(target), "n": n}
+    error = pool.submit_file_task(tasks.block_target, file, target, params=params).exception(WATCHDOG_S)
+    assert isinstance(error, AtomicWriteError)
+    assert names_in(place) == ["there"]
+    assert pool.stats().worker_deaths == before
+
+
+@pytest.mark.parametrize("target", ["/proc/output", "/dev/null", "/proc/self/no/output", "/dev/null/output"])
+def test_a_target_where_nothing_can_be_made_is_refused(pool: Coordinator, file: Path, target: str) -> None:
+    error = pool.submit_file_task(tasks.copy, file, target).exception(WATCHDOG_S)
+    assert isinstance(error, OSError)
+    assert not os.path.isfile(target)
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_that_cannot_be_written_to_is_an_error_of_its_task(
+    pool: Coordinator, file: Path, place: Path
+) -> None:
+    place.mkdir(parents=True)
+    place.chmod(0o500)
+    try:
+        error = pool.submit_file_task(tasks.copy, file, place / "output").exception(WATCHDOG_S)
+        assert isinstance(error, PermissionError | RingpoolError)
+        assert names_in(place) == []
+    finally:
+        place.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("function", "dst", "words"),
+    [(tasks.size, "output", "no parameter dst"), (tasks.copy, None, "has no output")],
+)
+def test_a_function_and_its_output_must_fit(
+    pool: Coordinator, file: Path, place: Path, function: Callable[..., Any], dst: str | None, words: str
+) -> None:
+    target = None if dst is None else place / dst
+    before = pool.stats()
+    with pytest.raises(ParameterError, match=words):
+        pool.submit_file_task(function, file, target)
+    with pytest.raises(ParameterError, match=words):
+        list(pool.run_file_tasks(function, [FileTask(file, target)]))
+    assert pool.stats() == before
+    assert names_in(place) == []
+
+
+# ---- collisions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("second", ["output", "./output", ".//./output"])
+def test_two_inputs_with_one_output_are_refused(pool: Coordinator, files: MakeFiles, place: Path, second: str) -> None:
+    one, two = files(2)
+    inputs = [FileTask(one, place / "output"), FileTask(two, f"{place}/{second}")]
+    run = pool.run_file_tasks(tasks.copy, inputs)
+    assert next(run).path == one
+    with pytest.raises(OutputCollisionError) as caught:
+        next(run)
+    assert str(one) in str(caught.value)
+    assert str(two) in str(caught.value)
+    assert (place / "output").read_text() == one.name
+
+
+def test_an_output_may_be_written_again_by_a_later_run(pool: Coordinator, files: MakeFiles, place: Path) -> None:
+    for path in files(5):
+        [result] = pool.run_file_tasks(tasks.copy, [path], output=lambda _: place / "output")
+        assert result.ok
+        assert (place / "output").read_text() == path.name
+
+
+def test_an_output_pattern_that_raises_ends_the_run_after_what_was_drawn(
+    pool: Coordinator, files: MakeFiles, place: Path
+) -> None:
+    paths = files(3)
+
+    def output(src: Path) -> Path:
+        if src == paths[2]:
+            raise LookupError("no place for it")
+        return place / src.name
+
+    run = pool.run_file_tasks(tasks.copy, paths, output=output)
+    assert {next(run).path, next(run).path} == set(paths[:2])
+    with pytest.raises(LookupError, match="no place"):
+        next(run)
+
+
+# ---- under fire ------------------------------------------------------------------------------------------------------
+
+
+def test_outputs_are_whole_although_workers_are_killed(pool: Coordinator, files: MakeFiles, place: Path) -> None:
+    paths = files(400)
+    for path in paths:
+        path.write_text(path.name * 20_000)
+    results = []
+    for result in pool.run_file_tasks(tasks.copy, paths, output=lambda src: place / src.name):
+        results.append(result)
+        if len(results) % 40 == 0:
+            for pid in pool.worker_pids[:1]:
+                os.kill(pid, signal.SIGKILL)
+    assert sorted(r.path for r in results) == paths
+    assert [r.error for r in results if not r.ok] == []
+    wait_until(lambda: names_in(place) == [path.name for path in paths], "a tidy directory")
+    assert all((place / path.name).read_text() == path.read_text() for path in paths)

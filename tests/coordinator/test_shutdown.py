@@ -1,0 +1,502 @@
+"""The end of a pool and of its program, in whichever way: no hang, no process, nothing in ``/dev/shm``."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, wait
+from pathlib import Path
+
+import pytest
+from tests import task_functions as tasks
+from tests.coordinator.program import WATCHDOG_S, Program, is_alive, shared_memory_of, state_of, wait_until
+
+from ringpool import Coordinator
+from ringpool.errors import CoordinatorClosedError
+
+MakeFiles = Callable[[int], list[Path]]
+RunProgram = Callable[..., Program]
+
+
+# ---- close -----------------------------------------------------------------------------------------------------------
+
+
+def test_close_runs_what_is_queued(files: MakeFiles) -> None:
+    own = Coordinator(2, ring_slots=16)
+    futures = [own.submit_file_task(tasks.name, path) for path in files(500)]
+    own.close()
+    assert [future.result(0) for future in futures] == [f"{i:05}" for i in range(500)]
+    assert own.worker_pids == ()
+
+
+def test_a_task_submitted_just_before_close_is_run(file: Path) -> None:
+    for _ in range(10):
+        with Coordinator(1) as own:
+            future = own.submit_file_task(tasks.size, file)
+        assert future.result(0) == 5
+
+
+def test_close_twice_is_close_once(file: Path) -> None:
+    own = Coordinator(1)
+    future = own.submit_file_task(tasks.size, file)
+    own.close()
+    own.close(cancel=True)
+    assert own.wait_for_task_result(future.task_id, 0) == 5
+
+
+def test_many_threads_may_close(file: Path) -> None:
+    own = Coordinator(2)
+    futures = [own.submit_file_task(tasks.size, file) for _ in range(100)]
+    threads = [threading.Thread(target=own.close) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WATCHDOG_S)
+    assert [future.result(0) for future in futures] == [5] * 100
+
+
+def test_a_closed_pool_refuses_tasks(file: Path) -> None:
+    own = Coordinator(1)
+    run = own.run_file_tasks(tasks.size, [file])
+    own.close()
+    with pytest.raises(CoordinatorClosedError):
+        own.submit_file_task(tasks.size, file)
+    with pytest.raises(CoordinatorClosedError):
+        own.run_file_tasks(tasks.size, [file])
+    with pytest.raises(CoordinatorClosedError):
+        next(run)
+    assert own.stats().workers_alive == 0
+
+
+def test_a_pool_that_did_nothing_closes(file: Path) -> None:
+    for _ in range(3):
+        Coordinator(2).close()
+
+
+def test_close_with_cancel_drops_what_no_worker_has(file: Path, files: MakeFiles, tmp_path: Path) -> None:
+    begun, gate = tmp_path / "begun", tmp_path / "gate"
+    own = Coordinator(1, ring_slots=8)
+    held = own.submit_file_task(tasks.hold, file, params={"gate": str(gate), "begun": str(begun)})
+    wait_until(begun.exists, "the task's begin")
+    [other] = files(1)
+    waiting = [own.submit_file_task(tasks.append_line, other) for _ in range(50)]
+    closing = threading.Thread(target=lambda: own.close(cancel=True))
+    closing.start()
+    wait_until(lambda: sum(future.cancelled() for future in waiting) > 40, "those outside the ring")
+    gate.touch()
+    closing.join(WATCHDOG_S)
+    assert not closing.is_alive()
+    assert held.exception(0) is None
+    assert wait(waiting, 0).not_done == set()
+    assert all(future.cancelled() for future in waiting)
+    with pytest.raises(CancelledError):
+        waiting[0].result(0)
+    assert other.read_text() == "00000"
+
+
+def test_an_exception_in_the_block_cancels_what_has_not_begun(file: Path, tmp_path: Path) -> None:
+    begun, gate = tmp_path / "begun", tmp_path / "gate"
+    with pytest.raises(LookupError), Coordinator(1, ring_slots=8) as own:  # noqa: PT012
+        held = own.submit_file_task(tasks.hold, file, params={"gate": str(gate), "begun": str(begun)})
+        wait_until(begun.exists, "the task's begin")
+        waiting = [own.submit_file_task(tasks.size, file) for _ in range(20)]
+        waiting[-1].add_done_callback(lambda _: gate.touch())
+        raise LookupError
+    assert held.exception(0) is None
+    assert all(future.cancelled() for future in waiting)
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+def test_a_close_in_a_callback_hangs_nobody(file: Path, cancel: bool) -> None:
+    """It may be refused; whatever it does, the pool can be closed afterwards, and every future ends."""
+    own = Coordinator(2)
+    called = threading.Event()
+
+    def close(_future: object) -> None:
+        try:
+            own.close(cancel=cancel)
+        finally:
+            called.set()
+
+    own.submit_file_task(tasks.size, file).add_done_callback(close)
+    futures = []
+    try:
+        for _ in range(100):
+            futures.append(own.submit_file_task(tasks.size, file))
+    except CoordinatorClosedError:
+        pass
+    assert called.wait(WATCHDOG_S)
+    closing = threading.Thread(target=own.close, daemon=True)
+    closing.start()
+    closing.join(WATCHDOG_S)
+    assert not closing.is_alive()
+    assert wait(futures, WATCHDOG_S).not_done == set()
+
+
+def test_closing_while_other_threads_submit_leaves_no_future_behind(file: Path) -> None:
+    for _ in range(5):
+        own = Coordinator(1, ring_slots=16)
+        futures: list[object] = []
+        started = threading.Event()
+
+        def submit(own: Coordinator = own, futures: list[object] = futures, started: threading.Event = started) -> None:
+            try:
+                while True:
+                    futures.append(own.submit_file_task(tasks.size, file))
+                    if len(futures) > 100:
+                        started.set()
+            except CoordinatorClosedError:
+                started.set()
+
+        threads = [threading.Thread(target=submit) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        assert started.wait(WATCHDOG_S)
+        own.close(cancel=True)
+        for thread in threads:
+            thread.join(WATCHDOG_S)
+            assert not thread.is_alive()
+        assert wait(futures, WATCHDOG_S).not_done == set()  # type: ignore[type-var]
+
+
+def test_a_run_that_is_taken_while_its_pool_closes_ends(file: Path) -> None:
+    own = Coordinator(1)
+    run = own.run_file_tasks(tasks.size, iter(lambda: file, None), window=50)
+    assert next(run).value == 5
+    closing = threading.Thread(target=own.close)
+    closing.start()
+    with pytest.raises(CoordinatorClosedError):
+        list(run)
+    closing.join(WATCHDOG_S)
+    assert not closing.is_alive()
+
+
+def test_results_taken_after_close_are_those_that_were_there(file: Path) -> None:
+    own = Coordinator(1)
+    run = own.run_file_tasks(tasks.many_bytes, [file] * 10, params={"n": 5000})
+    first = next(run)
+    wait_until(lambda: own.stats().completed == 10, "all results")
+    own.close()
+    assert len(first.unwrap()) == 5000
+    try:
+        assert {len(result.unwrap()) for result in run} <= {5000}
+    except CoordinatorClosedError:
+        pass
+
+
+# ---- programs that end -----------------------------------------------------------------------------------------------
+
+STUCK = """
+here = Path(__file__)
+def hold(pool, n={workers}):
+    for i in range(n):
+        pool.submit_file_task(tasks.stay, here, params={{"how": {how!r}, "begun": str(here.with_name(f"begun-{{i}}"))}})
+    for i in range(n):
+        tasks.wait_for(here.with_name(f"begun-{{i}}"))
+"""
+WHERE = {
+    "in a loop over results": """
+        with Coordinator(2) as pool:
+            for i, result in enumerate(pool.run_file_tasks(tasks.size, itertools.repeat(here))):
+                if i == 300:
+                    say("ready")
+        """,
+    "waiting for a result": """
+        with Coordinator(2) as pool:
+            hold(pool)
+            say("ready")
+            pool.submit_file_task(tasks.size, here).result()
+        """,
+    "waiting for a run": """
+        with Coordinator(2) as pool:
+            hold(pool)
+            say("ready")
+            list(pool.run_file_tasks(tasks.size, [here]))
+        """,
+    "in close": """
+        pool = Coordinator(2)
+        hold(pool)
+        say("ready")
+        pool.close()
+        """,
+    "without a block": """
+        pool = Coordinator(2)
+        hold(pool)
+        say("ready")
+        wait()
+        """,
+    "at exit": """
+        pool = Coordinator(2)
+        hold(pool)
+        atexit.register(say, "ready")
+        """,
+    "with a pool made in a thread": """
+        made = []
+        thread = threading.Thread(target=lambda: made.append(Coordinator(2)))
+        thread.start()
+        thread.join()
+        with made[0] as pool:
+            hold(pool)
+            say("ready")
+            wait()
+        """,
+    "with two pools": """
+        with Coordinator(1) as pool, Coordinator(1) as other:
+            hold(pool, 1)
+            say("ready")
+            list(other.run_file_tasks(tasks.size, itertools.repeat(here)))
+            wait()
+        """,
+}
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_an_interrupt_ends_a_program(run_program: RunProgram, where: str) -> None:
+    program = run_program(WHERE[where], top=STUCK.format(how="deaf", workers=2))
+    program.wait_for("ready")
+    program.signal(signal.SIGINT)
+    code = program.finish()
+    if where != "at exit":
+        assert code == -signal.SIGINT
+        assert program.err.splitlines()[-1] == "KeyboardInterrupt"
+    program.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "where", ["in a loop over results", "waiting for a result", "in close", "without a block", "with two pools"]
+)
+def test_a_signal_to_end_ends_a_program_quietly(run_program: RunProgram, where: str, number: int) -> None:
+    program = run_program(WHERE[where], top=STUCK.format(how="deaf", workers=2))
+    program.wait_for("ready")
+    program.signal(number, group=False)
+    assert program.finish() in (128 + number, -number)
+    assert "Traceback" not in program.err
+    program.assert_nothing_is_left()
+
+
+def test_a_signal_ends_a_program_whose_pool_was_made_in_a_thread(run_program: RunProgram) -> None:
+    """No handler can be set there, so that the segment may stay; the next start removes it."""
+    program = run_program(WHERE["with a pool made in a thread"], top=STUCK.format(how="deaf", workers=2))
+    program.wait_for("ready")
+    program.signal(signal.SIGTERM, group=False)
+    program.finish()
+    program.assert_no_process_is_left()
+    with Coordinator(1):
+        assert shared_memory_of(program.pid) == set()
+
+
+def test_interrupts_one_after_the_other_end_a_program(run_program: RunProgram) -> None:
+    program = run_program(WHERE["waiting for a result"], top=STUCK.format(how="deaf", workers=2))
+    program.wait_for("ready")
+    while program.process.poll() is None:
+        program.signal(signal.SIGINT, group=False)
+        threading.Event().wait(0.003)
+    program.assert_no_process_is_left()
+    with Coordinator(1):
+        assert shared_memory_of(program.pid) == set()
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn", "fork"])
+def test_an_interrupt_while_workers_start_ends_a_program(run_program: RunProgram, method: str) -> None:
+    program = run_program(
+        f"""
+        with Coordinator(4, mp_context={method!r}) as pool:
+            say("ready")
+            list(pool.run_file_tasks(tasks.size, itertools.repeat(__file__)))
+        """
+    )
+    program.wait_for("ready")
+    program.signal(signal.SIGINT)
+    assert program.finish() == -signal.SIGINT
+    program.assert_no_process_is_left()
+    assert shared_memory_of(program.pid) == set()
+    assert program.err.count("Traceback") <= 2, program.err  # the fork server may have to say something too
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "ran"),
+    [
+        ("raise LookupError('at the end')", 1, False),
+        ("sys.exit(3)", 3, None),
+        ("return", 0, True),
+    ],
+)
+@pytest.mark.parametrize("block", [True, False])
+def test_a_program_that_ends_with_tasks_queued(
+    run_program: RunProgram, end: str, code: int, ran: bool | None, block: bool
+) -> None:
+    """Drained where all went well; not where it ended by an error."""
+    begin = "with Coordinator(2) as pool:" if block else "pool = Coordinator(2)\n        if True:"
+    program = run_program(
+        f"""
+        paths = [Path(__file__).with_name(f"file-{{i:03}}") for i in range(300)]
+        for path in paths:
+            path.touch()
+        {begin}
+            for path in paths:
+                pool.submit_file_task(tasks.append_line, path)
+            {end}
+        """
+    )
+    assert program.finish() == code
+    if ran:
+        assert {path.read_text() for path in program.file.parent.glob("file-*")} == {"run\n"}
+    if ran is False:
+        assert "at the end" in program.err.splitlines()[-1]
+    program.assert_nothing_is_left()
+
+
+def test_a_program_that_fails_beside_a_stuck_task_ends(run_program: RunProgram) -> None:
+    program = run_program(
+        """
+        pool = Coordinator(2)
+        hold(pool)
+        raise LookupError("at the end")
+        """,
+        top=STUCK.format(how="deaf", workers=2),
+    )
+    assert program.finish() == 1
+    program.assert_nothing_is_left()
+
+
+def test_a_program_that_leaves_its_pool_to_a_daemon_thread_ends(run_program: RunProgram) -> None:
+    program = run_program(
+        """
+        pool = Coordinator(2)
+        begun = threading.Event()
+        def use():
+            for result in pool.run_file_tasks(tasks.size, itertools.repeat(__file__)):
+                begun.set()
+        threading.Thread(target=use, daemon=True).start()
+        begun.wait()
+        """
+    )
+    assert program.finish() == 0, program.err
+    program.assert_nothing_is_left()
+
+
+def test_a_program_may_end_with_a_run_half_taken(run_program: RunProgram) -> None:
+    program = run_program(
+        """
+        global run
+        pool = Coordinator(2)
+        run = pool.run_file_tasks(tasks.many_bytes, itertools.repeat(__file__), params={"n": 5000})
+        next(run)
+        """
+    )
+    assert program.finish() == 0, program.err
+    program.assert_nothing_is_left()
+    assert program.err == ""
+
+
+def test_a_program_may_end_at_once_and_leave_it_to_the_next_start(run_program: RunProgram) -> None:
+    program = run_program(
+        """
+        pool = Coordinator(2)
+        hold(pool)
+        os._exit(4)
+        """,
+        top=STUCK.format(how="subprocess", workers=2),
+    )
+    assert program.finish() == 4
+    program.assert_no_process_is_left()
+    with Coordinator(1):
+        assert shared_memory_of(program.pid) == set()
+
+
+def test_a_fork_of_a_program_may_make_a_pool_of_its_own_and_end(run_program: RunProgram) -> None:
+    program = run_program(
+        """
+        with Coordinator(2) as pool:
+            run = pool.run_file_tasks(tasks.many_bytes, [__file__] * 100, params={"n": 5000})
+            next(run)
+            child = os.fork()
+            if not child:
+                with Coordinator(1) as own:
+                    assert own.submit_file_task(tasks.size, __file__).result() > 0
+                sys.exit(6)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 6
+            assert [len(r.unwrap()) for r in run] == [5000] * 99
+        say("done")
+        """
+    )
+    assert program.finish() == 0, program.err
+    assert program.err == ""
+    program.assert_nothing_is_left()
+
+
+def test_a_stopped_program_goes_on(run_program: RunProgram) -> None:
+    """Ctrl-Z stops the program, not its workers, which are of other sessions; ``fg`` lets it go on."""
+    program = run_program(
+        """
+        with Coordinator(2) as pool:
+            say("ready")
+            results = [r.value for r in pool.run_file_tasks(tasks.hold, [__file__] * 2,
+                params={"gate": str(here.with_name("gate")), "begun": str(here.with_name("begun"))})]
+            assert len(results) == 2
+        """,
+        top="here = Path(__file__)",
+    )
+    wait_until((program.file.parent / "begun").exists, "the task's begin")
+    program.signal(signal.SIGSTOP)
+    wait_until(lambda: state_of(program.pid) == "T", "the program's stop")
+    (program.file.parent / "gate").touch()
+    program.signal(signal.SIGCONT)
+    assert program.finish() == 0, program.err
+    program.assert_nothing_is_left()
+
+
+def test_ctrl_c_and_ctrl_z_at_a_terminal(run_program: RunProgram) -> None:
+    master, terminal = pty.openpty()
+    try:
+        program = run_program(
+            """
+            import fcntl, termios
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            signal.signal(signal.SIGTSTP, lambda *_: say("stop wanted"))
+            with Coordinator(2) as pool:
+                hold(pool)
+                say("ready", *pool.worker_pids)
+                while True:
+                    signal.pause()
+            """,
+            top=STUCK.format(how="python", workers=2),
+            terminal=terminal,
+        )
+        pids = [int(word) for word in program.wait_for("ready").split()]
+        os.write(master, b"\x1a")
+        program.wait_for("stop wanted")
+        assert all(is_alive(pid) for pid in pids), "the keys are not for workers"
+        os.write(master, b"\x03")
+        assert program.finish() == -signal.SIGINT
+        program.assert_nothing_is_left()
+    finally:
+        os.close(master)
+        os.close(terminal)
+
+
+def test_a_program_whose_terminal_goes_away_ends(run_program: RunProgram) -> None:
+    master, terminal = pty.openpty()
+    program = run_program(
+        """
+        import fcntl, termios
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        with Coordinator(2) as pool:
+            hold(pool)
+            say("ready")
+            wait()
+        """,
+        top=STUCK.format(how="deaf", workers=2),
+        terminal=terminal,
+    )
+    os.close(terminal)
+    try:
+        program.wait_for("ready")
+    finally:
+        os.close(master)
+    assert program.finish() in (128 + signal.SIGHUP, -signal.SIGHUP)
+    program.assert_nothing_is_left()
