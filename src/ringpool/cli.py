@@ -221,7 +221,7 @@ def _check_function(options: RunOptions) -> OutputPattern | None:
     pattern = None if options.out is None else OutputPattern(options.out)
     if pattern is None and signature.needs_output:
         raise click.UsageError(f"{name} writes an output: say where with --out, such as --out 'out/{{relpath}}'")
-    if pattern is not None and not signature.takes_output and signature.model is not None:
+    if pattern is not None and not signature.takes_output:
         raise click.UsageError(f"{name} writes no output, for it has no parameter dst: leave --out away")
     return pattern
 

@@ -17,7 +17,7 @@ from tests import task_functions as tasks
 from tests.coordinator.program import WATCHDOG_S, shared_memory_of, wait_until
 
 from ringpool import Coordinator, FileTask
-from ringpool.coordinator.futures import RunInbox, TaskBoard, TaskFuture
+from ringpool.coordinator.futures import TaskBoard, TaskFuture
 from ringpool.errors import (
     CoordinatorClosedError,
     InputMissingError,
@@ -617,17 +617,6 @@ def test_shared_parameters_go_with_their_run(pool: Coordinator, file: Path) -> N
         results = list(pool.run_file_tasks(tasks.total, [file] * 20, params={"numbers": numbers}))
         assert {r.value for r in results} == {int(numbers.sum())}
     assert shared_memory_of(os.getpid()) - before == set()
-
-
-def test_an_inbox_is_freed_with_its_run(pool: Coordinator, file: Path) -> None:
-    for _ in range(5):
-        for _ in pool.run_file_tasks(tasks.size, itertools.repeat(file), window=3):
-            break
-    wait_until(lambda: pool.stats().in_ring == 0, "an empty ring")
-    wait_until(
-        lambda: gc.collect() is not None and not [o for o in gc.get_objects() if isinstance(o, RunInbox)],
-        "the end of the inboxes",
-    )
 
 
 # ---- one long task among short ones ----------------------------------------------------------------------------------

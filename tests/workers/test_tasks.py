@@ -335,8 +335,9 @@ def test_a_function_of_a_path_and_nothing_else_takes_no_parameters(function: Cal
 
 def test_a_builtin_without_a_signature_takes_what_it_is_given() -> None:
     known = signature(max)
-    assert known.model is None
-    assert not known.takes_output
+    assert known.takes_any
+    assert known.takes_output
+    assert not known.needs_output
     assert validated(max, key=len) == {"key": len}
     tasks.require("it", known, {})
 

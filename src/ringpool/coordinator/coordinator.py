@@ -203,7 +203,7 @@ class Coordinator:
             raise TypeError(f"inputs must be an iterable of paths, not one path ({inputs!r}); put it into a list")
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, not {window}")
-        inbox = RunInbox(self._segment.name, lambda: self._release(function))
+        inbox = RunInbox(lambda: self._release(function))
         tickets = self._tickets(function, iter(inputs), output, inbox)
         return FileRun(self._pump, inbox, tickets, window or self._segment.header.slots, self._check_open)
 
@@ -413,7 +413,7 @@ def _absolute(path: Path, directory: bytes | None = None) -> bytes:
 def _outputs_allowed(function: _Function) -> tuple[bool, bool]:
     """Whether tasks of ``function`` may come without an output, and whether with one."""
     signature = function.signature
-    return not signature.needs_output, signature.takes_output or signature.model is None
+    return not signature.needs_output, signature.takes_output
 
 
 def _check_output(function: _Function, *, has_output: bool) -> None:

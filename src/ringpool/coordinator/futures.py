@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ringpool.errors import CoordinatorClosedError, OutputCollisionError, RemoteError, TaskInDoubtError, WorkerDiedError
-from ringpool.shm import blobs, layout
+from ringpool.shm import layout
 from ringpool.shm.layout import Encoding, Status
 from ringpool.shm.results import ResultRecord
 from ringpool.workers import values
@@ -63,28 +63,20 @@ class FileResult(msgspec.Struct, frozen=True, gc=False):
         return self.value
 
 
-def outcome_of(segment: str, ticket: Ticket, record: ResultRecord) -> tuple[Any, BaseException | None]:
-    """Value and error of a delivered task; its blob, if it has one, is read and removed."""
+def outcome_of(ticket: Ticket, record: ResultRecord) -> tuple[Any, BaseException | None]:
+    """Value and error of a delivered task."""
     try:
-        if record.encoding != _BLOB and record.payload:
-            value = values.decode(record.encoding, record.payload)
+        if record.encoding == _BLOB:
+            if isinstance(ticket.result_blob, BaseException):
+                raise ticket.result_blob
+            value = values.decode(*ticket.result_blob)
         else:
-            value = _value_of(segment, ticket, record)
+            value = values.decode(record.encoding, record.payload) if record.payload else None
     except Exception as error:
-        return None, values.undecodable(error, f"that {ticket.source} gave")
+        return None, values.undecodable(error, "unknown")
     if record.status == _OK:
         return value, None
     return None, _error_of(ticket, record.status, value)
-
-
-def _value_of(segment: str, ticket: Ticket, record: ResultRecord) -> Any:
-    if record.encoding != _BLOB:
-        return None
-    name = blobs.result_name(segment, ticket.sequence, record.attempt)
-    try:
-        return values.read_blob(name, writable=True)
-    finally:
-        blobs.unlink(name)
 
 
 def _error_of(ticket: Ticket, status: int, value: Any) -> BaseException:
@@ -155,7 +147,7 @@ class TaskFuture(Future[Any]):
 
     def deliver(self, ticket: Ticket, record: ResultRecord) -> None:
         """The task has a result."""
-        value, error = outcome_of(self._pump.segment, ticket, record)
+        value, error = outcome_of(ticket, record)
         if isinstance(error, CancelledError):
             self._cancelled()
         elif error is not None:
@@ -222,8 +214,7 @@ class TaskBoard:
 class RunInbox:
     """Where the pump puts the results of a run. Apart from ``FileRun``, so that one that is dropped is noticed."""
 
-    def __init__(self, segment: str, on_retired: Callable[[], None]) -> None:
-        self.segment = segment
+    def __init__(self, on_retired: Callable[[], None]) -> None:
         self._on_retired = on_retired
         self._left = 0  # once closed: tasks that a worker still has
         self.arrived: deque[tuple[Ticket, ResultRecord | BaseException]] = deque()
@@ -233,13 +224,12 @@ class RunInbox:
 
     def deliver(self, ticket: Ticket, record: ResultRecord) -> None:
         """A task has a result: it is decoded where it is taken, not here."""
-        if self.closed:
-            self.free(ticket, record)
-            self._left -= 1
-            if not self._left:
-                self._on_retired()
-        else:
+        if not self.closed:
             self.arrived.append((ticket, record))
+            return
+        self._left -= 1
+        if not self._left:
+            self._on_retired()
 
     def expect(self, target: bytes, source: Any) -> None:
         """A task with this output is drawn. Raises ``OutputCollisionError`` where one with the same is under way."""
@@ -268,11 +258,6 @@ class RunInbox:
         self._left = left
         if not left:
             self._on_retired()
-
-    def free(self, ticket: Ticket, record: ResultRecord | BaseException) -> None:
-        """Free a result that nobody will read."""
-        if not isinstance(record, BaseException) and record.blob_bytes:
-            blobs.unlink(blobs.result_name(self.segment, ticket.sequence, record.attempt))
 
 
 class FileRun(Iterator[FileResult]):
@@ -316,7 +301,7 @@ class FileRun(Iterator[FileResult]):
         if isinstance(record, BaseException):  # the pool has ended: one error, not one for each file
             self.close()
             raise record
-        value, error = outcome_of(self._inbox.segment, ticket, record)
+        value, error = outcome_of(ticket, record)
         worker = record.worker if record.worker < layout.WORKERS_MAX else -1
         attempts, duration_s = record.attempt + 1, record.duration_ns / 1e9
         return FileResult(ticket.source, ticket.output, value, error, attempts, duration_s, worker)
@@ -335,9 +320,8 @@ class FileRun(Iterator[FileResult]):
         if self._closed or os.getpid() != self._pid:  # in a fork of the program, the results are its parent's
             return
         self._closed = self._exhausted = self._inbox.closed = True
-        for waiting in (self._ready, self._inbox.arrived):
-            while waiting:
-                self._inbox.free(*waiting.popleft())
+        self._ready.clear()
+        self._inbox.arrived.clear()
         if self._under_way:
             self._under_way = 0  # who takes from a closed run gets nothing, and does not wait for it
             self._pump.abandon(self._inbox)

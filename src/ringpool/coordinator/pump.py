@@ -26,7 +26,7 @@ from ringpool.coordinator.supervisor import Death, Supervisor
 from ringpool.errors import CoordinatorClosedError, CrashLoopError, RingpoolError
 from ringpool.shm import blobs, layout
 from ringpool.shm.dispatch import ClaimedTask, CoordinatorEnd, Task
-from ringpool.shm.layout import Status
+from ringpool.shm.layout import Encoding, Status
 from ringpool.shm.results import ResultRecord
 from ringpool.workers import tasks
 from ringpool.workers.files import atomic
@@ -41,7 +41,11 @@ TAKE_BACK_AFTER_S = 0.02  # a claim of several tasks that has not moved for so l
 RESULTS_WANTED_MAX = 64
 SPINS = 60  # looks for results before the pump sleeps, about 100 us, where few tasks are under way
 PUBLISH_MAX = 256
-_OK, _CANCELLED = int(Status.OK), int(Status.CANCELLED)  # plain integers compare faster than the enums
+_OK, _CANCELLED, _BLOB = (
+    int(Status.OK),
+    int(Status.CANCELLED),
+    int(Encoding.BLOB),
+)  # plain integers compare faster than the enums
 
 
 class Sink(Protocol):
@@ -67,7 +71,8 @@ class Sink(Protocol):
 class Ticket(msgspec.Struct, eq=False):
     """A task on its way through the coordinator. ``sequence``: in the ring, from when it is published; -1 before.
 
-    ``source`` and ``output`` as the caller gave them; ``target``: the output's absolute path.
+    ``source`` and ``output`` as the caller gave them; ``target``: the output's absolute path; ``result_blob``:
+    encoding, body and buffers of a result that is too large for its record, or the error of reading it.
     """
 
     task: Task
@@ -75,6 +80,7 @@ class Ticket(msgspec.Struct, eq=False):
     source: Any
     output: Any
     target: bytes | None = None
+    result_blob: Any = None
     sequence: int = -1
     cancelled: bool = False
 
@@ -188,8 +194,7 @@ class Pump:
         """Whether some worker is at this task; a hint."""
         ring = self.end.ring
         return ticket.sequence >= 0 and any(
-            layout.sequence_of(ring.words[ring.worker_word(w, layout.W_RUNNING)]) == ticket.sequence
-            and ring.words[ring.worker_word(w, layout.W_PID)]
+            layout.sequence_of(ring.words[ring.worker_word(w, layout.W_RUNNING)] - 1) == ticket.sequence
             for w in range(ring.workers)
         )
 
@@ -301,10 +306,11 @@ class Pump:
     def _deliver(self, slot: int, entry: int) -> None:
         ticket = self._tickets[slot]
         record = self.end.results.read(entry)
+        blob: Any = self._take_blob(entry) if record.encoding == _BLOB else None
         if ticket is None:  # the pool broke, and its futures were told so, while a worker was still at this
             assert self.broken is not None, "a result that nobody waits for"
-            blobs.unlink(blobs.result_name(self.segment, layout.sequence_of(entry), record.attempt))
             return
+        ticket.result_blob = blob
         self._tickets[slot] = None
         self._in_ring -= 1
         if ticket.task.blob:
@@ -318,6 +324,16 @@ class Pump:
         except BaseException:  # a future's callback may raise what it likes; it must not stop the pool
             traceback.print_exc()
         self._touched.add(ticket.sink)
+
+    def _take_blob(self, entry: int) -> Any:
+        """Map a result's blob and take its name away: from here on it lives as long as somebody looks at it."""
+        name = blobs.result_name(self.segment, layout.sequence_of(entry), layout.attempt_of(entry))
+        try:
+            return blobs.read(name, writable=True)
+        except (RingpoolError, OSError) as error:
+            return error  # which its reader raises
+        finally:
+            blobs.unlink(name)
 
     def _free_payload(self, ticket: Ticket) -> None:
         if ticket.task.blob:

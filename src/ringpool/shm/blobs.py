@@ -24,7 +24,7 @@ from collections.abc import Sequence
 
 import posix_ipc
 
-from ringpool.errors import SegmentMissingError, SharedMemoryFullError
+from ringpool.errors import SegmentFormatError, SegmentMissingError, SharedMemoryFullError
 from ringpool.shm.layout import Encoding
 from ringpool.shm.segment import SHM_DIRECTORY
 
@@ -62,6 +62,7 @@ def write(name: str, encoding: Encoding, body: Buffer, buffers: Sequence[memoryv
     for length in lengths:
         places.append(_up(size_bytes))
         size_bytes = places[-1] + length
+    unlink(name)  # what an earlier try of the same attempt left; a name has one writer
     file = posix_ipc.SharedMemory(f"/{name}", posix_ipc.O_CREX, mode=0o600)
     try:
         os.posix_fallocate(file.fd, 0, size_bytes)  # ENOSPC now, not a SIGBUS below
@@ -85,7 +86,8 @@ def write(name: str, encoding: Encoding, body: Buffer, buffers: Sequence[memoryv
 def read(name: str, *, writable: bool = False) -> tuple[Encoding, memoryview, list[memoryview]]:
     """Map the blob ``name``: encoding, body and buffers, as views into the mapping.
 
-    ``writable``: the views are of a private copy-on-write mapping; otherwise they are read-only.
+    ``writable``: the views are of a private copy-on-write mapping; otherwise they are read-only. Raises
+    ``SegmentMissingError`` and ``SegmentFormatError``.
     """
     try:
         file = posix_ipc.SharedMemory(f"/{name}", read_only=not writable)
@@ -95,10 +97,19 @@ def read(name: str, *, writable: bool = False) -> tuple[Encoding, memoryview, li
         mapping = mmap.mmap(file.fd, 0, access=mmap.ACCESS_COPY if writable else mmap.ACCESS_READ)
     finally:
         file.close_fd()
-    magic, encoding, n_buffers, body_bytes = HEAD.unpack_from(mapping, 0)
-    assert magic == MAGIC, f"{name} is no blob"
-    lengths = struct.unpack_from(f"<{n_buffers}Q", mapping, HEAD.size)
     view = memoryview(mapping)
+    try:
+        return _views(view)
+    except (ValueError, struct.error) as error:
+        raise SegmentFormatError(name, f"it is no blob, or a damaged one: {error}") from None
+
+
+def _views(view: memoryview) -> tuple[Encoding, memoryview, list[memoryview]]:
+    """Encoding, body and buffers. Raises ``ValueError`` or ``struct.error`` where they are not all there."""
+    magic, encoding, n_buffers, body_bytes = HEAD.unpack_from(view, 0)
+    if magic != MAGIC:
+        raise ValueError("wrong magic number")
+    lengths = struct.unpack_from(f"<{n_buffers}Q", view, HEAD.size)
     body_at = _up(HEAD.size + 8 * n_buffers)
     end = body_at + body_bytes
     body = view[body_at:end]
@@ -107,6 +118,8 @@ def read(name: str, *, writable: bool = False) -> tuple[Encoding, memoryview, li
         start = _up(end)
         end = start + length
         buffers.append(view[start:end])
+    if end > len(view):
+        raise ValueError(f"{len(view)} of {end} bytes")
     return Encoding(encoding), body, buffers
 
 

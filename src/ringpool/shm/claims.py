@@ -190,7 +190,7 @@ class WorkerEnd:
         it.
         """
         words = self._words
-        words[self._running] = entry
+        words[self._running] = entry + 1
         if words[self._revoke] == self.claim_sequence:  # read after the store above: see the race at the top
             return self._start_contested(entry)
         words[self._task_start] = now_ns

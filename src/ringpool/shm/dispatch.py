@@ -155,6 +155,10 @@ class CoordinatorEnd:
         if not tasks:
             return []
         assert len(tasks) <= len(free), "publish beyond n_free"
+        if first + len(tasks) >> layout.SEQUENCE_BITS:
+            raise SegmentFormatError(
+                ring.segment.name, "it has had all the tasks that 36 bits can count; make a new one"
+            )
         self._stale = True
         slots = free[-len(tasks) :]
         entries = self._write_records(tasks, slots, first)
@@ -319,7 +323,7 @@ class CoordinatorEnd:
             words[revoke] = words[ring.worker_word(worker, layout.W_CLAIM)] >> layout.CLAIM_SHIFT
             if not barrier.fence_all():
                 return 0, []
-            running = words[running_at]  # read after the store above: see the race in ``claims``
+            running = words[running_at] - 1  # read after the store above: see the race in ``claims``
             n_ended = entries.index(running) if running in entries else 0
             first_unstarted = n_ended + (running in entries)
             finished, back = entries[:n_ended], entries[first_unstarted:]
@@ -337,7 +341,7 @@ class CoordinatorEnd:
         """What a worker held when it died. Its process must be gone: nobody else touches these tasks any more."""
         ring = self.ring
         ring.lock.run(ring.block)  # whoever gets the mutex finishes what the dead had committed: the claim is final now
-        running = ring.words[ring.worker_word(worker, layout.W_RUNNING)]
+        running = ring.words[ring.worker_word(worker, layout.W_RUNNING)] - 1
         return [
             ClaimedTask(entry, ring.status(entry), entry == running, self.results.deaths(entry))
             for entry in ring.claimed(worker)

@@ -61,7 +61,7 @@ Little-endian; every word is 8 bytes and aligned. N slots, W workers (at most 64
     0x00   Q    pid              0: nobody
     0x08   Q    start            start time, ticks since boot
     0x10   Q    claim            sequence << 16 | number of entries in the claim list of that parity
-    0x18   Q    running          the entry of the task being run, or that was run last
+    0x18   Q    running          1 + the entry of the task being run, or that was run last; 0: none yet
     0x20   Q    revoke           a claim sequence: what of it was not started, the coordinator takes back
     0x28   Q    task_start_ns    when ``running`` began, CLOCK_MONOTONIC
     0x30   Q    n_tasks          ended by this process
@@ -268,6 +268,8 @@ def _page_up(offset: int) -> int:
 def _format_id() -> int:
     formats = (HEADER, CURSORS, WORKER, TASK, RESULT)
     words = [s.format for s in formats]
+    words += [COORDINATOR_PID_AT, COORDINATOR_START_AT, RUN_STATE_AT, N_REDONE_AT, TASK_CANCEL_AT, TASK_BLAME_AT]
+    words += [W_PID, W_START, W_CLAIM, W_RUNNING, W_REVOKE, W_TASK_START, W_N_TASKS, W_N_ERRORS, W_BUSY]
     words += [MUTEX_AT, VERSION_WORD_AT, BLOCK_A_AT, BLOCK_STRIDE, DONE_HEAD_AT, WORKERS_AT, WORKER_BYTES, RECORD_BYTES]
     words += [PAYLOAD_AT, SLOT_BITS, ATTEMPT_BITS, SEQUENCE_BITS, STATUS_BITS, LENGTH_BITS, CLAIM_SHIFT]
     words += [f"{e.name}={e.value}" for enum in (RunState, Status, Encoding) for e in enum]

@@ -192,7 +192,7 @@ def _machine() -> tuple[int, int, int, int, int]:
 def unlink(name: str) -> None:
     """Remove a segment with its semaphores and blobs, in whatever state. Mappings that exist stay valid."""
     for file in _names_of(name):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # another user's file, named like one of ours
             os.unlink(f"{SHM_DIRECTORY}/{file}")
 
 

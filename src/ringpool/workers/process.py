@@ -96,7 +96,7 @@ class Worker:
         self.token = self.segment.header.uuid.hex()[:16]
         self.end = WorkerEnd(self.segment, arguments.index, arguments.spins)
         self.results = Results(self.end.ring, arguments.index)
-        self.batch_max = arguments.batch_max if self.end.can_be_revoked else 1
+        self.batch_max = min(arguments.batch_max, self.end.ring.claims_max) if self.end.can_be_revoked else 1
         self.functions: dict[int, BoundFunction] = {}
         self.n_tasks = self.n_errors = self.busy_ns = 0
 

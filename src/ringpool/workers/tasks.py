@@ -56,17 +56,19 @@ class Signature(NamedTuple):
     """How a task function wants to be called.
 
     ``source_type`` and ``target_type`` make ``src`` and ``dst`` of bytes; ``takes_output``: it has a ``dst``;
-    ``needs_output``: one without a default; ``model``: the struct that its keyword parameters must fit, None where it
-    takes any; ``fields``: their names; ``required``: of them those without a default.
+    ``needs_output``: one without a default; ``model``: the struct that its keyword parameters must fit; ``fields``:
+    their names; ``required``: of them those without a default; ``takes_any``: others too. A builtin that tells nothing
+    about itself takes anything.
     """
 
     source_type: Callable[[bytes], Any]
     target_type: Callable[[bytes], Any]
     takes_output: bool
     needs_output: bool
-    model: type[msgspec.Struct] | None
+    model: type[msgspec.Struct]
     fields: frozenset[str]
     required: frozenset[str]
+    takes_any: bool
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------
@@ -135,30 +137,37 @@ def signature_of(function: TaskFunction, name: str) -> Signature:
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (ValueError, TypeError):  # a builtin without a signature: nothing to check against
-        return Signature(_as_path, _as_path, False, False, None, frozenset(), frozenset())
+        return Signature(_as_path, _as_path, True, False, _struct({}), frozenset(), frozenset(), True)
     if not parameters or parameters[0].kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
         raise ParameterError(name, "it takes no positional argument; the first one is the path of the input")
     hints = _hints(function)
     dst = next((p for p in parameters[1:] if p.name == "dst"), None)
     rest = [p for p in parameters[1:] if p is not dst]
     keywords = _keywords(name, rest)
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in rest)
     return Signature(
         _path_type(hints.get(parameters[0].name)),
         _path_type(hints.get("dst")),
         dst is not None,
         dst is not None and dst.default is _EMPTY,
-        None if takes_any else _model(keywords, hints),
+        _model(keywords, hints),
         frozenset(p.name for p in keywords),
         frozenset(p.name for p in keywords if p.default is _EMPTY),
+        any(p.kind is inspect.Parameter.VAR_KEYWORD for p in rest),
     )
 
 
 def _hints(function: TaskFunction) -> dict[str, Any]:
+    """The annotations, resolved; those that lead nowhere (names for type checkers only) are left out."""
     try:
         return typing.get_type_hints(function, include_extras=True)
-    except Exception:  # a forward reference that leads nowhere, a callable object: then nothing is known
-        return {}
+    except Exception:
+        hints: dict[str, Any] = {}
+    for name, hint in getattr(function, "__annotations__", {}).items():
+        try:
+            hints[name] = eval(hint, getattr(function, "__globals__", {})) if isinstance(hint, str) else hint
+        except Exception:
+            continue
+    return hints
 
 
 def _path_type(hint: object) -> Callable[[bytes], Any]:
@@ -201,17 +210,18 @@ def validate(name: str, signature: Signature, parameters: Mapping[str, Any]) -> 
 
     Raises ``ParameterError`` for one that is unknown or of the wrong type; for one that is missing, see ``require``.
     """
-    if signature.model is None or not parameters:
-        return dict(parameters)
+    if not parameters:
+        return {}
     unknown = sorted(set(parameters) - signature.fields)
-    if unknown:
+    if unknown and (not signature.takes_any or "dst" in unknown):
         known = ", ".join(sorted(signature.fields)) or "none"
         raise ParameterError(name, f"it has no parameter {unknown[0]!r}; it has: {known}")
+    named = {key: value for key, value in parameters.items() if key in signature.fields}
     try:
-        model = msgspec.convert(dict(parameters), signature.model, strict=False, dec_hook=_convert_path)
+        model = msgspec.convert(named, signature.model, strict=False, dec_hook=_convert_path)
     except msgspec.ValidationError as error:
         raise ParameterError(name, _reason(error)) from None
-    return {key: getattr(model, key) for key in parameters}
+    return {**parameters, **{key: getattr(model, key) for key in named}}
 
 
 def _convert_path(wanted: Any, value: Any) -> Any:

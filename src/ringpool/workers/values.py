@@ -129,9 +129,9 @@ def decode_error(value: tuple[BaseException, str]) -> BaseException:
     return error
 
 
-def undecodable(error: BaseException, what: str) -> RingpoolError:
-    """The error for bytes that arrived and cannot be rebuilt here."""
-    return ResultTransportError(what, f"it cannot be rebuilt here: {type(error).__name__}: {_message(error)}")
+def undecodable(error: BaseException, type_name: str) -> RingpoolError:
+    """The error for a value that arrived as bytes and cannot be rebuilt here."""
+    return ResultTransportError(type_name, f"it cannot be rebuilt here: {type(error).__name__}: {_message(error)}")
 
 
 def _message(error: BaseException) -> str:
