@@ -294,11 +294,12 @@ class Coordinator:
             if self._closed:
                 return
             self._closed = True
-        self._pump.stop()
+        stopped = self._pump.stop()
         _open.discard(self)
         signals.uninstall()
         segment.unlink(self._segment.name)
-        self._end.close()
+        if stopped:
+            self._end.close()
 
     def __enter__(self) -> Coordinator:
         return self

@@ -218,7 +218,10 @@ class RunInbox:
         self._on_retired = on_retired
         self._left = 0  # once closed: tasks that a worker still has
         self.arrived: deque[tuple[Ticket, ResultRecord | BaseException]] = deque()
-        self.news = threading.Event()
+        # Locked: no news. A lock, because its methods are single steps: an Event takes its own lock in Python code, and
+        # Ctrl-C can leave that held by the thread that waits, so that the pump would wait for it for ever.
+        self._news = threading.Lock()
+        self._news.acquire()
         self.closed = False
         self._targets: dict[bytes, Any] = {}  # outputs of tasks under way, with their inputs
 
@@ -247,7 +250,13 @@ class RunInbox:
 
     def settle(self) -> None:
         """What was there for now has been delivered."""
-        self.news.set()
+        if self._news.locked():  # nobody else unlocks it
+            self._news.release()
+
+    def wait(self) -> None:
+        """Wait until something has arrived."""
+        while not self.arrived:
+            self._news.acquire()
 
     def drop(self, ticket: Ticket) -> None:
         """A task was taken out of the queue, because the pool closes."""
@@ -359,9 +368,7 @@ class FileRun(Iterator[FileResult]):
     def _take(self) -> None:
         """Wait for results, and take all that are there."""
         inbox = self._inbox
-        while not inbox.arrived:
-            inbox.news.wait()
-            inbox.news.clear()
+        inbox.wait()
         while inbox.arrived:
             self._ready.append(inbox.arrived.popleft())
             self._under_way -= 1

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ringpool.coordinator.futures import RunInbox
 
 IDLE_WAIT_S = 0.1
+STOP_TIMEOUT_S = 1.0
 COALESCE_S = 0.001  # how long results may wait for company while the workers have more to do
 TAKE_BACK_AFTER_S = 0.02  # a claim of several tasks that has not moved for so long is broken up
 RESULTS_WANTED_MAX = 64
@@ -173,12 +174,16 @@ class Pump:
         """From now on workers end because they were told to."""
         self._ending = True
 
-    def stop(self) -> None:
-        """End the thread; what is queued or in the ring fails with ``CoordinatorClosedError``."""
+    def stop(self) -> bool:
+        """End the thread; what is queued or in the ring fails with ``CoordinatorClosedError``. Whether it has ended.
+
+        It may not, where it waits for a lock of a future that Ctrl-C has left held, or for a future's callback.
+        """
         self._stopping = True
         self._wake()
-        if threading.current_thread() is not self._thread and self._thread.ident is not None:
-            self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join(STOP_TIMEOUT_S)
+        return not self._thread.is_alive()
 
     @property
     def is_current_thread(self) -> bool:
@@ -235,7 +240,7 @@ class Pump:
     def _wake(self) -> None:
         if self._sleeping:
             self._sleeping = False
-            self.end.semaphore.release()
+            self.end.post()
 
     def _is_idle(self) -> bool:
         return not self._backlog and not self._in_ring

@@ -62,6 +62,7 @@ class CoordinatorEnd:
         self._free: list[int] = []
         self._published = 0
         self._stale = True
+        self._closed = False
         self._take_over()
 
     # ---- private state
@@ -271,6 +272,11 @@ class CoordinatorEnd:
                 continue
         return False
 
+    def post(self) -> None:
+        """Wake the thread that sleeps in ``wait`` or ``sleep``. From any thread; without effect after ``close``."""
+        if not self._closed:  # a closed semaphore is a null pointer
+            self.semaphore.release()
+
     def sleep(self, timeout_s: float) -> None:
         """Sleep until somebody posts the coordinator's semaphore, or ``timeout_s`` ends."""
         try:
@@ -424,6 +430,7 @@ class CoordinatorEnd:
 
     def close(self) -> None:
         """Close semaphores and mapping; garbage collection does not close the former."""
+        self._closed = True
         for semaphore in (*self.semaphores, self.semaphore):
             semaphore.close()
         self.ring.close()
