@@ -1,12 +1,13 @@
 """What ties a worker process to its coordinator, and what sets it right again after a task has bent it.
 
 bind            own session, default signal handlers, nothing on standard input; and two bonds:
-                the guard pipe, whose write end only the coordinator holds: when it closes, the kernel sends SIGKILL to
-                the whole process group (F_SETOWN, F_SETSIG, O_ASYNC), to a stopped process and to one in a C call
-                that holds the GIL alike; PDEATHSIG: SIGKILL for the worker when its parent ends
+                the guard pipe, whose write end only the coordinator holds: when it closes, the kernel sends SIGKILL
+                to the process group (F_SETOWN, F_SETSIG, O_ASYNC), to a stopped process and to one in a C call that
+                holds the GIL alike; and PDEATHSIG: SIGKILL for the worker when its parent ends
 end_if_forked   before a result is posted: the child of a task that forked has no business here
-restore         after each task: signal handlers, timer and working directory are put back. Without its descriptors
-                the process ends; its unstarted claims go back
+restore         after each task: signal handlers and working directory are put back. Without its descriptors the
+                process ends; its unstarted claims go back
+disarm          after each claim: a timer that a task has left running is stopped
 """
 
 from __future__ import annotations
@@ -22,15 +23,7 @@ from _signal import getsignal as _get_handler  # pyright: ignore[reportMissingMo
 _F_SETSIG = 10  # fcntl.h
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # sys/prctl.h
 _GUARD_FD_MIN = 200  # out of the way of a task that closes and opens low descriptors
-_RESTORED = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGALRM,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGCHLD,
-)
+_RESTORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGCHLD)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -56,7 +49,8 @@ class Confinement:
         self.guard = fcntl.fcntl(guard, fcntl.F_DUPFD_CLOEXEC, _GUARD_FD_MIN)
         os.close(guard)
         self._arm()
-        self._pid = os.getpid()
+        self.forked = False
+        os.register_at_fork(after_in_child=self._mark_forked)
         self._poll = select.poll()
         for fd in (0, 1, 2, self.guard):
             with contextlib.suppress(OSError):  # a daemon may run without standard output
@@ -94,16 +88,23 @@ class Confinement:
 
     def end_if_forked(self) -> None:
         """End, quietly, where a task forked and let the child return or raise: the original posts the result."""
-        if os.getpid() != self._pid:
+        if self.forked:
             os._exit(0)
 
+    def _mark_forked(self) -> None:
+        self.forked = True
+
+    @staticmethod
+    def disarm() -> None:
+        """Stop the timer of ``signal.alarm`` and ``setitimer``."""
+        if signal.getitimer(signal.ITIMER_REAL)[0]:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
     def restore(self) -> bool:
-        """Put back signal handlers, timer and working directory; whether the process still has its descriptors."""
+        """Put back signal handlers and working directory; whether the process still has its descriptors."""
         if list(map(_get_handler, _RESTORED)) != self._handlers:
             for number, handler in zip(_RESTORED, self._handlers, strict=True):
                 signal.signal(number, handler)  # pyright: ignore[reportArgumentType]  (what getsignal gave)
-        if signal.getitimer(signal.ITIMER_REAL)[0]:
-            signal.setitimer(signal.ITIMER_REAL, 0)
         try:
             moved = os.getcwdb() != self._directory
         except FileNotFoundError:  # a task has removed it, under itself

@@ -120,6 +120,7 @@ class Worker:
                     return EXIT_UNSOUND
             if not n:
                 continue
+            self.confinement.disarm()
             self.n_tasks += n
             self.busy_ns += now_ns - began_ns
             self.end.count(self.n_tasks, self.n_errors, self.busy_ns)
@@ -147,7 +148,8 @@ class Worker:
                 if body is None:
                     self._post(entry, _OK, values.encode_result(value), end_ns - start_ns)
                 else:
-                    self.confinement.end_if_forked()
+                    if self.confinement.forked:
+                        self.confinement.end_if_forked()
                     self.results.post(entry, _OK, _MSGPACK, body, end_ns - start_ns)
             else:
                 end_ns = self._run_with_output(entry, function, task, parameters, start_ns)
