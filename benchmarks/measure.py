@@ -15,7 +15,7 @@ Quartiles alone do not show a neighbour that is always there. It falsifies more 
 load and has more threads gets a larger share of what is left than its baseline does.
 
 Figures hold for one state of the source. Its digest is printed and kept; where it is another at the end, somebody has
-edited what was being measured, and every verdict that needs a bar is void.
+edited what was being measured, and every verdict from there on is void.
 
 A round before the first warms up and is not counted. Garbage is collected before each turn, and collection is left on
 during it, as in any program.

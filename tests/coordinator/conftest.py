@@ -27,6 +27,7 @@ _FUNCTION = re.compile(r"(.*)\.f\d+")
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Coordinator]:
     with Coordinator(2) as coordinator:
+        wait_until(lambda: len(coordinator.worker_pids) == 2, "both workers")
         yield coordinator
 
 
