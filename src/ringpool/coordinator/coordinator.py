@@ -193,6 +193,7 @@ class Coordinator:
 
         ``inputs`` are paths, or ``FileTask``s with their outputs; they are drawn as results are taken, at most
         ``window`` (default: the slots of the ring) ahead. ``output`` gives the output of an input that comes without.
+        An iterator that itself waits until results have been taken needs ``window=1``.
         A task that fails is a result with an ``error``; the run goes on. Function and parameters are checked here, at
         once; that two tasks under way have one output is an ``OutputCollisionError`` when the second is drawn.
         """
