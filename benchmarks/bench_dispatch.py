@@ -44,6 +44,7 @@ from benchmarks.measure import Case, Claim, at_least, at_most
 
 from ringpool import Coordinator
 from ringpool.coordinator.coordinator import SPINS
+from ringpool.coordinator.pump import COLLECT_EVERY_S
 from ringpool.shm import segment
 from ringpool.shm.claims import WorkerEnd
 from ringpool.shm.dispatch import CoordinatorEnd, Task
@@ -52,8 +53,6 @@ from ringpool.shm.results import Results
 
 RING_SLOTS = 1024
 PUBLISH_MAX = 64
-RESULTS_WANTED = 32
-COALESCE_S = 0.001
 STUCK_S = 30.0  # without a single result: something is wrong, and nobody should wait for it
 PR_SET_PDEATHSIG = 1
 TASK_NS = 40_000
@@ -99,7 +98,7 @@ def no_op(src: str, *, level: int = 0) -> None:
     """The file task that costs nothing."""
 
 
-def read_and_compute(src: str, *, iterations: int = 0) -> int:
+def read_and_compute(src: str | bytes, *, iterations: int = 0) -> int:
     """A task as they really are, only short: open and read a small file, and compute."""
     with open(src, "rb", buffering=0) as file:
         total = len(file.read())
@@ -170,12 +169,10 @@ class BareRing:
                 published = tasks[n_published : n_published + min(end.n_free, PUBLISH_MAX)]
                 end.publish(published)
                 n_published += len(published)
-            if end.has_results or (n_published < n and end.n_free):
-                if end.collect(self._deliver):
-                    heard_s = time.monotonic()
-                continue
-            end.wait(0.1, RESULTS_WANTED, COALESCE_S)
-            if time.monotonic() - heard_s > STUCK_S:
+            end.wait(COLLECT_EVERY_S, RING_SLOTS // 2, COLLECT_EVERY_S)  # as the pool does it
+            if end.collect(self._deliver):
+                heard_s = time.monotonic()
+            elif time.monotonic() - heard_s > STUCK_S:
                 raise RuntimeError(f"no result for {STUCK_S:g} s; a worker of the bare ring must have died")
 
     def _deliver(self, _slot: int, entry: int) -> None:
@@ -384,7 +381,7 @@ def bench_real(scale: Scale) -> Iterator[Case]:
         paths = [files[i % len(files)] for i in range(scale.real_tasks)]
 
         def on_ring(payload: bytes) -> bytes:
-            return b"%d" % read_and_compute(os.fsdecode(payload), iterations=iterations)
+            return b"%d" % read_and_compute(payload, iterations=iterations)
 
         tasks = [Task(0, os.fsencode(path)) for path in paths]
         split = Split(2, paths, lambda path: read_and_compute(path, iterations=iterations))

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 IDLE_WAIT_S = 0.1
 STOP_TIMEOUT_S = 1.0
-COALESCE_S = 0.001  # how long results may wait for company while the workers have more to do
+COLLECT_EVERY_S = 0.002  # how long results may wait for company, while the workers have more to do ...
+CROWD = 4  # ... and so many arrive in that time
 TAKE_BACK_AFTER_S = 0.02  # a claim of several tasks that has not moved for so long is broken up
-RESULTS_WANTED_MAX = 64
 SPINS = 60  # looks for results before the pump sleeps, about 100 us, where few tasks are under way
 PUBLISH_MAX = 256
 _OK, _CANCELLED, _BLOB = (
@@ -363,19 +363,22 @@ class Pump:
         if self._moved and 0 < self._in_ring <= self.end.ring.workers and self.end.spin(SPINS):
             self._sleeping = False
             return
-        busy = self._in_ring > 1
-        self.end.wait(TAKE_BACK_AFTER_S if busy else IDLE_WAIT_S, self._results_wanted(), COALESCE_S)
+        if self._results_per_s() * COLLECT_EVERY_S >= CROWD:
+            # The clock wakes us, which costs the workers nothing; a post to an idle core can cost them 100 us.
+            self.end.wait(COLLECT_EVERY_S, max(1, self._in_ring // 2), COLLECT_EVERY_S)
+        else:
+            self.end.wait(TAKE_BACK_AFTER_S if self._in_ring > 1 else IDLE_WAIT_S, 1, 0)
         self._sleeping = False
 
-    def _results_wanted(self) -> int:
-        """How many results to be woken for: what arrives in a millisecond; short tasks are collected in groups."""
+    def _results_per_s(self) -> float:
+        """How many results arrive, by the last tens of milliseconds."""
         now = time.monotonic()
         elapsed_s = now - self._rated_at
         if elapsed_s > 0.01:
             total = self.n_completed + self.n_failed
             self._rate_per_s += ((total - self._rated_total) / elapsed_s - self._rate_per_s) / 2
             self._rated_total, self._rated_at = total, now
-        return max(1, min(RESULTS_WANTED_MAX, int(self._rate_per_s * COALESCE_S)))
+        return self._rate_per_s
 
     def _watch_claims(self) -> None:
         """Break up claims of several tasks that do not move: a long one has got in among short ones."""
