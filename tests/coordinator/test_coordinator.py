@@ -616,7 +616,7 @@ def test_shared_parameters_go_with_their_run(pool: Coordinator, file: Path) -> N
     for _ in range(3):
         results = list(pool.run_file_tasks(tasks.total, [file] * 20, params={"numbers": numbers}))
         assert {r.value for r in results} == {int(numbers.sum())}
-    assert shared_memory_of(os.getpid()) - before == set()
+    wait_until(lambda: not shared_memory_of(os.getpid()) - before, "the end of the parameters")
 
 
 # ---- one long task among short ones ----------------------------------------------------------------------------------

@@ -127,20 +127,26 @@ class Coordinator:
         self._board = TaskBoard()
         context = _context(mp_context)
         segment.reclaim_dead()
+        self._signals_installed = False
         self._segment = segment.create(ring_slots, n_workers, claims_max)
         name = self._segment.name
         try:
             self._end = CoordinatorEnd(self._segment)
+            self._pump = pump = Pump(self._end, attempts_max)
+            self._supervisor = Supervisor(
+                context,
+                lambda w: WorkerArguments(name, w, claims_max, SPINS),
+                n_workers,
+                pump.on_death,
+                pump.on_failure,
+            )
         except BaseException:
             segment.unlink(name)
             raise
-        self._pump = Pump(self._end, attempts_max)
-        self._supervisor = Supervisor(
-            context, lambda w: WorkerArguments(name, w, claims_max, SPINS), n_workers, self._pump.on_death
-        )
-        _open.add(self)
-        signals.install()
         try:
+            _open.add(self)
+            self._signals_installed = True
+            signals.install()
             self._pump.begin(self._supervisor)
             self._supervisor.begin()
         except BaseException:
@@ -198,12 +204,12 @@ class Coordinator:
         once; that two tasks under way have one output is an ``OutputCollisionError`` when the second is drawn.
         """
         self._check_open()
-        function = self._function(fn, params or {})
-        tasks.require(function.name, function.signature, params or {})
+        tasks.require(*tasks.describe(fn), params or {})
         if isinstance(inputs, str | bytes | os.PathLike):
             raise TypeError(f"inputs must be an iterable of paths, not one path ({inputs!r}); put it into a list")
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, not {window}")
+        function = self._function(fn, params or {})
         inbox = RunInbox(lambda: self._release(function))
         tickets = self._tickets(function, iter(inputs), output, inbox)
         return FileRun(self._pump, inbox, tickets, window or self._segment.header.slots, self._check_open)
@@ -262,10 +268,10 @@ class Coordinator:
                 self._drop_unstarted()
             self._pump.wait_idle()
             self._end_workers(STOP_TIMEOUT_S)
+            self._finish()
         except BaseException:
             self._abort()
             raise
-        self._finish()
 
     def _drop_unstarted(self) -> None:
         try:
@@ -274,10 +280,15 @@ class Coordinator:
             return
         for ticket in dropped:
             ticket.sink.drop(ticket)
+        for sink in {ticket.sink for ticket in dropped}:
+            sink.settle()
 
     def _end_workers(self, timeout_s: float) -> None:
         self._pump.expect_exits()
-        self._end.stop_workers()
+        with self._lock:
+            if self._closed:  # by another thread, meanwhile
+                return
+            self._end.stop_workers()
         self._supervisor.join(timeout_s)
 
     def _abort(self) -> None:
@@ -291,16 +302,19 @@ class Coordinator:
         self._finish()
 
     def _finish(self) -> None:
+        """Each step may be done again: Ctrl-C may come in the middle, and then another way of closing begins anew."""
+        try:
+            stopped = self._pump.stop()
+            if self._signals_installed:
+                self._signals_installed = False
+                signals.uninstall()
+        finally:
+            segment.unlink(self._segment.name)
         with self._lock:
-            if self._closed:
-                return
+            if stopped and not self._closed:
+                self._end.close()
             self._closed = True
-        stopped = self._pump.stop()
         _open.discard(self)
-        signals.uninstall()
-        segment.unlink(self._segment.name)
-        if stopped:
-            self._end.close()
 
     def __enter__(self) -> Coordinator:
         return self

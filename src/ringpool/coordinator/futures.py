@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ringpool.errors import CoordinatorClosedError, OutputCollisionError, RemoteError, TaskInDoubtError, WorkerDiedError
-from ringpool.shm import layout
+from ringpool.shm import blobs, layout
 from ringpool.shm.layout import Encoding, Status
 from ringpool.shm.results import ResultRecord
 from ringpool.workers import values
@@ -35,7 +35,7 @@ FLUSH_TICKETS = 64
 FILL_S = 0.001  # how long inputs are drawn while results wait to be taken
 
 
-class FileResult(msgspec.Struct, frozen=True, gc=False):
+class FileResult(msgspec.Struct, frozen=True):  # seen by the collector: raising its error makes a cycle
     """What became of one file.
 
     ``path`` and ``output`` as they were given (``output``: None where there is none); ``value``: what the function
@@ -67,9 +67,7 @@ def outcome_of(ticket: Ticket, record: ResultRecord) -> tuple[Any, BaseException
     """Value and error of a delivered task."""
     try:
         if record.encoding == _BLOB:
-            if isinstance(ticket.result_blob, BaseException):
-                raise ticket.result_blob
-            value = values.decode(*ticket.result_blob)
+            value = _value_of_blob(ticket)
         else:
             value = values.decode(record.encoding, record.payload) if record.payload else None
     except Exception as error:
@@ -77,6 +75,18 @@ def outcome_of(ticket: Ticket, record: ResultRecord) -> tuple[Any, BaseException
     if record.status == _OK:
         return value, None
     return None, _error_of(ticket, record.status, value)
+
+
+def _value_of_blob(ticket: Ticket) -> Any:
+    blob, ticket.result_blob = ticket.result_blob, None  # the value alone keeps the mapping from here on
+    if isinstance(blob, BaseException):
+        raise blob
+    if isinstance(blob, str):
+        try:
+            return values.decode(*blobs.read(blob, writable=True))
+        finally:
+            blobs.unlink(blob)
+    return values.decode(*blob)
 
 
 def _error_of(ticket: Ticket, status: int, value: Any) -> BaseException:
@@ -295,6 +305,13 @@ class FileRun(Iterator[FileResult]):
         return self
 
     def __next__(self) -> FileResult:
+        try:
+            return self._next()
+        except (KeyboardInterrupt, SystemExit):  # from a signal, between any two steps: what is under way is not known
+            self.close()
+            raise
+
+    def _next(self) -> FileResult:
         while not self._ready:
             if not self._exhausted:
                 self._fill()
@@ -331,11 +348,8 @@ class FileRun(Iterator[FileResult]):
         self._closed = self._exhausted = self._inbox.closed = True
         self._ready.clear()
         self._inbox.arrived.clear()
-        if self._under_way:
-            self._under_way = 0  # who takes from a closed run gets nothing, and does not wait for it
-            self._pump.abandon(self._inbox)
-        else:
-            self._inbox.retire(0)
+        self._under_way = 0  # who takes from a closed run gets nothing, and does not wait for it
+        self._pump.abandon(self._inbox)
 
     def _fill(self) -> None:
         """Draw inputs up to the window; but not for long while results wait to be taken.

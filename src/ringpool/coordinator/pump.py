@@ -15,12 +15,12 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from ringpool.coordinator import recovery
+from ringpool.coordinator.ending import Ending
 from ringpool.coordinator.recovery import Action, Disk, Where
 from ringpool.coordinator.supervisor import Death, Supervisor
 from ringpool.errors import CoordinatorClosedError, CrashLoopError, RingpoolError
@@ -73,7 +73,7 @@ class Ticket(msgspec.Struct, eq=False):
     """A task on its way through the coordinator. ``sequence``: in the ring, from when it is published; -1 before.
 
     ``source`` and ``output`` as the caller gave them; ``target``: the output's absolute path; ``result_blob``:
-    encoding, body and buffers of a result that is too large for its record, or the error of reading it.
+    encoding, body and buffers of a result that is too large for its record, or its name, or the error of reading it.
     """
 
     task: Task
@@ -107,7 +107,10 @@ class Pump:
         self._moved = False  # in this turn: a task into the ring, or out of it
         self._stopping = False
         self._ending = False
-        self._idle = threading.Condition()
+        self._idle = threading.Lock()  # locked: not idle, as far as anybody has been told
+        self._idle.acquire()
+        self._begun = False
+        self._ending_of_thread = Ending()
         self._idle_wanted = False  # somebody waits, or has waited, for it
         self._barren_deaths = 0
         self._claims_seen = -1
@@ -123,6 +126,7 @@ class Pump:
     def begin(self, supervisor: Supervisor) -> None:
         """Start the thread."""
         self.supervisor = supervisor
+        self._begun = True
         self._thread.start()
 
     def queue(self, ticket: Ticket) -> None:
@@ -132,7 +136,7 @@ class Pump:
     def wake(self) -> None:
         """There is something for the pump."""
         self._wake()
-        if not self._thread.is_alive():  # it ended between the caller's look and this: nobody would answer
+        if self._ending_of_thread.has_come:  # it ended between the caller's look and this: nobody would answer
             self._fail_all(self.broken or CoordinatorClosedError())
 
     def on_death(self, death: Death) -> None:
@@ -140,35 +144,41 @@ class Pump:
         self._deaths.append(death)
         self._wake()
 
+    def on_failure(self, error: BaseException) -> None:
+        """The supervisor has failed: nobody will report deaths any more."""
+        self._commands.append(lambda: self._break(RingpoolError(f"the supervisor of the workers failed: {error!r}")))
+        self._wake()
+
     def call(self, function: Callable[[], Any]) -> Any:
         """Run ``function`` in the pump's thread, and return what it returned."""
         if threading.current_thread() is self._thread:
             return function()
-        outcome: Future[Any] = Future()
+        outcome: list[tuple[Any, Exception | None]] = []
+        done = threading.Lock()  # a bare lock, here and below: see RunInbox
+        done.acquire()
 
         def run() -> None:
             try:
-                outcome.set_result(function())
+                outcome.append((function(), None))
             except Exception as error:
-                outcome.set_exception(error)
+                outcome.append((None, error))
+            done.release()
 
         self._commands.append(run)
         self._wake()
-        while True:
-            try:
-                return outcome.result(1.0)
-            except TimeoutError:
-                if not outcome.done() and not self._thread.is_alive():
-                    raise CoordinatorClosedError from None
+        while not outcome:
+            if not done.acquire(timeout=1.0) and not outcome and self._ending_of_thread.has_come:
+                raise CoordinatorClosedError
+        value, error = outcome[0]
+        if error is not None:
+            raise error
+        return value
 
     def wait_idle(self) -> None:
-        """Wait until nothing is queued and nothing is in the ring, or the pool is broken."""
-        if threading.current_thread() is self._thread:
-            return
-        with self._idle:
-            self._idle_wanted = True
-            while not self._is_idle() and self._thread.is_alive():
-                self._idle.wait(0.5)
+        """Wait until nothing is queued and nothing is in the ring, or the thread has ended."""
+        self._idle_wanted = True
+        while not self._is_idle() and not self._ending_of_thread.has_come:
+            self._idle.acquire(timeout=0.5)
 
     def expect_exits(self) -> None:
         """From now on workers end because they were told to."""
@@ -181,9 +191,7 @@ class Pump:
         """
         self._stopping = True
         self._wake()
-        if self._thread.ident is not None:
-            self._thread.join(STOP_TIMEOUT_S)
-        return not self._thread.is_alive()
+        return not self._begun or self._ending_of_thread.wait(STOP_TIMEOUT_S)
 
     @property
     def is_current_thread(self) -> bool:
@@ -263,6 +271,7 @@ class Pump:
             traceback.print_exc()
         finally:
             self._fail_all(error)
+            self._ending_of_thread.reached()
 
     def _turn(self) -> None:
         self._moved = self._publish()
@@ -334,11 +343,13 @@ class Pump:
         """Map a result's blob and take its name away: from here on it lives as long as somebody looks at it."""
         name = blobs.result_name(self.segment, layout.sequence_of(entry), layout.attempt_of(entry))
         try:
-            return blobs.read(name, writable=True)
-        except (RingpoolError, OSError) as error:
-            return error  # which its reader raises
-        finally:
-            blobs.unlink(name)
+            blob = blobs.read(name, writable=True)
+        except OSError:  # no descriptor left, say: whoever takes the result tries again
+            return name
+        except RingpoolError as error:
+            blob = error  # which its reader raises
+        blobs.unlink(name)
+        return blob
 
     def _free_payload(self, ticket: Ticket) -> None:
         if ticket.task.blob:
@@ -351,9 +362,8 @@ class Pump:
         self._tell_idle()
 
     def _tell_idle(self) -> None:
-        if self._idle_wanted and self._is_idle():
-            with self._idle:
-                self._idle.notify_all()
+        if self._idle_wanted and self._is_idle() and self._idle.locked():
+            self._idle.release()
 
     def _sleep(self) -> None:
         self._sleeping = True

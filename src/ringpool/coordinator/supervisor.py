@@ -32,9 +32,13 @@ from typing import Any, cast
 
 import msgspec
 
+from ringpool.coordinator.ending import Ending
 from ringpool.workers.process import WorkerArguments, main
 
 EXIT_STATUS_TIMEOUT_S = 5.0
+KILL_TIMEOUT_S = 10.0  # what SIGKILL does not end by then hangs in the kernel, and is left to it
+START_RETRY_MIN_S = 0.05
+START_RETRY_MAX_S = 1.0
 _SHELL_SIGNAL_BASE = 128
 
 
@@ -125,9 +129,8 @@ class _Worker:
 
 
 class Supervisor:
-    """The processes of workers 0 to ``n - 1``. ``on_death(death)`` is called in its thread, at once.
-
-    After a death that index stays empty until ``start(index)``.
+    """The processes of workers 0 to ``n - 1``. ``on_death(death)`` is called in its thread, at once;
+    ``on_failure(error)`` where the thread itself fails. After a death that index stays empty until ``start(index)``.
     """
 
     def __init__(
@@ -136,10 +139,12 @@ class Supervisor:
         arguments: Callable[[int], WorkerArguments],
         n: int,
         on_death: Callable[[Death], None],
+        on_failure: Callable[[BaseException], None],
     ) -> None:
         self._context = context
         self._arguments = arguments
         self._on_death = on_death
+        self._on_failure = on_failure
         self._workers: dict[int, _Worker] = {}
         self._to_start: deque[int] = deque(range(n))
         self._stopping = False
@@ -150,9 +155,13 @@ class Supervisor:
         os.set_blocking(self._wake_write, False)
         self._poll.register(self._wake_read, select.POLLIN)
         self._thread = threading.Thread(target=self._run, name="ringpool-supervisor", daemon=True)
+        self._begun = False
+        self._ending = Ending()
+        self._start_retry_s = START_RETRY_MIN_S
 
     def begin(self) -> None:
         """Start the thread, and with it the workers."""
+        self._begun = True
         self._thread.start()
 
     # ---- for other threads
@@ -175,13 +184,12 @@ class Supervisor:
     def join(self, timeout_s: float) -> None:
         """Wait for all workers to end by themselves; after ``timeout_s`` seconds they are killed."""
         self._stopping = True
-        if self._thread.ident is None:
+        if not self._begun:
             return
         self._wake()
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
+        if not self._ending.wait(timeout_s):
             self.kill_all()
-            self._thread.join()
+            self._ending.wait(KILL_TIMEOUT_S)
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError, OSError):
@@ -204,10 +212,13 @@ class Supervisor:
                 for index, worker in list(self._workers.items()):
                     if worker.pidfd in ready:
                         self._bury(index, worker)
+        except BaseException as error:  # we are wrong: nobody may wait for a death that nobody will report
+            self._on_failure(error)
         finally:
             wake_write, self._wake_write = self._wake_write, -1
             os.close(wake_write)
             os.close(self._wake_read)
+            self._ending.reached()
 
     def _start(self, index: int) -> None:
         try:
@@ -234,18 +245,22 @@ class Supervisor:
             guard.close()
             self._report(index, process)
             return
+        self._start_retry_s = START_RETRY_MIN_S
         self._workers[index] = _Worker(process, pidfd, guard, write_end)
         self._poll.register(pidfd, select.POLLIN)
 
     def _cannot_start(self, index: int, error: Exception) -> None:
-        os.write(2, f"ringpool: worker {index} cannot be started: {type(error).__name__}: {error}\n".encode())
+        with contextlib.suppress(OSError):  # nobody listens
+            os.write(2, f"ringpool: worker {index} cannot be started: {type(error).__name__}: {error}\n".encode())
+        time.sleep(self._start_retry_s)  # EMFILE, EAGAIN and their like may pass; the next start comes with this death
+        self._start_retry_s = min(2 * self._start_retry_s, START_RETRY_MAX_S)
         self._on_death(Death(index, 0, None, None))
 
     def _bury(self, index: int, worker: _Worker) -> None:
         """The worker has ended: end what it had started, reap it, report it."""
         self._poll.unregister(worker.pidfd)
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(worker.pid, signal.SIGKILL)  # before it is reaped: its pid is not given to others meanwhile
+            os.killpg(worker.pid, signal.SIGKILL)  # at once: a pid is not given to others for a long time
         _guards.close(worker.write_end)
         worker.guard.close()
         os.close(worker.pidfd)

@@ -31,6 +31,7 @@ from ringpool.shm.segment import SHM_DIRECTORY
 MAGIC = int.from_bytes(b"RPBLOB1\0", "little")
 HEAD = struct.Struct("<QIIQ")
 ALIGN_BYTES = 64
+COPIED_MAX_BYTES = 1 << 16  # a mapping costs a descriptor for as long as it lives, and more time than such a copy
 Buffer = bytes | bytearray | memoryview
 
 
@@ -94,10 +95,14 @@ def read(name: str, *, writable: bool = False) -> tuple[Encoding, memoryview, li
     except posix_ipc.ExistentialError:
         raise SegmentMissingError(name, "the blob is gone") from None
     try:
-        mapping = mmap.mmap(file.fd, 0, access=mmap.ACCESS_COPY if writable else mmap.ACCESS_READ)
+        size_bytes = os.fstat(file.fd).st_size
+        if size_bytes <= COPIED_MAX_BYTES:
+            view = memoryview(bytearray(os.pread(file.fd, size_bytes, 0)))
+            view = view if writable else view.toreadonly()
+        else:
+            view = memoryview(mmap.mmap(file.fd, 0, access=mmap.ACCESS_COPY if writable else mmap.ACCESS_READ))
     finally:
         file.close_fd()
-    view = memoryview(mapping)
     try:
         return _views(view)
     except (ValueError, struct.error) as error:

@@ -46,7 +46,7 @@ class Confinement:
             os.setsid()
         self._reset_signals()
         self._redirect_input()
-        self.guard = fcntl.fcntl(guard, fcntl.F_DUPFD_CLOEXEC, _GUARD_FD_MIN)
+        self.guard = self._out_of_the_way(guard)
         os.close(guard)
         self._arm()
         self.forked = False
@@ -58,6 +58,14 @@ class Confinement:
                 self._poll.register(fd, 0)
         self._directory = os.getcwdb()
         self._handlers = [_get_handler(number) for number in _RESTORED]
+
+    @staticmethod
+    def _out_of_the_way(fd: int) -> int:
+        """A copy with a high number, for a task that closes and opens low ones; as high as the limit allows."""
+        for lowest in (_GUARD_FD_MIN, _GUARD_FD_MIN // 2, _GUARD_FD_MIN // 4):
+            with contextlib.suppress(OSError):  # EINVAL: beyond ulimit -n
+                return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
 
     def _arm(self) -> None:
         fcntl.fcntl(self.guard, fcntl.F_SETOWN, -os.getpid())  # negative: the process group, so children go too

@@ -192,7 +192,7 @@ class Worker:
             with PathLock(os.fsdecode(target)):
                 self.results.stage(entry, encoding, body, end_ns - start_ns, blob_bytes, file.dev, file.ino)
                 atomic.publish_staged(staged, target, function.durability)
-            self.results.finish(entry)
+                self.results.finish(entry)
         except BaseException:
             self.confinement.end_if_forked()
             atomic.discard_staged(staged)
