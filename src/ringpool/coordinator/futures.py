@@ -83,7 +83,7 @@ def _value_of_blob(ticket: Ticket) -> Any:
         raise blob
     if isinstance(blob, str):
         try:
-            return values.decode(*blobs.read(blob, writable=True))
+            return values.read_blob(blob, writable=True)
         finally:
             blobs.unlink(blob)
     return values.decode(*blob)

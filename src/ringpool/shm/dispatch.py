@@ -287,9 +287,7 @@ class CoordinatorEnd:
     # ---- tasks not yet running
 
     def cancel(self, sequences: Container[int]) -> int:
-        """Cancel those of the tasks that nobody has claimed: they will not start, and are collected as CANCELLED. How
-        many.
-        """
+        """Cancel those of the tasks that nobody has claimed, and say how many: they will be collected as CANCELLED."""
         return self._cancel(lambda entry: layout.sequence_of(entry) in sequences)
 
     def cancel_unclaimed(self) -> int:

@@ -189,5 +189,5 @@ class RobustLock:
             self.release()
 
     def detach(self) -> None:
-        """Drop the references into the mapping, so that it can be closed. The lock is of no use afterwards."""
+        """The lock is of no use from here on; the mapping is unmapped when the last reference to it has gone."""
         del self._place, self._word

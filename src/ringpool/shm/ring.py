@@ -10,10 +10,9 @@ Invariants, at every instant, whoever is killed:
 
 1. A slot stands in one list or in none; the lists are what the *active* cursor block, the claim words and DHEAD say.
 2. Lists, cursors and claim words change only under the mutex. A section reads the active block, writes entries beyond
-the
-   tails and the other block, then stores ``version_word``: that one aligned store is the commit. One store follows
-   it, the claim word named by ``op_worker``. Whoever inherits the mutex does that one again (``redo``), so that
-   killed before the commit nothing has happened, and killed after it everything has.
+   the tails and the other block, then stores ``version_word``: that one aligned store is the commit. One store follows
+   it, the claim word named by ``op_worker``. Whoever inherits the mutex does that one again (``redo``), so that killed
+   before the commit nothing has happened, and killed after it everything has.
 3. A claim list is written into the half that is not in use; the claim word's parity says which half is.
 4. A result belongs to an entry only where sequence and attempt in its word are the entry's.
 5. What stands in the done list has its result.
