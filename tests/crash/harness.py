@@ -31,14 +31,18 @@ import random
 import select
 import signal
 import struct
+import threading
 import traceback
 import warnings
 from array import array
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from types import TracebackType
+from typing import TypeVar
 
 import msgspec
 import pytest
+from tests.crash.opcodes import Bytecodes, kill_before
 
 from ringpool.coordinator import recovery
 from ringpool.coordinator.recovery import Action, Disk, Where
@@ -48,20 +52,19 @@ from ringpool.shm.dispatch import CoordinatorEnd, Task
 from ringpool.shm.layout import Encoding, RunState, Status
 from ringpool.shm.results import Results
 from ringpool.shm.ring import DONE_HEAD, RUN_STATE
-from tests.crash.opcodes import Bytecodes, kill_before
 
+T = TypeVar("T")
 PATIENCE_S = 20  # the watchdog of every wait, and of a child's life
 SHARDS = 4  # into how many tests a full sweep is cut, for as many processors
 SAMPLE_STRIDE = 37
 FULL = (pytest.mark.crash, pytest.mark.timeout(900))
-PLAIN, EFFECT = 1, 2  # functions
+PLAIN, EFFECT = 1, 2  # functions: every third task is PLAIN
 TURNS_MAX = 1000
 _SEQUENCE = struct.Struct("<Q")
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(list[int]).decode
 
 
-# ---- sweeps ------------------------------------------------------------------------------------------------------------
+# ---- sweeps ----------------------------------------------------------------------------------------------------------
 
 
 class Sweep:
@@ -91,7 +94,28 @@ def sweeps(shards: int = SHARDS, stride: int = SAMPLE_STRIDE) -> pytest.MarkDeco
     return pytest.mark.parametrize("sweep", [pytest.param(Sweep(stride), id="sample"), *full])
 
 
-# ---- processes ---------------------------------------------------------------------------------------------------------
+def in_a_thread(function: Callable[[], T]) -> T:
+    """What ``function`` returned or raised in a thread of its own.
+
+    For what raises between any two bytecodes, also in the midst of a handler, where Python itself never looks for
+    signals: there it does not get to the end of its own tidying, and the thread would be handling that exception for
+    ever. This one takes it along.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return outcome.result()
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
 
 
 class Child:
@@ -149,14 +173,13 @@ def _live(body: Callable[[], None], life_s: int) -> None:
         os._exit(code)
 
 
-# ---- the world ---------------------------------------------------------------------------------------------------------
+# ---- the world -------------------------------------------------------------------------------------------------------
 
 
 class World:
     """See the module. ``n_worker_deaths`` and ``n_coordinator_deaths`` are counted by the tests, which know.
 
-    ``plain_every``: every so many tasks there is one without an effect; 0: none. ``cancellable``: sequences that a
-    test has wanted to be cancelled.
+    ``cancellable``: the sequences that a test has wanted to be cancelled.
     """
 
     n_made = 0
@@ -169,21 +192,18 @@ class World:
         *,
         attempts_max: int = layout.ATTEMPT_MAX,
         tasks_max: int = 64,
-        plain_every: int = 3,
     ) -> None:
         self.attempts_max = attempts_max
-        self.plain_every = plain_every
         self.n_worker_deaths = self.n_coordinator_deaths = 0
         self.cancellable: set[int] = set()
         self._log = os.memfd_create("effects")
         fcntl.fcntl(self._log, fcntl.F_SETFL, os.O_APPEND)
         self._log_read_bytes = 0
         self.effects = array("H", bytes(2 * tasks_max))
-        shared = mmap.mmap(-1, 3 * 2 * tasks_max)  # children count too
-        counts = memoryview(shared).cast("H")
-        self.runs, self.deliveries, self._ends = (counts[i * tasks_max : (i + 1) * tasks_max] for i in range(3))
+        shared = memoryview(mmap.mmap(-1, 4 * 2 * tasks_max)).cast("H")  # children count too
+        self.starts, self.runs, self.deliveries, self._outcomes = (shared[i::4] for i in range(4))
         self.segment = segment.create(slots, workers, claims_max)
-        self._ends_open: list[CoordinatorEnd | WorkerEnd] = []
+        self._open_ends: list[CoordinatorEnd | WorkerEnd] = []
         self._children: list[Child] = []
 
     def __enter__(self) -> World:
@@ -197,7 +217,7 @@ class World:
                 child.kill()
                 child.wait()
         segment.unlink(self.segment.name)
-        for end in self._ends_open:
+        for end in self._open_ends:
             end.ring.lock.release_if_held()  # by a test that failed: glibc must not meet it in memory that is unmapped
             _close(end)
         self.segment.close()
@@ -211,13 +231,13 @@ class World:
     def coordinator(self) -> CoordinatorEnd:
         """A new coordinator's end, in this process: it attaches to whatever the last one left."""
         end = CoordinatorEnd(self.segment)
-        self._ends_open.append(end)
+        self._open_ends.append(end)
         return end
 
     def worker(self, index: int) -> WorkerEnd:
         """Worker ``index``, in this process."""
         end = WorkerEnd(self.segment, index)
-        self._ends_open.append(end)
+        self._open_ends.append(end)
         return end
 
     def start(self, body: Callable[[], None], life_s: int = PATIENCE_S) -> Child:
@@ -238,7 +258,7 @@ class World:
     # ---- a worker
 
     def work(
-        self, index: int, batch: int, *, last: int = -1, before_start: Callable[[int], None] | None = None
+        self, index: int, batch: int, *, last: int = -1, before_start: Callable[[WorkerEnd, int], object] | None = None
     ) -> None:
         """A worker's life: until it is told to stop, or has run the task of sequence ``last``.
 
@@ -250,14 +270,22 @@ class World:
         while (entries := worker.claim(batch)) is not None:
             for entry in entries:
                 if before_start is not None:
-                    before_start(entry)
-                if not worker.start(entry, 1):
+                    before_start(worker, entry)
+                if not self.begin(worker, entry):
                     break
                 self.run(results, entry)
                 n += 1
                 if layout.sequence_of(entry) == last:
                     worker.ring.words[RUN_STATE] = RunState.STOP
             worker.count(n, 0, n)
+
+    def begin(self, worker: WorkerEnd, entry: int) -> bool:
+        """``start`` an entry; the starts that were not refused are counted."""
+        sequence = layout.sequence_of(entry)
+        self.starts[sequence] += 1
+        started = worker.start(entry, 1)
+        self.starts[sequence] -= not started
+        return started
 
     def run(self, results: Results, entry: int) -> None:
         """A task, from its record to its result."""
@@ -278,7 +306,7 @@ class World:
     def run_claim(self, worker: WorkerEnd, results: Results, entries: Sequence[int]) -> None:
         """Start and run ``entries`` until one was taken back."""
         for entry in entries:
-            if not worker.start(entry, 1):
+            if not self.begin(worker, entry):
                 break
             self.run(results, entry)
 
@@ -307,8 +335,7 @@ class World:
 
     def task(self, sequence: int) -> Task:
         """The task of that sequence."""
-        plain = self.plain_every and sequence % self.plain_every == self.plain_every - 1
-        return Task(PLAIN if plain else EFFECT, _SEQUENCE.pack(sequence))
+        return Task(PLAIN if sequence % 3 == 2 else EFFECT, _SEQUENCE.pack(sequence))
 
     def collect(self, end: CoordinatorEnd) -> int:
         """Take what is done; how many."""
@@ -325,8 +352,8 @@ class World:
         if record.status == Status.OK:
             assert record.payload == value_of(entry), f"task {sequence} has the result {record.payload!r}"
         came = record.status << layout.ATTEMPT_BITS | attempt
-        assert self._ends[sequence] in (0, came), f"task {sequence} has ended in two ways"
-        self._ends[sequence] = came
+        assert self._outcomes[sequence] in (0, came), f"task {sequence} has ended in two ways"
+        self._outcomes[sequence] = came
         self.deliveries[sequence] += 1
 
     def recover(self, end: CoordinatorEnd, index: int) -> None:
@@ -373,7 +400,7 @@ class World:
             entries = worker.exchange(3, False)
             assert entries is not None
             for entry in entries:
-                assert worker.start(entry, 1), "an entry was taken back, and nobody takes any back"
+                assert self.begin(worker, entry), "an entry was taken back, and nobody takes any back"
                 self.run(results, entry)
             self.collect(end)
             if not entries and end.published == total == end.ring.words[DONE_HEAD]:
@@ -399,10 +426,11 @@ class World:
 
     def check_task(self, sequence: int) -> int:
         """The invariants of one task; how many deaths are blamed on it."""
-        status, attempt = divmod(self._ends[sequence], 1 << layout.ATTEMPT_BITS)
+        status, attempt = divmod(self._outcomes[sequence], 1 << layout.ATTEMPT_BITS)
         n_runs, n_effects = self.runs[sequence], self.effects[sequence]
         assert self.deliveries[sequence] >= 1, f"task {sequence} is lost"
         assert self.deliveries[sequence] <= 1 + self.n_coordinator_deaths, f"task {sequence} was delivered too often"
+        assert attempt < self.starts[sequence] or status == Status.CANCELLED, f"task {sequence} is blamed for nothing"
         has_effect = self.task(sequence).function == EFFECT
         if status == Status.OK:
             assert 1 <= n_runs <= attempt + 1, f"task {sequence} ran {n_runs} times, its last attempt is {attempt}"

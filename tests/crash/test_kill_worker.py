@@ -31,7 +31,7 @@ def wait_until_parked(end: CoordinatorEnd, index: int, worker: Child) -> None:
         pass
 
 
-# ---- alone -------------------------------------------------------------------------------------------------------------
+# ---- alone -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -55,27 +55,32 @@ def test_a_worker_killed_at_any_bytecode_loses_nothing(sweep: Sweep, batch: int)
     sweep.run(kill, 2000)
 
 
-# ---- taken back --------------------------------------------------------------------------------------------------------
+# ---- taken back ------------------------------------------------------------------------------------------------------
 
 
 @can_take_back
 @sweeps()
 def test_a_worker_killed_after_a_take_back_loses_nothing(sweep: Sweep) -> None:
-    """Before its second start, three of its four tasks go; before its fifth, nothing can go, but it has to look."""
+    """Of its first claim of four, three go before the second start, which is refused. They come back one by one. Of its
+    next claim of two, one goes while it is about to start the other, which is contested, and granted.
+    """
 
     def live(world: World, end: CoordinatorEnd, bytecodes: Bytecodes) -> None:
-        n_starts, n_taken_back = 0, []
+        n_starts, n_taken_back = 0, list[int]()
 
-        def before_start(_entry: int) -> None:
+        def before_start(worker: WorkerEnd, entry: int) -> None:
             nonlocal n_starts
             n_starts += 1
             bytecodes.paused = True
-            if n_starts in (2, 5):
+            if n_starts == 2:
+                n_taken_back.extend(end.take_back(0) for _ in range(3))  # twice in vain, and in the way of nobody
+            elif n_starts == 7:
+                world.begin(worker, entry)  # so that the coordinator finds it running, as if it came in the middle
                 n_taken_back.append(end.take_back(0))
             bytecodes.paused = False
 
         world.work(0, 4, last=N_WRAP + 8, before_start=before_start)
-        assert n_taken_back == [3, 0]
+        assert n_taken_back == [3, 0, 0, 1]
 
     def kill(at: int) -> bool:
         with World() as world:
@@ -90,7 +95,7 @@ def test_a_worker_killed_after_a_take_back_loses_nothing(sweep: Sweep) -> None:
     sweep.run(kill, 2000)
 
 
-# ---- interleaved -------------------------------------------------------------------------------------------------------
+# ---- interleaved -----------------------------------------------------------------------------------------------------
 
 
 class Stage:
@@ -127,7 +132,7 @@ class Stage:
             os.close(fd)
 
 
-def start_in_steps(worker: WorkerEnd, entry: int, stage: Stage, at: int) -> bool:
+def start_in_steps(world: World, worker: WorkerEnd, entry: int, stage: Stage, at: int) -> bool:
     """Start ``entry``, and stop before bytecode ``at`` of that; but not where it is the mutex that it is after."""
     contested, stops = worker._start_contested, True
 
@@ -145,7 +150,7 @@ def start_in_steps(worker: WorkerEnd, entry: int, stage: Stage, at: int) -> bool
     worker._start_contested = start_contested
     stage.wait()
     with Bytecodes(act):
-        started = worker.start(entry, 1)
+        started = world.begin(worker, entry)
     if stops:
         stage.say(stops=False)
     stage.wait()
@@ -156,7 +161,7 @@ def go_on(world: World, worker: WorkerEnd, entries: list[int], stage: Stage, at:
     """The child: start the first of ``entries``, as the test wants it, then run whatever is left to run."""
     results = Results(worker.ring, worker.index)
     entry, *others = entries
-    if start_in_steps(worker, entry, stage, at):
+    if start_in_steps(world, worker, entry, stage, at):
         world.run(results, entry)
         world.run_claim(worker, results, others)
     while entries := worker.exchange(4, False):
@@ -175,7 +180,7 @@ def meet(at_start: int, at_take_back: int, *, worker_first: bool) -> bool:
         world.publish(end, 13)
         worker = world.worker(0)
         first, *others = worker.exchange(4, False) or ()
-        worker.start(first, 1)
+        world.begin(worker, first)
         world.run(Results(worker.ring, 0), first)
         child = world.start(lambda: go_on(world, worker, others, stage, at_start))
 
@@ -208,7 +213,7 @@ def test_a_start_and_a_take_back_that_meet_leave_each_task_to_one_of_them(sweep:
     sweep.run(interleave, 200 * n_start)
 
 
-# ---- in parallel -------------------------------------------------------------------------------------------------------
+# ---- in parallel -----------------------------------------------------------------------------------------------------
 
 
 def take_back_without_end(n_wanted: int) -> None:
