@@ -165,7 +165,7 @@ class BareRing:
         self._n_collected, n_published, n = 0, 0, len(tasks)
         heard_s = time.monotonic()
         while self._n_collected < n:
-            if n_published < n and end.n_free:
+            while n_published < n and end.n_free:
                 published = tasks[n_published : n_published + min(end.n_free, PUBLISH_MAX)]
                 end.publish(published)
                 n_published += len(published)
