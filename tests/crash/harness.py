@@ -89,7 +89,7 @@ class Sweep:
 
 
 def sweeps(shards: int = SHARDS, stride: int = SAMPLE_STRIDE) -> pytest.MarkDecorator:
-    """Run a test over a sample of bytecodes; and, marked ``crash``, over all of them."""
+    """Run a test over every ``stride``-th bytecode; and, marked ``crash``, over all of them, in ``shards`` tests."""
     full = [pytest.param(Sweep(shards, shard), id=f"full{shard}", marks=FULL) for shard in range(1, shards + 1)]
     return pytest.mark.parametrize("sweep", [pytest.param(Sweep(stride), id="sample"), *full])
 
@@ -200,8 +200,9 @@ class World:
         fcntl.fcntl(self._log, fcntl.F_SETFL, os.O_APPEND)
         self._log_read_bytes = 0
         self.effects = array("H", bytes(2 * tasks_max))
-        shared = memoryview(mmap.mmap(-1, 4 * 2 * tasks_max)).cast("H")  # children count too
-        self.starts, self.runs, self.deliveries, self._outcomes = (shared[i::4] for i in range(4))
+        n_counts = 3 + workers
+        shared = memoryview(mmap.mmap(-1, n_counts * 2 * tasks_max)).cast("H")  # children count too
+        self.runs, self.deliveries, self._outcomes, *self.starts = (shared[i::n_counts] for i in range(n_counts))
         self.segment = segment.create(slots, workers, claims_max)
         self._open_ends: list[CoordinatorEnd | WorkerEnd] = []
         self._children: list[Child] = []
@@ -280,11 +281,11 @@ class World:
             worker.count(n, 0, n)
 
     def begin(self, worker: WorkerEnd, entry: int) -> bool:
-        """``start`` an entry; the starts that were not refused are counted."""
-        sequence = layout.sequence_of(entry)
-        self.starts[sequence] += 1
+        """``start`` an entry; those that are not refused count, each worker's apart: two may be about the same task."""
+        sequence, starts = layout.sequence_of(entry), self.starts[worker.index]
+        starts[sequence] += 1
         started = worker.start(entry, 1)
-        self.starts[sequence] -= not started
+        starts[sequence] -= not started
         return started
 
     def run(self, results: Results, entry: int) -> None:
@@ -430,7 +431,8 @@ class World:
         n_runs, n_effects = self.runs[sequence], self.effects[sequence]
         assert self.deliveries[sequence] >= 1, f"task {sequence} is lost"
         assert self.deliveries[sequence] <= 1 + self.n_coordinator_deaths, f"task {sequence} was delivered too often"
-        assert attempt < self.starts[sequence] or status == Status.CANCELLED, f"task {sequence} is blamed for nothing"
+        n_starts = sum(starts[sequence] for starts in self.starts)
+        assert attempt < n_starts or status == Status.CANCELLED, f"task {sequence} is blamed for nothing"
         has_effect = self.task(sequence).function == EFFECT
         if status == Status.OK:
             assert 1 <= n_runs <= attempt + 1, f"task {sequence} ran {n_runs} times, its last attempt is {attempt}"

@@ -243,7 +243,9 @@ def test_an_interrupted_coordinator_lets_go_of_the_mutex_and_goes_on(sweep: Swee
 
 @files_are_left_to_the_collector
 @pytest.mark.parametrize(("operation", "state"), PAIRS)
-@sweeps(shards=2, stride=149)
+@pytest.mark.parametrize(
+    "sweep", [pytest.param(Sweep(149), id="sample"), pytest.param(Sweep(7), id="full", marks=FULL)]
+)
 def test_a_coordinator_interrupted_again_on_its_way_out_goes_on(sweep: Sweep, operation: str, state: str) -> None:
     def twice(at: int) -> bool:
         again, happened = random.randint(1, AGAIN_STRIDE), (True, True)
