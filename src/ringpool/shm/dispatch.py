@@ -389,7 +389,7 @@ class CoordinatorEnd:
             self.results.blame(entry)
         retried = [*again, *(entry + layout.ATTEMPT_ONE for entry in blamed)]
         wake = ring.lock.run(lambda: self._commit_moves(worker, done, retried, ()))
-        for word in (layout.W_PID, layout.W_RUNNING, layout.W_N_TASKS):
+        for word in (layout.W_RUNNING, layout.W_N_TASKS, layout.W_PID):  # the pid last: 0 says that the entry is free
             ring.words[ring.worker_word(worker, word)] = 0
         self._wake(wake)
 
