@@ -82,7 +82,7 @@ class Scale(NamedTuple):
     real_tasks: int
 
 
-FULL = Scale(measure.ROUNDS, 100_000, 100_000, 10_000, 1_000, 1_000_000, 25_000)
+FULL = Scale(measure.ROUNDS, 300_000, 300_000, 10_000, 1_000, 1_000_000, 25_000)
 QUICK = Scale(measure.QUICK_ROUNDS, 40_000, 40_000, 5_000, 500, 300_000, 12_500)
 
 

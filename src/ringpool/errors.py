@@ -24,6 +24,7 @@
       PoolError                  the pool as a whole
         CoordinatorClosedError     it is closed
         CrashLoopError             workers die before they take a first task
+        MainModuleError            a worker came to it while it imported the program's main module
         WrongProcessError          it was made by another process, before a fork
         WrongThreadError           it cannot be closed in a future's callback
       FileOperationError         ``workers.files``: an operation on one file (also an OSError)
@@ -319,6 +320,19 @@ class CrashLoopError(PoolError):
             f"{self.deaths} workers in a row died before they took a task, the last one {how}; the pool is stopped. "
             "What they printed on standard error says why; often the main module cannot be imported by a worker "
             '(guard its top-level code with `if __name__ == "__main__":`)'
+        )
+
+
+class MainModuleError(PoolError):
+    """A worker that imported the program's main module came to a pool's making there: without end, were it let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __str__(self) -> str:
+        return (
+            "a worker imports the program's main module, and must not make a pool there; "
+            'put what the program does under `if __name__ == "__main__":`'
         )
 
 

@@ -385,6 +385,7 @@ def test_a_main_module_without_a_guard_ends_in_one_clear_error(run_program: RunP
     assert program.finish() == 1
     assert "CrashLoopError" in program.err.splitlines()[-1]
     assert "__main__" in program.err.splitlines()[-1]
+    assert "cannot be started" not in program.err, "a worker has made a pool of its own"
     program.assert_no_process_is_left()
     assert shared_memory_of(program.pid) == set()
 

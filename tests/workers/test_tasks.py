@@ -12,7 +12,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Optional
 
 import msgspec
 import pytest
@@ -140,6 +140,12 @@ def everything_by_keyword(**all_of_it: Any) -> None: ...
 
 
 def text_paths(src: str, dst: str) -> None: ...
+
+
+def text_or_byte_paths(src: str | bytes, dst: Optional[str]) -> None: ...  # noqa: UP045
+
+
+def any_paths(src: str | os.PathLike[str], dst: str | Path | None = None) -> None: ...
 
 
 def byte_paths(src: bytes, dst: bytes) -> None: ...
@@ -287,6 +293,8 @@ def test_what_is_known_of_a_function_is_the_same_however_it_is_named() -> None:
         (text_paths, "a/\udcff", "b"),
         (byte_paths, b"a/\xff", b"b"),
         (bare_paths, Path("a/\udcff"), Path("b")),
+        (text_or_byte_paths, "a/\udcff", "b"),
+        (any_paths, Path("a/\udcff"), Path("b")),
     ],
 )
 def test_paths_are_of_the_type_that_the_annotation_says(

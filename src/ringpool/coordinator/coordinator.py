@@ -32,6 +32,7 @@ from ringpool.coordinator.supervisor import Supervisor
 from ringpool.errors import (
     CoordinatorClosedError,
     InputMissingError,
+    MainModuleError,
     ParameterError,
     WrongProcessError,
     WrongThreadError,
@@ -98,7 +99,8 @@ class Coordinator:
     and by Ctrl-C, ``SIGTERM`` or ``SIGHUP`` kills what runs too. Methods may be called from any thread of the process
     that made it.
 
-    Raises ``SharedMemoryFullError`` where ``/dev/shm`` has no room, ``ValueError`` for numbers out of range.
+    Raises ``SharedMemoryFullError`` where ``/dev/shm`` has no room, ``ValueError`` for numbers out of range,
+    ``MainModuleError`` where a worker comes by because the main module makes a pool without a guard.
     """
 
     def __init__(
@@ -115,6 +117,8 @@ class Coordinator:
         n_workers = min(cores, layout.WORKERS_MAX) if workers is None else workers
         if not 1 <= attempts_max <= layout.ATTEMPT_MAX:
             raise ValueError(f"attempts_max must be from 1 to {layout.ATTEMPT_MAX}, not {attempts_max}")
+        if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
+            raise MainModuleError
         self._durability = Durability(durability)
         self._pid = os.getpid()
         self._lock = threading.Lock()

@@ -17,6 +17,7 @@ import inspect
 import os
 import pickle
 import sys
+import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
@@ -171,9 +172,12 @@ def _hints(function: TaskFunction) -> dict[str, Any]:
 
 
 def _path_type(hint: object) -> Callable[[bytes], Any]:
-    if hint is str:
-        return os.fsdecode
-    return bytes if hint is bytes else _as_path
+    """What makes a path of bytes into what the annotation asks for; of a union, a ``Path`` where that will do."""
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    wanted = set(typing.get_args(hint) if union else (hint,)) - {type(None)}
+    if wanted == {bytes}:
+        return bytes
+    return os.fsdecode if str in wanted and wanted <= {str, bytes} else _as_path
 
 
 def _as_path(path: bytes) -> Path:
@@ -200,8 +204,8 @@ def _model(keywords: list[inspect.Parameter], hints: dict[str, Any]) -> type[msg
     return model
 
 
-def _struct(types: dict[str, Any]) -> type[msgspec.Struct]:
-    fields = [(name, hint if hint is Any else hint | msgspec.UnsetType, msgspec.UNSET) for name, hint in types.items()]
+def _struct(hints: dict[str, Any]) -> type[msgspec.Struct]:
+    fields = [(name, hint if hint is Any else hint | msgspec.UnsetType, msgspec.UNSET) for name, hint in hints.items()]
     return msgspec.defstruct("Parameters", fields, kw_only=True)
 
 
