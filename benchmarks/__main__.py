@@ -1,10 +1,57 @@
-"""``python -m benchmarks``: all that is measured. So far: what it costs to hand out tasks, see ``bench_dispatch``."""
+"""``python -m benchmarks [CASE ...]``: all that is measured, beside what people use today.
+
+bench_dispatch   ring files trip memory real end   what it costs to hand out tasks
+bench_atomic     write batch                       what a whole file costs, and a durable one
+bench_locks      locks                             pairs, fairness, deaths
+bench_status     status                            the status table
+measure          turns, ratios, verdicts; the machine; the raw figures as JSON
+"""
 
 from __future__ import annotations
 
+import argparse
+import gc
+import itertools
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
-from benchmarks import bench_dispatch
+from benchmarks import bench_atomic, bench_dispatch, bench_locks, bench_status, measure
+from benchmarks.measure import Case
+
+CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
+    **bench_dispatch.CASES,
+    **bench_atomic.CASES,
+    **bench_locks.CASES,
+    **bench_status.CASES,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: measure, print, and keep. Returns 0, whatever the verdicts are: they are for people."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all where none is named")
+    parser.add_argument("--quick", action="store_true", help=f"{measure.QUICK_ROUNDS} rounds of less work")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw figures there")
+    chosen = parser.parse_args(arguments)
+    unknown = [name for name in chosen.cases if name not in CASES]
+    if unknown:
+        parser.error(f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}")
+    machine = measure.describe_machine("ringpool")
+    measure.print_machine(machine, measure.QUICK_ROUNDS if chosen.quick else measure.ROUNDS)
+    cases: list[Case] = []
+    for case in itertools.chain.from_iterable(CASES[name](chosen.quick) for name in chosen.cases or CASES):
+        if measure.source_digest("ringpool") != machine["source"]:
+            print("\nThe source has changed since the start: what follows is void. Measure again, on a copy.")
+            case = case._replace(is_stale=True)
+        measure.report(case)
+        cases.append(case)
+        gc.collect()
+    measure.summarise(cases)
+    if chosen.json is not None:
+        measure.write_json(chosen.json, machine, cases)
+    return 0
+
 
 if __name__ == "__main__":
-    sys.exit(bench_dispatch.main())
+    sys.exit(main())

@@ -19,11 +19,8 @@ how processes start is not measured, and they do not fork a process that has thr
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
-import gc
-import itertools
 import json
 import multiprocessing
 import multiprocessing.pool
@@ -291,8 +288,9 @@ def _paths(n: int) -> list[str]:
 # ---- the cases
 
 
-def bench_ring(scale: Scale) -> Iterator[Case]:
+def bench_ring(quick: bool) -> Iterator[Case]:
     """No-op tasks a second through the ring alone."""
+    scale = QUICK if quick else FULL
     payloads = [os.fsencode(path) for path in _paths(scale.ring_tasks)]
     tasks = [Task(0, payload) for payload in payloads]
     for workers in (1, 2):
@@ -312,8 +310,9 @@ def bench_ring(scale: Scale) -> Iterator[Case]:
         yield Case(f"ring, {_count(workers)}: no-ops through the bare ring", "tasks/s", series, claims, others)
 
 
-def bench_files(scale: Scale) -> Iterator[Case]:
+def bench_files(quick: bool) -> Iterator[Case]:
     """No-op file tasks a second, all of the way."""
+    scale = QUICK if quick else FULL
     paths = _paths(scale.file_tasks)
     for workers in (1, 2):
         with _pool(workers) as pool, _executor(workers) as executor, Coordinator(workers) as coordinator:
@@ -329,8 +328,9 @@ def bench_files(scale: Scale) -> Iterator[Case]:
         yield Case(f"files, {_count(workers)}: no-op file tasks", "tasks/s", series, claims, others)
 
 
-def bench_trip(scale: Scale) -> Iterator[Case]:
+def bench_trip(quick: bool) -> Iterator[Case]:
     """The round trip of a single file task."""
+    scale = QUICK if quick else FULL
 
     def trips(trip: Callable[[], object]) -> Callable[[], tuple[float, float]]:
         def turn() -> tuple[float, float]:
@@ -359,8 +359,9 @@ def bench_trip(scale: Scale) -> Iterator[Case]:
         yield Case(title, "us", series, [Claim(ours, peer, at_most(0.5))], others)
 
 
-def bench_memory(scale: Scale) -> Iterator[Case]:
+def bench_memory(quick: bool) -> Iterator[Case]:
     """How much the parent grows over very many lazy inputs. Once: it takes long, and memory has no noise."""
+    scale = QUICK if quick else FULL
     tasks = {"ringpool": scale.lazy_tasks, "pool": scale.lazy_tasks // 5}
     grown = {name: json.loads(_alone(f"memory-{name}", str(n), capture=True)) for name, n in tasks.items()}
     ours, peer = f"run_file_tasks, {scale.lazy_tasks:,}", f"{IMAP}, {scale.lazy_tasks // 5:,}"
@@ -372,8 +373,9 @@ def bench_memory(scale: Scale) -> Iterator[Case]:
     )
 
 
-def bench_real(scale: Scale) -> Iterator[Case]:
+def bench_real(quick: bool) -> Iterator[Case]:
     """Tasks of 40 us of CPU, with 2 workers; the time that the list takes."""
+    scale = QUICK if quick else FULL
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=segment.SHM_DIRECTORY))
         files = _small_files(directory)
@@ -429,8 +431,9 @@ def _calibrate(files: Sequence[str]) -> int:
     return max(0, round((TASK_NS - fixed_ns) * 1000 / (with_1000_ns - fixed_ns)))
 
 
-def bench_end(scale: Scale) -> Iterator[Case]:
+def bench_end(quick: bool) -> Iterator[Case]:
     """From a signal to the end of the last process of a pool whose two workers are busy."""
+    scale = QUICK if quick else FULL
     for number, title in (
         (signal.SIGKILL, "end, SIGKILL: of the parent, until its last worker is gone"),
         (signal.SIGINT, "end, Ctrl-C: until the program and its last worker are gone"),
@@ -500,7 +503,7 @@ def _count(workers: int) -> str:
 
 
 def _command(name: str, argument: str) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.bench_dispatch", "--alone", name, argument]
+    return [sys.executable, "-m", "benchmarks.bench_dispatch", name, argument]
 
 
 def _alone(name: str, argument: str, *, capture: bool) -> bytes:
@@ -551,7 +554,7 @@ ALONE = {
     "occupied-ringpool": _occupied_ringpool,
     "occupied-futures": _occupied_futures,
 }
-CASES = {
+CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "ring": bench_ring,
     "files": bench_files,
     "trip": bench_trip,
@@ -561,40 +564,7 @@ CASES = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: measure, print, and keep. Returns 0, whatever the verdicts are: they are for people."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_dispatch", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all where none is named")
-    parser.add_argument("--quick", action="store_true", help=f"{measure.QUICK_ROUNDS} rounds of fewer tasks")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw figures there")
-    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
-    chosen = parser.parse_args(arguments)
-    if chosen.alone:
-        ALONE[chosen.alone[0]](chosen.alone[1])
-        return 0
-    unknown = [name for name in chosen.cases if name not in CASES]
-    if unknown:
-        parser.error(f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}")
-    scale = QUICK if chosen.quick else FULL
-    machine = measure.describe_machine("ringpool")
-    measure.print_machine(machine, scale.rounds)
-    cases: list[Case] = []
-    for case in itertools.chain.from_iterable(CASES[name](scale) for name in chosen.cases or CASES):
-        if measure.source_digest("ringpool") != machine["source"]:
-            print("\nThe source has changed since the start: what follows is void. Measure again, on a copy.")
-            case = case._replace(is_stale=True)
-        measure.report(case)
-        cases.append(case)
-        gc.collect()
-    measure.summarise(cases)
-    if chosen.json is not None:
-        measure.write_json(chosen.json, machine, cases)
-    return 0
-
-
 if __name__ == "__main__":
     from benchmarks import bench_dispatch  # so that workers know its functions by a name that they can import
 
-    sys.exit(bench_dispatch.main())
+    bench_dispatch.ALONE[sys.argv[1]](sys.argv[2])

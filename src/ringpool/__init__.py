@@ -1,31 +1,134 @@
-"""ringpool: a worker pool for batch work over files that can be killed anywhere, and resumed."""
+"""ringpool: a worker pool for batch work over files that can be killed anywhere, and resumed.
+
+The public names. Each is imported when it is first used: a program pays for what it takes.
+"""
 
 from __future__ import annotations
 
-from ringpool.coordinator.coordinator import (
-    Coordinator,
-    CoordinatorStats,
-    FileResult,
-    FileRun,
-    FileTask,
-    TaskFuture,
-)
-from ringpool.errors import RingpoolError, WorkerDiedError
-from ringpool.workers.files.atomic import Durability, atomic_write
-from ringpool.workers.files.locks import PathLock
+import importlib
+from typing import TYPE_CHECKING
+
+from ringpool import startup as startup  # before everything else
+
+if TYPE_CHECKING:
+    from ringpool.coordinator.coordinator import (
+        Coordinator as Coordinator,
+        CoordinatorStats as CoordinatorStats,
+        FileTask as FileTask,
+    )
+    from ringpool.coordinator.futures import (
+        FileResult as FileResult,
+        FileRun as FileRun,
+        TaskFuture as TaskFuture,
+    )
+    from ringpool.errors import (
+        AtomicWriteError as AtomicWriteError,
+        BatchWriteError as BatchWriteError,
+        CommittedWithErrors as CommittedWithErrors,
+        DurabilityError as DurabilityError,
+        FileMissingError as FileMissingError,
+        FileOperationError as FileOperationError,
+        LockTimeoutError as LockTimeoutError,
+        RingpoolError as RingpoolError,
+        StatusTimeoutError as StatusTimeoutError,
+        TransactionConflictError as TransactionConflictError,
+        TransactionError as TransactionError,
+        TransactionInDoubtError as TransactionInDoubtError,
+        WorkerDiedError as WorkerDiedError,
+    )
+    from ringpool.shm.status import (
+        FileStatus as FileStatus,
+        FileStatusTable as FileStatusTable,
+        State as State,
+        unlink_status_table as unlink_status_table,
+    )
+    from ringpool.workers.files.aiostore import (
+        AsyncFileStore as AsyncFileStore,
+    )
+    from ringpool.workers.files.atomic import (
+        atomic_open as atomic_open,
+        atomic_write as atomic_write,
+    )
+    from ringpool.workers.files.batch import (
+        BatchReport as BatchReport,
+        write_batch as write_batch,
+    )
+    from ringpool.workers.files.contained import (
+        Contained as Contained,
+    )
+    from ringpool.workers.files.durability import (
+        Durability as Durability,
+    )
+    from ringpool.workers.files.errorlog import (
+        ErrorLog as ErrorLog,
+    )
+    from ringpool.workers.files.locks import (
+        AsyncPathLock as AsyncPathLock,
+        LockSet as LockSet,
+        PathLock as PathLock,
+    )
+    from ringpool.workers.files.naming import (
+        content_name as content_name,
+        unique_name as unique_name,
+    )
+    from ringpool.workers.files.objects import (
+        ContentAddress as ContentAddress,
+    )
+    from ringpool.workers.files.resources import (
+        ResourceStats as ResourceStats,
+        resource_stats as resource_stats,
+    )
+    from ringpool.workers.files.store import (
+        FileStore as FileStore,
+    )
+    from ringpool.workers.files.transaction import (
+        FileTransaction as FileTransaction,
+        snapshot as snapshot,
+    )
+    from ringpool.workers.retry import (
+        RetryPolicy as RetryPolicy,
+        retrying as retrying,
+    )
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Coordinator",
-    "CoordinatorStats",
-    "Durability",
-    "FileResult",
-    "FileRun",
-    "FileTask",
-    "PathLock",
-    "RingpoolError",
-    "TaskFuture",
-    "WorkerDiedError",
-    "atomic_write",
-]
+_HOMES = {
+    name: home
+    for home, names in {
+        "coordinator.coordinator": "Coordinator CoordinatorStats FileTask",
+        "coordinator.futures": "FileResult FileRun TaskFuture",
+        "errors": (
+            "AtomicWriteError BatchWriteError CommittedWithErrors DurabilityError FileMissingError "
+            "FileOperationError LockTimeoutError RingpoolError StatusTimeoutError TransactionConflictError "
+            "TransactionError TransactionInDoubtError WorkerDiedError "
+        ),
+        "shm.status": "FileStatus FileStatusTable State unlink_status_table",
+        "workers.files.aiostore": "AsyncFileStore",
+        "workers.files.atomic": "atomic_open atomic_write",
+        "workers.files.batch": "BatchReport write_batch",
+        "workers.files.contained": "Contained",
+        "workers.files.durability": "Durability",
+        "workers.files.errorlog": "ErrorLog",
+        "workers.files.locks": "AsyncPathLock LockSet PathLock",
+        "workers.files.naming": "content_name unique_name",
+        "workers.files.objects": "ContentAddress",
+        "workers.files.resources": "ResourceStats resource_stats",
+        "workers.files.store": "FileStore",
+        "workers.files.transaction": "FileTransaction snapshot",
+        "workers.retry": "RetryPolicy retrying",
+    }.items()
+    for name in names.split()
+}
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -9,7 +9,7 @@
         SegmentTruncatedError      it is shorter than its header says
         SegmentBusyError           its coordinator lives
         SharedMemoryFullError      /dev/shm has no room for it
-      LockBrokenError            the ring's mutex can neither be had nor mended
+      LockBrokenError            a mutex in shared memory can neither be had nor mended
       FunctionError              the task function, before anything is queued
         UnknownFunctionError       it cannot be found by its name
         ParameterError             a parameter does not fit its annotations
@@ -29,8 +29,26 @@
         WrongThreadError           it cannot be closed in a future's callback
       FileOperationError         ``workers.files``: an operation on one file (also an OSError)
         AtomicWriteError           the target was not replaced; its old content stands
+        BatchWriteError            a batch ended early; so many of its files stand
         DurabilityError            the kernel could not promise that it is on disk
+        PathNameError              a path that can name no file here
+        PathOutsideError           it leads out of the directory that it is relative to
+        TransactionError           nothing of a transaction was done
+          TransactionConflictError   a file that it had read was changed meanwhile
+          CrossDeviceError           a file of it is on another file system than its base
+        TransactionInDoubtError    it stands whole or not at all, but which of both cannot be told yet
+        CommittedWithErrors        it stands, whole; a step after its commit failed
+        FileMissingError           there is no such file (also a FileNotFoundError)
+        ContentCorruptError        stored content is not what its address says
+        ErrorLogError              an error could not be recorded
       LockTimeoutError           a path's lock was not had in time (also a TimeoutError)
+      LockUpgradeError           its owner holds a path's lock shared, and wants it exclusive
+      StatusTableError           ``shm.status``: a file status table
+        StatusTableFullError       it has no room for another path, or for that many bytes
+        StatusHeldError            a living process has the path
+        StatusStepError            a state that does not follow from the one it has
+        StatusReentryError         it was called by what had interrupted one of its own operations
+      StatusTimeoutError         a path did not become available in time (also a TimeoutError)
 
 The facts of an error are its ``args`` and attributes of the same names, so that it survives pickle and can be handled
 by a program; ``str()`` makes the sentence, which names the thing and the remedy.
@@ -120,7 +138,7 @@ class LockBrokenError(RingpoolError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"the ring's lock is broken: {self.reason} ({os.strerror(self.error)})"
+        return f"a lock in shared memory is broken: {self.reason} ({os.strerror(self.error)})"
 
 
 # ---- task functions, inputs and outputs ----------------------------------------------------------------------------
@@ -155,8 +173,8 @@ class InputMissingError(RingpoolError, FileNotFoundError):
     def __init__(self, path: str) -> None:
         FileNotFoundError.__init__(self, errno.ENOENT, "input file not found", path)
 
-    def __reduce__(self) -> tuple[type[InputMissingError], tuple[str]]:
-        return type(self), (self.filename,)
+    def __reduce__(self) -> tuple[type[InputMissingError], tuple[str], dict[str, object]]:
+        return type(self), (self.filename,), self.__dict__
 
     def __str__(self) -> str:
         return f"input file not found: {self.filename}"
@@ -199,6 +217,14 @@ class OutputMissingError(RingpoolError):
 
 
 # ---- running tasks ---------------------------------------------------------------------------------------------------
+
+
+def words_of(value: object) -> str:
+    """``str(value)``. An exception's own ``__str__`` may fail; who reports it must not."""
+    try:
+        return str(value)
+    except Exception as error:
+        return f"({type(value).__qualname__} that cannot be shown: {type(error).__qualname__})"
 
 
 def signal_name(number: int) -> str:
@@ -376,8 +402,9 @@ class FileOperationError(RingpoolError, OSError):
         self.operation = operation
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type[FileOperationError], tuple[str, str, int, str]]:
-        return type(self), (self.path, self.operation, self.errno or 0, self.reason)
+    def __reduce__(self) -> tuple[type[FileOperationError], tuple[str, str, int, str], dict[str, object]]:
+        # The dictionary: notes, and what subclasses add, whose further arguments therefore have defaults.
+        return type(self), (self.path, self.operation, self.errno or 0, self.reason), self.__dict__
 
     def __str__(self) -> str:
         return f"{self.path}: {self.operation}: {self.reason}"
@@ -389,6 +416,105 @@ class AtomicWriteError(FileOperationError):
 
 class DurabilityError(FileOperationError):
     """fsync failed. It is not retried, since the kernel may have dropped the pages that it could not write."""
+
+
+class BatchWriteError(FileOperationError):
+    """A batch of writes ended early, at the file that it names; its cause is the error of that file.
+
+    Attributes: those of ``FileOperationError``, and of the files in their order: the first ``n_durable`` (int) have
+    their new content, with all that was asked for; those up to ``n_visible`` (int) have it, perhaps not for ever; all
+    later ones are as they were.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        operation: str,
+        error: int,
+        reason: str,
+        n_durable: int = 0,
+        n_visible: int = 0,
+    ) -> None:
+        super().__init__(path, operation, error, reason)
+        self.n_durable = n_durable
+        self.n_visible = n_visible
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}; {self.n_durable} files of the batch are written: go on after them"
+
+
+class PathNameError(FileOperationError):
+    """A path that can name no file here: empty, with a NUL byte, too long, or a name that ringpool keeps for itself."""
+
+
+class PathOutsideError(FileOperationError):
+    """A path leads out of the directory that it is relative to: by ``..``, a leading slash, or a symbolic link."""
+
+
+class TransactionError(FileOperationError):
+    """The transaction was not committed: every file of it is as it was."""
+
+    remedy = ""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}; nothing of the transaction was done" + (f"; {self.remedy}" if self.remedy else "")
+
+
+class TransactionConflictError(TransactionError):
+    """A file that the transaction had read was changed before it could lock it."""
+
+    remedy = "read again and try again, or hold a LockSet on its files from before the first read"
+
+
+class CrossDeviceError(TransactionError):
+    """A file of the transaction is on another file system, or under another mount, than its journal would be."""
+
+    remedy = "use a transaction for each file system, with a base in it and no .ringpool directory above that"
+
+
+class TransactionInDoubtError(FileOperationError):
+    """The fsync that commits failed: the transaction stands whole or not at all, but nobody can tell yet which.
+
+    Whoever locks one of its files next finishes it; a power cut before that may undo it.
+    """
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}; the transaction is in doubt: lock one of its files, then look at it"
+
+
+class CommittedWithErrors(FileOperationError):  # noqa: N818  (its point is that all is well)
+    """The transaction is committed and stands, whole; a step after that failed. Do not run it again.
+
+    Attributes: those of ``FileOperationError``, and ``finished`` (bool): whether it was rolled forward to its end. Else
+    whoever locks one of its files next does that.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], operation: str, error: int, reason: str, finished: bool = False
+    ) -> None:
+        super().__init__(path, operation, error, reason)
+        self.finished = finished
+
+    def __str__(self) -> str:
+        rest = "and finished" if self.finished else "and whoever locks one of its files next finishes it"
+        return f"{super().__str__()}; the transaction is committed, {rest}: do not run it again"
+
+
+class FileMissingError(FileOperationError, FileNotFoundError):
+    """There is no file of that name. ``errno`` is ENOENT."""
+
+    def __init__(
+        self, path: str | os.PathLike[str], operation: str, error: int = errno.ENOENT, reason: str = "no such file"
+    ) -> None:
+        super().__init__(path, operation, error, reason)
+
+
+class ContentCorruptError(FileOperationError):
+    """Stored content is not what its address says: the disk or somebody changed it. Remove it, and add it again."""
+
+
+class ErrorLogError(FileOperationError):
+    """An error could not be recorded. What was recorded before stands, and no part of the new record."""
 
 
 class LockTimeoutError(RingpoolError, TimeoutError):
@@ -405,6 +531,111 @@ class LockTimeoutError(RingpoolError, TimeoutError):
 
     def __str__(self) -> str:
         return f"{self.path}: not locked after {self.waited_s:.3g} s; held by {self.holder}"
+
+
+class LockUpgradeError(RingpoolError):
+    """The owner of a shared lock wants it exclusive. Two who did so would wait for each other for ever.
+
+    Attributes: ``path`` (str).
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: held shared by the same thread or task, which cannot have it exclusive as well; take it "
+            "exclusive from the start, or release it before"
+        )
+
+
+class StatusTableError(RingpoolError):
+    """A file status table cannot do what was asked. Nothing was changed."""
+
+
+class StatusTableFullError(StatusTableError):
+    """A file status table has no room left for this.
+
+    Attributes: ``table`` (str, its name), ``capacity`` (int, paths), ``reason`` (str, what it ran out of).
+    """
+
+    def __init__(self, table: str, capacity: int, reason: str) -> None:
+        super().__init__(table, capacity, reason)
+        self.table = table
+        self.capacity = capacity
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"status table {self.table}, made for {self.capacity:,} paths, is full: {self.reason}; "
+            "remove paths that are no longer needed, or unlink it and make a larger one"
+        )
+
+
+class StatusHeldError(StatusTableError):
+    """A living process has the path: nobody else may change it.
+
+    Attributes: ``path`` (str), ``state`` (str, the name of its state), ``pid`` (int, of its owner).
+    """
+
+    def __init__(self, path: str, state: str, pid: int) -> None:
+        super().__init__(path, state, pid)
+        self.path = path
+        self.state = state
+        self.pid = pid
+
+    def __str__(self) -> str:
+        return f"{self.path} is {self.state} by process {self.pid}, which lives; wait for it with wait_available"
+
+
+class StatusStepError(StatusTableError):
+    """A path's state cannot become the wanted one.
+
+    Attributes: ``path`` (str), ``state`` (str, its state, or "missing"), ``wanted`` (str).
+    """
+
+    def __init__(self, path: str, state: str, wanted: str) -> None:
+        super().__init__(path, state, wanted)
+        self.path = path
+        self.state = state
+        self.wanted = wanted
+
+    def __str__(self) -> str:
+        return f"{self.path} is {self.state}, and cannot become {self.wanted} from there; claim it first"
+
+
+class StatusReentryError(StatusTableError):
+    """A signal handler or a finalizer used the table while it had interrupted another use of it in the same thread.
+
+    Attributes: ``table`` (str).
+    """
+
+    def __init__(self, table: str) -> None:
+        super().__init__(table)
+        self.table = table
+
+    def __str__(self) -> str:
+        return (
+            f"status table {self.table}: used by a signal handler or finalizer in the midst of another use; "
+            "set a flag there, and act on it later"
+        )
+
+
+class StatusTimeoutError(RingpoolError, TimeoutError):
+    """A path did not become available in time.
+
+    Attributes: ``path`` (str), ``pid`` (int, of the process that has it), ``waited_s`` (float).
+    """
+
+    def __init__(self, path: str, pid: int, waited_s: float) -> None:
+        RingpoolError.__init__(self, path, pid, waited_s)
+        self.path = path
+        self.pid = pid
+        self.waited_s = waited_s
+
+    def __str__(self) -> str:
+        return f"{self.path}: not available after {self.waited_s:.3g} s; process {self.pid} has it, and lives"
 
 
 class OutputPatternError(RingpoolError):

@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from ringpool.coordinator.inputs import InputFile, OutputPattern, Scope, list_inputs, with_outputs
 from ringpool.errors import InputMissingError, OutputCollisionError, OutputPatternError

@@ -4,18 +4,26 @@ fixture                          gives
 nothing_is_left  (every test)    fails the test that leaves something of this process in /dev/shm
 make_segment                     segment.create, with small defaults
 stem                             the name of a segment that does not exist, for its blobs
+name                             the name of a status table that does not exist
+table                            a FileStatusTable; audited at the end
+dead, other                      that table, as a dead and as a living other process used it
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Callable, Iterator
 
 import pytest
+from tests.shm.child_status import as_owner, audit, table_name
 
+from ringpool.errors import SegmentMissingError
 from ringpool.shm import owner, segment
+from ringpool.shm.owner import Owner
 from ringpool.shm.segment import Segment
+from ringpool.shm.status import FileStatusTable
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +60,30 @@ def stem() -> Iterator[str]:
     name = f"rp.{owner.pid_namespace()}.{me.pid}.{me.start}.{secrets.token_hex(4)}"
     yield name
     segment.unlink(name)
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    with table_name() as name:
+        yield name
+
+
+@pytest.fixture
+def table(name: str) -> Iterator[FileStatusTable]:
+    with FileStatusTable(name, 100, path_bytes=480) as table:
+        yield table
+        with contextlib.suppress(SegmentMissingError):
+            audit(table)
+
+
+@pytest.fixture
+def dead(table: FileStatusTable) -> Iterator[FileStatusTable]:
+    """Its pid is used again."""
+    with as_owner(table.name, Owner(os.getpid(), 1)) as dead:
+        yield dead
+
+
+@pytest.fixture
+def other(table: FileStatusTable) -> Iterator[FileStatusTable]:
+    with as_owner(table.name, Owner(os.getppid(), owner.start_time(os.getppid()))) as other:
+        yield other

@@ -9,8 +9,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from ringpool.shm import layout
 from ringpool.shm.layout import STATUS_STEPS, Status

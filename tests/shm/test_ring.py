@@ -13,8 +13,7 @@ from typing import Any
 
 import posix_ipc
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tests.crash.opcodes import Bytecodes, interrupt_before
 from tests.workers.files.child import Child, listen, say

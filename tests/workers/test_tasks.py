@@ -16,8 +16,7 @@ from typing import Annotated, Any, Literal, Optional
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from ringpool.errors import ParameterError, UnknownFunctionError
 from ringpool.workers import tasks

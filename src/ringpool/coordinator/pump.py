@@ -1,7 +1,7 @@
 """The one thread that touches the ring: it publishes, collects, takes back, recovers.
 
     submit (any thread) --> backlog --publish--> ring --collect--> ticket.sink.deliver
-    Supervisor --deaths--> recover --> Supervisor.start
+    Supervisor --deaths--> Estates.settle --> Supervisor.start
     call (any thread) --> commands, run here
 
 Because no other thread of the coordinator takes the ring's lock, a signal handler that raises (in the main thread)
@@ -19,18 +19,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from ringpool.coordinator import recovery
 from ringpool.coordinator.ending import Ending
-from ringpool.coordinator.recovery import Action, Disk, Where
+from ringpool.coordinator.estate import Estates
 from ringpool.coordinator.supervisor import Death, Supervisor
 from ringpool.errors import CoordinatorClosedError, CrashLoopError, RingpoolError
 from ringpool.shm import blobs, layout
-from ringpool.shm.dispatch import ClaimedTask, CoordinatorEnd, Task
+from ringpool.shm.dispatch import CoordinatorEnd, Task
 from ringpool.shm.layout import Encoding, Status
 from ringpool.shm.results import ResultRecord
-from ringpool.workers import tasks
-from ringpool.workers.files import atomic
-from ringpool.workers.process import staged_path
 
 if TYPE_CHECKING:
     from ringpool.coordinator.futures import RunInbox
@@ -91,12 +87,11 @@ class Pump:
 
     def __init__(self, end: CoordinatorEnd, attempts_max: int) -> None:
         self.end = end
-        self.attempts_max = attempts_max
         self.supervisor: Supervisor | None = None
         self.broken: RingpoolError | None = None
         self.n_completed = self.n_failed = self.n_deaths = self.n_retried = self.n_taken_back = 0
         self.segment = end.ring.segment.name
-        self._token = end.ring.segment.header.uuid.hex()[:16]
+        self._estates = Estates(end, attempts_max)
         self._backlog: deque[Ticket] = deque()
         self._commands: deque[Callable[[], None]] = deque()
         self._deaths: deque[Death] = deque()
@@ -112,8 +107,6 @@ class Pump:
         self._begun = False
         self._ending_of_thread = Ending()
         self._idle_wanted = False  # somebody waits, or has waited, for it
-        self._barren_deaths = 0
-        self._claims_seen = -1
         self._rate_per_s = 0.0
         self._rated_total = 0
         self._rated_at = time.monotonic()
@@ -403,85 +396,17 @@ class Pump:
                 self.n_taken_back += self.end.take_back(worker)
             self._claims_watched[worker] = claim
 
-    # ---- the dead
-
     def _recover(self, death: Death) -> None:
-        """Settle what the worker held, by the decision table; then have it replaced, unless workers die like flies."""
-        claims = self.end.claims_of_dead(death.index)
-        done: list[int] = []
-        again: list[int] = []
-        blamed: list[int] = []
-        for claim in claims:
-            action = self._decide(claim)
-            if action is Action.REQUEUE:
-                again.append(claim.entry)
-                continue
-            if action is not Action.DELIVER:
-                self._tidy(claim, action)
-            if action is Action.RETRY:
-                blamed.append(claim.entry)
-                continue
-            if action is Action.FINISH:
-                self.end.post_for_dead(claim.entry, Status.OK)
-            elif action is Action.FAIL:
-                facts = (death.signal, death.exitcode, death.pid, claim.deaths + 1)
-                self.end.post_for_dead(claim.entry, Status.DIED, msgspec.msgpack.encode(facts))
-            elif action is Action.DOUBT:
-                self.end.post_for_dead(claim.entry, Status.IN_DOUBT)
-            done.append(claim.entry)
-        failed_to_start = self.end.failed_to_start(death.index)
-        self.end.settle(death.index, done, again, blamed)
+        """Settle what the worker held; then have it replaced, unless workers die like flies."""
+        n_retried, crash_loop = self._estates.settle(death)
         if self._ending:
             return
         self.n_deaths += 1
-        self.n_retried += len(blamed)
-        if self._is_crash_loop(failed_to_start):
-            self._break(CrashLoopError(self._barren_deaths, death.signal, death.exitcode))
+        self.n_retried += n_retried
+        if crash_loop:
+            self._break(CrashLoopError(self._estates.n_barren, death.signal, death.exitcode))
         elif self.supervisor is not None:
             self.supervisor.start(death.index)
-
-    def _decide(self, claim: ClaimedTask) -> Action:
-        disk = Disk.UNKNOWN
-        if claim.status is Status.COMMITTING:
-            target = self._target(claim.entry)
-            assert target is not None
-            device, inode = self.end.results.staged_file(claim.entry)
-            side = atomic.which_side(staged_path(self._token, claim.entry, target), target, dev=device, ino=inode)
-            disk = Disk[side.name]
-        return recovery.decide(
-            Where.CLAIMED,
-            alive=False,
-            result=claim.status,
-            started=claim.started,
-            disk=disk,
-            may_retry=claim.deaths + 1 < self.attempts_max,
-        )
-
-    def _tidy(self, claim: ClaimedTask, action: Action) -> None:
-        """Remove what the dead attempt left: its staged output, and its half-written result."""
-        target = self._target(claim.entry)
-        if target is not None and action is not Action.DOUBT:
-            atomic.discard_staged(staged_path(self._token, claim.entry, target))
-        if action is not Action.FINISH:
-            sequence, attempt = layout.sequence_of(claim.entry), layout.attempt_of(claim.entry)
-            blobs.unlink(blobs.result_name(self.segment, sequence, attempt))
-
-    def _target(self, entry: int) -> bytes | None:
-        """Where the output of ``entry`` belongs, symlinks followed as its worker has followed them."""
-        _, payload, blob, _, _ = self.end.results.read_task(entry)
-        if blob:
-            _, payload, _ = blobs.read(blobs.payload_name(self.segment, blob))
-        target = tasks.decode_payload(payload).target
-        return None if target is None else atomic.resolve_target(target)
-
-    def _is_crash_loop(self, failed_to_start: bool) -> bool:
-        """Count deaths of workers that took nothing, with nobody taking anything in between."""
-        claims = self.end.n_claims
-        if claims != self._claims_seen:
-            self._barren_deaths = 0
-        self._claims_seen = claims
-        self._barren_deaths += failed_to_start
-        return self._barren_deaths >= 2 * self.end.ring.workers + 3
 
     def _break(self, error: RingpoolError) -> None:
         self.broken = error

@@ -20,16 +20,25 @@ class Owner(NamedTuple):
 
     @property
     def alive(self) -> bool:
-        """Whether this very process still runs. False for a zombie, and for another process with its pid."""
-        return self.start != 0 and start_time(self.pid) == self.start
+        """Whether this very process still runs. False for a zombie, and for another process with its pid.
+
+        True where that cannot be told, as without a descriptor to look with: nothing is proven.
+        """
+        try:
+            return self.start != 0 and start_time(self.pid) == self.start
+        except OSError:
+            return True
 
 
 def start_time(pid: int) -> int:
-    """When process ``pid`` started, in ticks since boot; 0 where there is none or it is a zombie. Source: proc(5)."""
+    """When process ``pid`` started, in ticks since boot; 0 where there is none or it is a zombie. Source: proc(5).
+
+    Raises ``OSError`` where it cannot be told: no descriptor, or no memory, is left.
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             line = stat.read()
-    except OSError:  # ENOENT, or ESRCH where it ends while we read
+    except (FileNotFoundError, ProcessLookupError):  # the latter where it ends while we read
         return 0
     fields = line[line.rfind(b")") + 2 :].split()  # the command before it may hold spaces and parentheses
     if len(fields) < 20 or fields[0] in (b"Z", b"X"):
@@ -38,7 +47,7 @@ def start_time(pid: int) -> int:
 
 
 def this_process() -> Owner:
-    """The identity of the calling process."""
+    """The identity of the calling process. Raises ``OSError`` where no descriptor is left to look it up."""
     pid = os.getpid()
     return Owner(pid, start_time(pid))
 

@@ -25,6 +25,7 @@ import secrets
 import struct
 import sys
 import zlib
+from typing import Protocol
 
 import posix_ipc
 
@@ -43,6 +44,7 @@ NAME = re.compile(r"rp\.(?P<namespace>\d+)\.(?P<pid>\d+)\.(?P<start>\d+)\.(?P<ra
 COORDINATOR_SEMAPHORE = "c"
 _MACHINES = {"x86_64": 62, "aarch64": 183}  # ELF e_machine
 _MAGIC_WORD = struct.Struct("<Q")
+_VERSION = struct.Struct("<I")
 
 
 class Segment:
@@ -105,13 +107,13 @@ def _create(name: str, me: owner.Owner, places: layout.Sections, slots: int, wor
     *offsets, size_bytes = places
     header = layout.Header._make(
         (
-            *(0, layout.VERSION, layout.HEADER_BYTES, size_bytes, *_machine()),  # no magic number yet
+            *(0, layout.VERSION, layout.HEADER_BYTES, size_bytes, *machine()),  # no magic number yet
             *(slots, workers, claims_max, layout.RECORD_BYTES, *offsets),
             *(*me, owner.boot_id(), owner.pid_namespace(), secrets.token_bytes(16), layout.FORMAT_ID),
         )
     )
     layout.HEADER.pack_into(mapping, 0, *header)
-    _MAGIC_WORD.pack_into(mapping, layout.CRC_AT, _checksum(mapping[: layout.HEADER_BYTES]))
+    _MAGIC_WORD.pack_into(mapping, layout.CRC_AT, checksum(mapping[: layout.HEADER_BYTES]))
     lock.initialise_mutex(mapping, layout.MUTEX_AT)
     for who in (*range(workers), COORDINATOR_SEMAPHORE):
         posix_ipc.Semaphore(f"/{name}.{who}", posix_ipc.O_CREX, 0o600, 0).close()
@@ -144,27 +146,9 @@ def attach(name: str) -> Segment:
 
 
 def _verified_header(name: str, fd: int) -> layout.Header:
-    status = os.fstat(fd)
-    if status.st_uid != os.geteuid():
-        raise SegmentPermissionError(name, f"it belongs to user {status.st_uid}, and this is user {os.geteuid()}")
-    head = os.pread(fd, layout.HEADER_BYTES, 0)
-    if len(head) < _MAGIC_WORD.size or not _MAGIC_WORD.unpack_from(head)[0]:
-        raise SegmentIncompleteError(name, "it is not ready: its creator has not finished it")
-    if _MAGIC_WORD.unpack_from(head)[0] != layout.MAGIC:
-        raise SegmentFormatError(name, "it is no ringpool segment (wrong magic number)")
-    if len(head) < layout.HEADER_BYTES:
-        raise SegmentTruncatedError(
-            name, f"it has {status.st_size} bytes, and its header alone takes {layout.HEADER_BYTES}"
-        )
+    head, size_bytes = verified_head(name, fd, layout.MAGIC, layout.VERSION)
     header = layout.Header._make(layout.HEADER.unpack_from(head))
-    if header.version != layout.VERSION:
-        raise SegmentFormatError(name, f"it has layout version {header.version}, and this build has {layout.VERSION}")
-    if _MAGIC_WORD.unpack_from(head, layout.CRC_AT)[0] != _checksum(head):
-        raise SegmentFormatError(name, "its header's checksum does not match")
-    if header.format_id != layout.FORMAT_ID or header[4:9] != _machine():
-        raise SegmentFormatError(name, "it was made by another build or on another kind of machine")
-    if header.boot_id != owner.boot_id() or header.pid_namespace != owner.pid_namespace():
-        raise SegmentFormatError(name, "it was made on another boot or in another pid namespace")
+    verify_origin(name, header, layout.FORMAT_ID)
     counts_hold = (
         1 <= header.slots <= layout.SLOTS_MAX
         and 1 <= header.workers <= layout.WORKERS_MAX
@@ -175,18 +159,78 @@ def _verified_header(name: str, fd: int) -> layout.Header:
         header.size_bytes,
     ):
         raise SegmentFormatError(name, "its sections are not where they belong")
-    if status.st_size < header.size_bytes:
-        raise SegmentTruncatedError(name, f"it has {status.st_size} of {header.size_bytes} bytes")
+    if size_bytes < header.size_bytes:
+        raise SegmentTruncatedError(name, f"it has {size_bytes} of {header.size_bytes} bytes")
     return header
 
 
-def _checksum(head: bytes) -> int:
+# ---- what the headers of all our formats have in common: magic, version, checksum, machine, boot, namespace
+
+
+class Origin(Protocol):
+    """A decoded header, as far as it says where its segment comes from."""
+
+    @property
+    def machine(self) -> int: ...
+    @property
+    def byte_order(self) -> int: ...
+    @property
+    def mutex_bytes(self) -> int: ...
+    @property
+    def libc_major(self) -> int: ...
+    @property
+    def libc_minor(self) -> int: ...
+    @property
+    def boot_id(self) -> bytes: ...
+    @property
+    def pid_namespace(self) -> int: ...
+    @property
+    def format_id(self) -> int: ...
+
+
+def verified_head(name: str, fd: int, magic: int, version: int) -> tuple[bytes, int]:
+    """The header's bytes and the file's size, once owner, magic number, version and checksum are right.
+
+    Raises the ``SegmentError`` that says what is wrong.
+    """
+    status = os.fstat(fd)
+    if status.st_uid != os.geteuid():
+        raise SegmentPermissionError(name, f"it belongs to user {status.st_uid}, and this is user {os.geteuid()}")
+    head = os.pread(fd, layout.HEADER_BYTES, 0)
+    if len(head) < _MAGIC_WORD.size or not _MAGIC_WORD.unpack_from(head)[0]:
+        raise SegmentIncompleteError(name, "it is not ready: its creator has not finished it")
+    if _MAGIC_WORD.unpack_from(head)[0] != magic:
+        raise SegmentFormatError(name, "it is no ringpool segment (wrong magic number)")
+    if len(head) < layout.HEADER_BYTES:
+        raise SegmentTruncatedError(
+            name, f"it has {status.st_size} bytes, and its header alone takes {layout.HEADER_BYTES}"
+        )
+    found = _VERSION.unpack_from(head, _MAGIC_WORD.size)[0]
+    if found != version:
+        raise SegmentFormatError(name, f"it has layout version {found}, and this build has {version}")
+    if _MAGIC_WORD.unpack_from(head, layout.CRC_AT)[0] != checksum(head):
+        raise SegmentFormatError(name, "its header's checksum does not match")
+    return head, status.st_size
+
+
+def verify_origin(name: str, header: Origin, format_id: int) -> None:
+    """Refuse, with ``SegmentFormatError``, what another build, machine, boot or pid namespace made."""
+    made_on = (header.machine, header.byte_order, header.mutex_bytes, header.libc_major, header.libc_minor)
+    if header.format_id != format_id or made_on != machine():
+        raise SegmentFormatError(name, "it was made by another build or on another kind of machine")
+    if header.boot_id != owner.boot_id() or header.pid_namespace != owner.pid_namespace():
+        raise SegmentFormatError(name, "it was made on another boot or in another pid namespace")
+
+
+def checksum(head: bytes) -> int:
+    """The checksum that belongs at ``layout.CRC_AT`` of this header."""
     return zlib.crc32(head[_MAGIC_WORD.size : layout.CRC_AT])
 
 
-def _machine() -> tuple[int, int, int, int, int]:
-    machine = _MACHINES.get(platform.machine(), 0)
-    return (machine, 1 if sys.byteorder == "little" else 2, lock.MUTEX_BYTES, *lock.glibc_version())
+def machine() -> tuple[int, int, int, int, int]:
+    """This machine, as headers say it: machine, byte_order, mutex_bytes, libc_major, libc_minor."""
+    number = _MACHINES.get(platform.machine(), 0)
+    return (number, 1 if sys.byteorder == "little" else 2, lock.MUTEX_BYTES, *lock.glibc_version())
 
 
 def unlink(name: str) -> None:

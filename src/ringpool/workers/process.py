@@ -30,7 +30,8 @@ from ringpool.shm.layout import Encoding, Status
 from ringpool.shm.results import Results
 from ringpool.workers import tasks, values
 from ringpool.workers.confinement import Confinement, name_process
-from ringpool.workers.files import atomic, naming
+from ringpool.workers.files import naming, output
+from ringpool.workers.files.durability import Durability
 from ringpool.workers.files.locks import PathLock
 
 EXIT_ORPHAN = 69  # the coordinator was gone before this process was bound to it
@@ -84,7 +85,7 @@ class BoundFunction(msgspec.Struct, frozen=True):
     source_type: Callable[[bytes], Any]
     target_type: Callable[[bytes], Any]
     parameters: dict[str, Any]
-    durability: atomic.Durability
+    durability: Durability
 
 
 class Worker:
@@ -168,7 +169,7 @@ class Worker:
             signature.source_type,
             signature.target_type,
             tasks.unpack_parameters(spec.parameters),
-            atomic.Durability(spec.durability),
+            Durability(spec.durability),
         )
         while len(self.functions) >= FUNCTIONS_MAX:
             del self.functions[next(iter(self.functions))]
@@ -180,22 +181,22 @@ class Worker:
     ) -> int:
         """Run, stage, and under the target's lock: COMMITTING, rename, OK. A death leaves all or nothing."""
         assert task.target is not None
-        target = atomic.prepare_target(task.target, function.durability)
+        target = output.prepare_target(task.target, function.durability)
         staged = staged_path(self.token, entry, target)
         try:
             value = function.call(function.source_type(task.source), function.target_type(staged), **parameters)
             encoded = values.encode_result(value)
-            file = atomic.finish_staged(staged, target, function.durability)
+            file = output.finish_staged(staged, target, function.durability)
             end_ns = time.monotonic_ns()
             self.confinement.end_if_forked()
             body, encoding, blob_bytes = self._place(entry, encoded)
             with PathLock(os.fsdecode(target)):
                 self.results.stage(entry, encoding, body, end_ns - start_ns, blob_bytes, file.dev, file.ino)
-                atomic.publish_staged(staged, target, function.durability)
+                output.publish_staged(staged, target, function.durability)
                 self.results.finish(entry)
         except BaseException:
             self.confinement.end_if_forked()
-            atomic.discard_staged(staged)
+            output.discard_staged(staged)
             blobs.unlink(self._result_blob(entry))  # its name is the error's now
             raise
         return end_ns

@@ -1,10 +1,28 @@
-"""Names of staged files."""
+"""Names: of staged files, of files that nobody else has, of content by what it is."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
+import os
+import stat
+import threading
+from pathlib import Path
+
 import pytest
 
-from ringpool.workers.files.naming import is_staging_name, random_token, staging_name
+from ringpool.errors import FileOperationError, PathNameError
+from ringpool.workers.files import naming
+from ringpool.workers.files.naming import (
+    content_name,
+    digest_name,
+    is_staging_name,
+    random_staging_name,
+    random_token,
+    staging_name,
+    unique_name,
+)
 
 TOKEN = "0123456789abcdef-1f-2"
 
@@ -70,3 +88,93 @@ def test_a_token_that_could_not_be_recognised_is_refused(token: str) -> None:
 )
 def test_a_users_own_name_is_no_staging_name(name: bytes) -> None:
     assert not is_staging_name(name)
+
+
+def test_a_random_staging_name_is_one_and_the_child_of_a_fork_has_others() -> None:
+    assert is_staging_name(random_staging_name(b"a.tar.gz"))
+    assert random_staging_name(b"a.tar.gz").endswith(b".tar.gz")
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(writer, random_token().encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert os.read(reader, 99).decode() != random_token()
+    os.close(reader)
+    os.close(writer)
+
+
+# ---- unique names ----------------------------------------------------------------------------------------------------
+
+
+def test_a_unique_name_is_made_with_its_prefix_and_suffix(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        path = Path(unique_name(tmp_path, "log-", ".txt"))
+    finally:
+        os.umask(before)
+    assert path.parent == tmp_path
+    assert path.name.startswith("log-")
+    assert path.name.endswith(".txt")
+    assert (path.stat().st_size, stat.S_IMODE(path.stat().st_mode)) == (0, 0o640)
+    assert os.fsencode(unique_name(os.fsencode(tmp_path), b"\xff", b".\xfe")).endswith(b".\xfe")
+
+
+def test_unique_names_are_all_different(tmp_path: Path) -> None:
+    found: list[str] = []
+
+    def make() -> None:
+        found.extend(unique_name(tmp_path) for _ in range(200))
+
+    threads = [threading.Thread(target=make) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 800 == len(list(tmp_path.iterdir()))
+
+
+def test_a_name_that_is_there_is_never_taken_and_another_one_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a1").write_text("theirs")
+    (tmp_path / "a2").symlink_to("nowhere")
+    tokens = iter(["1", "2", "3"])
+    monkeypatch.setattr(naming, "random_token", lambda: next(tokens))
+    assert unique_name(tmp_path, "a") == str(tmp_path / "a3")
+    assert (tmp_path / "a1").read_text() == "theirs"
+    assert not (tmp_path / "nowhere").exists()
+    monkeypatch.setattr(naming, "random_token", lambda: "1")
+    with pytest.raises(FileOperationError) as caught:
+        unique_name(tmp_path, "a")
+    assert caught.value.errno == errno.EEXIST
+
+
+@pytest.mark.parametrize(
+    ("prefix", "suffix"), [("a/", ""), ("", "/b"), ("../", ""), ("a\0", ""), ("", "\0"), ("p" * 240, "")]
+)
+def test_a_prefix_or_suffix_that_makes_no_name_is_refused(tmp_path: Path, prefix: str, suffix: str) -> None:
+    with pytest.raises(PathNameError):
+        unique_name(tmp_path, prefix, suffix)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileOperationError, match="missing") as caught:
+        unique_name(tmp_path / "missing")
+    assert caught.value.errno == errno.ENOENT
+
+
+# ---- content names ---------------------------------------------------------------------------------------------------
+
+
+def test_content_is_named_by_its_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = os.urandom(1000)
+    digest = hashlib.blake2b(content, digest_size=32)
+    name = f"{digest.hexdigest()[:2]}/{digest.hexdigest()}"
+    assert content_name(content) == name
+    assert content_name(bytearray(content), ".bin") == name + ".bin"
+    assert digest_name(digest.digest()) == name
+    monkeypatch.setattr(naming, "CONTENT_PIECE_BYTES", 7)
+    assert content_name(io.BytesIO(content)) == name
+    assert content_name(b"") != name

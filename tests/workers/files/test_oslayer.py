@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 
 from ringpool.workers.files.oslayer import FileCalls, calls, intercepted, rename_exclusive
 
 
 def test_ordinarily_the_calls_are_those_of_os() -> None:
-    for name in set(FileCalls.__slots__) - {"rename_exclusive"}:
-        assert getattr(calls, name) is getattr(os, name)
+    for name in set(FileCalls.__slots__) - {"openat2", "rename_exclusive", "sync_file_range", "syncfs"}:
+        home = next(module for module in (os, fcntl, filelock) if hasattr(module, name))
+        assert getattr(calls, name) is getattr(home, name)
 
 
 def test_inside_the_block_every_call_is_seen_and_after_it_none(tmp_path: Path) -> None:

@@ -1,113 +1,184 @@
-"""The lock on a path: one holder at a time, among threads, processes, and users of ``filelock`` on the same lock file.
+"""The lock on a path: exclusive or shared, first come first served, among threads, tasks, processes, and users of
+``filelock`` on the same lock file.
 
-    path --> (device, inode of its directory; name) --hash--> stripe 00..ff --> <base>/.ringpool/locks/<stripe>.lock
-             two spellings of a file are one identity                          256 files, never unlinked
+    PathLock        a thread's; blocks            with PathLock(path, "shared"): ...
+    AsyncPathLock   an asyncio task's             async with AsyncPathLock(path): ...
+    LockSet         several paths', all or none   with LockSet(paths): ...
 
-    base: the outermost ancestor that has a ``.ringpool``, else the file's own directory; or as the caller says, and
-          then every user of the file must say the same
+    locks.py        what users see: owners, timeouts, errors
+    turns.py        from a path to held: the open lock files, the steps of an acquisition
+    stripes.py      one lock file: who of this process holds and awaits it; the flock; recovery; forks
+    tickets.py      the order among processes
+    lockfiles.py    which lock file is a path's
 
-    acquire:  the stripe's RLock   (threads of this process; re-entrant)
-              flock by filelock    (processes; the kernel frees it when its holder dies)
-              is the locked file still the one at its name?   no: somebody removed .ringpool; open anew, try again
+    acquire   nobody of this process has it, no ticket is out, flock (not blocking) is had:   it is held
+              otherwise: draw a ticket, wait for the turn
+    then      is the locked file still the one at its name?   no: somebody removed .ringpool; open anew, try again
+              is it empty?   no: a transaction died while it held it, and is recovered first
 
-A flock belongs to an open file description, which gives four rules:
+What holds
 
-- One descriptor for each stripe in a process, in one table, bounded; one that is held or waited for is never closed.
-- A forked child closes its copies and never unlocks: an unlock there would free its parent's lock. A lock that is held
-  across a fork is the parent's alone; the child leaves its ``with`` block without effect.
-- A fork waits until no thread is between opening a descriptor and entering it in the table: the child would keep it.
-- Two paths may share a stripe. One thread may hold both; a caller that takes several must order them by ``stripe``.
-
-Whoever removes ``.ringpool`` under a holder lets a second one in; nothing can prevent that here. Everybody who comes or
-waits after it meets on the new file.
-
-Waiting is by trying again, 50 us later, then twice that, up to 5 ms, first come is not first served: the ticket lock is
-to replace this.
+- An owner (a thread, a task) may take what it has once more, shared inside exclusive as well, also where others wait.
+  From shared to exclusive it may not: two who wanted that would wait for each other (``LockUpgradeError``).
+- First come, first served: who comes while others wait goes behind them, shared or not, so neither readers nor writers
+  starve. Shared ones next to each other go in together. A waiter that is stopped (SIGSTOP) and leaves a free lock
+  untaken for 0.1 s is overtaken.
+- The kernel frees the lock of a process that dies, and the next one has it within some 20 ms.
+- Two paths may share a stripe. One owner may hold both; who holds one must not wait for somebody who wants the other.
+  Who wants several takes a ``LockSet``, or takes them in order.
+- Whoever removes ``.ringpool`` under a holder lets a second one in; nothing can prevent that here. Everybody who comes
+  or waits after it meets on the new file.
+- Users of ``filelock.FileLock`` on the lock file are excluded and exclude, but do not queue.
+- On a network file system (NFS, SMB, ...) the lock is a ``filelock.SoftReadWriteLock``, because flock is emulated there
+  or holds on one machine only. Who comes first is not promised to be first there, nor that a dead holder's lock is free
+  before its lease has run out (90 s); an ``AsyncPathLock`` blocks its event loop for the file operations of each try.
+- A Ctrl-C anywhere in ``acquire`` or ``release`` leaves the lock free. One that comes as a ``with`` block ends, before
+  ``release`` has begun, leaves it held: Python looks for signals there, and offers no way round it.
+- A signal handler must not take a lock that the code it interrupts may be taking.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import functools
+import math
 import os
-import stat
-import struct
 import threading
 import time
-from collections import OrderedDict
-from contextlib import suppress
-from hashlib import blake2b
+from collections.abc import Callable, Iterable
+from queue import SimpleQueue
 from types import TracebackType
+from typing import Literal, NoReturn
 
-from filelock import lock_descriptor, unlock_descriptor
-
-from ringpool.errors import FileOperationError, LockTimeoutError
+from ringpool.errors import FileOperationError, LockTimeoutError, RingpoolError
+from ringpool.workers.files import lockfiles, stripes, turns
+from ringpool.workers.files.lockfiles import root_of
 from ringpool.workers.files.naming import FilePath
 from ringpool.workers.files.oslayer import calls
+from ringpool.workers.files.stripes import MARK_BYTES_MAX, OutOfTimeError, Turn
 
-DIRECTORY = b".ringpool"
-DESCRIPTORS_MAX = 64
-DIRECTORIES_REMEMBERED_MAX = 256
-REOPENS_MAX = 100
-WAIT_MIN_S = 5e-5
-WAIT_MAX_S = 5e-3
+__all__ = ["AsyncPathLock", "LockSet", "Mode", "PathLock", "root_of"]
 
-_identity = struct.Struct("=QQ")
+IDLE_S = 0.05
+
+Mode = Literal["exclusive", "shared"]
 
 
-class PathLock:
-    """The exclusive lock on ``path``, which need not exist, though its directory must. A context manager.
+class _Lock:
+    """What both kinds of lock on one path have in common: what they lock, and what they hold."""
 
-    ``base`` is the directory whose ``.ringpool`` holds the lock files; ``timeout_s`` bounds the wait (None: no bound,
-    0: one try). Re-entrant for a thread, and for all paths of a stripe. Released by the thread that acquired it.
-    """
+    __slots__ = ("base", "mode", "path", "timeout_s", "turns")
 
-    __slots__ = ("_held", "base", "path", "timeout_s")
-
-    def __init__(self, path: FilePath, *, base: FilePath | None = None, timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        path: FilePath,
+        mode: Mode = "exclusive",
+        *,
+        base: FilePath | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        if mode not in ("exclusive", "shared"):
+            raise ValueError(f"mode {mode!r}: a lock is exclusive or shared")
         self.path = os.fsencode(path)
-        self.base = None if base is None else os.fsencode(base)
+        self.mode: Mode = mode
+        self.base = None if base is None else os.path.abspath(os.fsencode(base))
         self.timeout_s = timeout_s
-        self._held: list[_Stripe] = []
+        self.turns: list[Turn] = []  # held, or on their way: entered before anything is taken
 
     @property
     def stripe(self) -> int:
         """The number of the path's stripe, 0 to 255."""
-        return _stripe_of(*_place(self.path)[1:])
+        return lockfiles.stripe_of(self.path)
+
+    def _deadline_s(self, began_s: float) -> float | None:
+        return None if self.timeout_s is None else began_s + self.timeout_s
+
+    def _undo(self, turn: Turn) -> None:
+        """Whatever has become of ``turn``, nothing is left of it. May be done twice."""
+        if turn.stripe is not None:
+            turn.stripe.leave(turn)
+        if turn in self.turns:
+            self.turns.remove(turn)
+
+    def _fail(self, error: BaseException, turn: Turn, began_s: float) -> NoReturn:
+        """Raise what the caller is to see of ``error``. Nothing is held any more."""
+        if isinstance(error, OutOfTimeError):
+            raise LockTimeoutError(os.fsdecode(self.path), _holder_of(turn), time.monotonic() - began_s) from None
+        if isinstance(error, OSError) and not isinstance(error, RingpoolError):
+            raise _operation_error(self.path, error) from error
+        raise error
+
+    def _release(self, whose: Callable[[], object], kind: str) -> None:
+        turn = self.turns[-1] if self.turns else None
+        try:
+            self._leave(turn, whose(), kind)
+        except RuntimeError:
+            raise
+        except BaseException:  # a Ctrl-C, or an error of the kernel's: to its end, from what stands there
+            if turn is not None and turn.owner == whose():
+                self._undo(turn)
+            raise
+
+    def _leave(self, turn: Turn | None, owner: object, kind: str) -> None:
+        if turn is None:
+            raise RuntimeError(f"{os.fsdecode(self.path)}: released, but not locked")
+        stripe = turn.stripe
+        assert stripe is not None
+        if turn.owner != owner and not stripe.abandoned:
+            raise RuntimeError(f"{os.fsdecode(self.path)}: released by a {kind} that does not hold it")
+        stripe.leave(turn)
+        self.turns.remove(turn)
+
+
+class PathLock(_Lock):
+    """The lock on ``path``, which need not exist, though its directory must. A context manager; blocks the thread.
+
+    ``mode`` is "exclusive" or "shared". ``base`` is the directory whose ``.ringpool`` holds the lock files; None: the
+    outermost ancestor that has one, else the file's own directory. ``timeout_s`` bounds the wait (None: no bound, 0:
+    one try). Re-entrant for a thread, and for all paths of a stripe. Released by the thread that acquired it.
+    """
+
+    __slots__ = ()
 
     def acquire(self) -> None:
-        """Take the lock. Raises ``LockTimeoutError``; ``FileOperationError`` where there can be no lock file."""
-        began = time.monotonic()
+        """Take the lock.
+
+        Raises ``LockTimeoutError``; ``LockUpgradeError`` where this thread holds it shared and wants it exclusive;
+        ``FileOperationError`` where there can be no lock file.
+        """
+        began_s = time.monotonic()
+        turn = Turn(threading.get_ident(), self.path, self.mode == "exclusive")
         try:
-            stripe = _borrow(self.path, self.base)
-        except OSError as error:
-            raise self._failed("open its lock file", error) from error
-        taken = False
-        try:
-            taken = stripe.acquire(None if self.timeout_s is None else began + self.timeout_s)
-            if not taken:
-                raise LockTimeoutError(os.fsdecode(self.path), stripe.holder(), time.monotonic() - began)
-            self._held.append(stripe)
+            self.turns.append(turn)
+            if not turns.arrive(turn, self.base, may_wait=self.timeout_s != 0) or turn.is_marked:
+                self._finish(turn, self._deadline_s(began_s))
         except BaseException as error:
-            if taken:
-                stripe.release()  # a Ctrl-C came after it was had
-            _table.give_back(stripe)
-            if isinstance(error, OSError) and not isinstance(error, LockTimeoutError):
-                raise self._failed("lock", error) from error
-            raise
+            try:
+                self._undo(turn)
+            except BaseException:  # a Ctrl-C while a timeout was handled
+                self._undo(turn)
+                raise
+            self._fail(error, turn, began_s)
+
+    def _finish(self, turn: Turn, deadline_s: float | None) -> None:
+        gate: SimpleQueue[None] = SimpleQueue()
+        turn.alarm = functools.partial(gate.put, None)
+        steps = turns.finish(turn, self.base, deadline_s, IDLE_S)
+        try:
+            pause_s = next(steps)
+            while True:
+                if pause_s is None:
+                    turn.recover()
+                    pause_s = next(steps)
+                else:
+                    pause_s = steps.send(turns.sleep(turn, gate, pause_s))
+        except StopIteration:
+            return
 
     def release(self) -> None:
         """Release it once. Raises ``RuntimeError`` where this thread does not hold it."""
-        if not self._held:
-            raise RuntimeError(f"{os.fsdecode(self.path)}: released, but not locked")
-        stripe = self._held[-1]
-        if not stripe.is_mine():
-            raise RuntimeError(f"{os.fsdecode(self.path)}: released by a thread that does not hold it")
-        try:
-            stripe.release()
-        finally:
-            self._held.pop()
-            _table.give_back(stripe)
+        self._release(threading.get_ident, "thread")
 
     def __enter__(self) -> PathLock:
         self.acquire()
@@ -118,268 +189,224 @@ class PathLock:
     ) -> None:
         self.release()
 
-    def _failed(self, operation: str, error: OSError) -> FileOperationError:
-        reason = error.strerror or str(error)
-        if error.filename is not None:
-            reason = f"{reason} ({os.fsdecode(error.filename)})"
-        return FileOperationError(os.fsdecode(self.path), operation, error.errno or errno.EIO, reason)
 
+class AsyncPathLock(_Lock):
+    """The lock on ``path`` for an asyncio task, its owner; otherwise as ``PathLock``, in one queue with it.
 
-class _Stripe:
-    """One lock file of this process: its descriptor, who waits for it or holds it, and how often."""
+    An async context manager. Waiting takes no thread, and a cancelled wait leaves nothing behind.
+    """
 
-    __slots__ = ("abandoned", "depth", "fd", "guard", "key", "owner", "path", "users")
+    __slots__ = ()
 
-    def __init__(self, key: tuple[int, int, int], path: bytes) -> None:
-        self.key = key
-        self.path = path
-        self.fd = -1  # opened and closed under the table's lock
-        self.users = 0  # holders and waiters; under the table's lock
-        self.guard = threading.RLock()
-        self.depth = 0  # these two: by the holder of guard
-        self.owner = 0
-        self.abandoned = False  # inherited through a fork
-
-    def acquire(self, deadline: float | None) -> bool:
-        """Whether it was had before ``deadline`` (monotonic seconds)."""
-        remaining = -1 if deadline is None else min(max(deadline - time.monotonic(), 0), threading.TIMEOUT_MAX)
-        if not self.guard.acquire(timeout=remaining):
-            return False
-        held = False
+    async def acquire(self) -> None:
+        """Take the lock. Raises as ``PathLock.acquire`` does."""
+        began_s = time.monotonic()
+        turn = Turn(asyncio.current_task(), self.path, self.mode == "exclusive")
         try:
-            if self.depth or self._lock(deadline):
-                self.depth += 1
-                self.owner = threading.get_ident()
-                held = True
-        finally:
-            if not held:
-                if not self.depth:
-                    unlock_descriptor(self.fd)  # an exception may have come between flock and here
-                self.guard.release()
-        return held
+            self.turns.append(turn)
+            await self._recover_root()
+            if not turns.arrive(turn, self.base, may_wait=self.timeout_s != 0) or turn.is_marked:
+                await self._finish(turn, self._deadline_s(began_s))
+        except BaseException as error:
+            try:
+                self._undo(turn)
+            except BaseException:  # a Ctrl-C while a timeout was handled
+                self._undo(turn)
+                raise
+            self._fail(error, turn, began_s)
 
-    def _lock(self, deadline: float | None) -> bool:
-        wait_s = WAIT_MIN_S
-        reopens = 0
-        while True:
-            if lock_descriptor(self.fd, blocking=False):
-                if self._is_linked():
-                    return True
-                reopens += 1
-                if reopens > REOPENS_MAX:
-                    raise OSError(errno.ESTALE, "its lock file is removed again and again", self.path)
-                _table.reopen(self)
-                continue
-            if deadline is not None and time.monotonic() >= deadline:
-                return False
-            time.sleep(wait_s if deadline is None else max(0, min(wait_s, deadline - time.monotonic())))
-            wait_s = min(2 * wait_s, WAIT_MAX_S)
+    async def _recover_root(self) -> None:
+        root, _ = lockfiles.find(self.path, self.base)
+        if not turns.is_recovered(root):
+            await asyncio.to_thread(turns.recover_root, root)
 
-    def _is_linked(self) -> bool:
-        """Whether the locked file is the one that others find: else two could hold two files."""
-        ours = calls.fstat(self.fd)
-        return ours.st_nlink > 0 and _leads_to(self.path, ours.st_dev, ours.st_ino)
-
-    def is_mine(self) -> bool:
-        """Whether this thread may release it. True in the child of a fork, where nothing will come of it."""
-        return self.abandoned or (self.depth > 0 and self.owner == threading.get_ident())
+    async def _finish(self, turn: Turn, deadline_s: float | None) -> None:
+        loop = asyncio.get_running_loop()
+        woken = asyncio.Event()
+        turn.alarm = functools.partial(loop.call_soon_threadsafe, woken.set)
+        steps = turns.finish(turn, self.base, deadline_s, math.inf)
+        try:
+            pause_s = next(steps)
+            while True:
+                if pause_s is None:
+                    await _to_its_end(turn)
+                    pause_s = next(steps)
+                else:
+                    pause_s = steps.send(await _sleep(turn, woken, pause_s))
+        except StopIteration:
+            return
 
     def release(self) -> None:
-        """Undo one ``acquire``. In the child of a fork nothing: its parent holds it."""
-        if self.abandoned:
-            return
-        try:
-            self.depth -= 1
-            if not self.depth:
-                self.owner = 0
-                unlock_descriptor(self.fd)
-        finally:
-            self.guard.release()
+        """Release it once. Raises ``RuntimeError`` where this task does not hold it."""
+        self._release(asyncio.current_task, "task")
 
-    def holder(self) -> str:
-        """Who holds it, for people: as far as the kernel tells."""
-        if self.owner:
-            return "another thread of this process"
-        try:
-            return _holder_of(calls.fstat(self.fd).st_ino)
-        except OSError:
-            return "an unknown process"
+    async def __aenter__(self) -> AsyncPathLock:
+        await self.acquire()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
 
-class _Table:
-    """The lock files that this process has open: the least recently used goes first, one in use never."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()  # re-entrant: a signal handler that forks may interrupt its holder
-        self._stripes: OrderedDict[tuple[int, int, int], _Stripe] = OrderedDict()
-
-    def borrow(self, key: tuple[int, int, int], path: bytes) -> tuple[_Stripe, bool]:
-        """The stripe with that key, not to be closed before ``give_back``, and whether it was opened now."""
-        with self.lock:
-            stripe = self._stripes.get(key)
-            opened = stripe is None
-            if stripe is None:
-                stripe = _Stripe(key, path)
-                stripe.fd = _open_lock_file(path)
-                self._stripes[key] = stripe
-            else:
-                stripe.path = path  # the base may have been renamed
-                self._stripes.move_to_end(key)
-            stripe.users += 1
-            if len(self._stripes) > DESCRIPTORS_MAX:
-                self._shrink()
-            return stripe, opened
-
-    def give_back(self, stripe: _Stripe) -> None:
-        """The caller neither holds it nor waits for it any more."""
-        with self.lock:
-            stripe.users -= 1
-
-    def reopen(self, stripe: _Stripe) -> None:
-        """Open the file that is at the stripe's name now. Only the holder of its guard may call this."""
-        with self.lock:
-            fresh = _open_lock_file(stripe.path)
-            stale, stripe.fd = stripe.fd, fresh
-            calls.close(stale)  # frees the lock on the file that is gone
-
-    def _shrink(self) -> None:
-        for key in [key for key, stripe in self._stripes.items() if not stripe.users]:
-            if len(self._stripes) <= DESCRIPTORS_MAX:
-                break
-            calls.close(self._stripes.pop(key).fd)
-
-    def forget(self) -> None:
-        """In the child of a fork: close the descriptors, unlock nothing, begin anew."""
-        for stripe in self._stripes.values():
-            stripe.abandoned = True
-            with suppress(OSError):
-                calls.close(stripe.fd)
-        self._stripes.clear()
-        self.lock = threading.RLock()  # the old one is held, by the thread that forked
-
-
-_table = _Table()
-# Not the bound methods of today's lock: a child has another one, and may fork as well.
-os.register_at_fork(
-    before=lambda: _table.lock.acquire(),
-    after_in_parent=lambda: _table.lock.release(),
-    after_in_child=lambda: _table.forget(),
-)
-
-
-# ---- from a path to its lock file ------------------------------------------------------------------------------------
-
-
-def _borrow(path: bytes, base: bytes | None) -> _Stripe:
-    """The stripe of ``path``, from the table. Raises ``OSError``."""
-    directory, device, inode, name = _place(path)
-    stripe = _stripe_of(device, inode, name)
-    for _ in range(REOPENS_MAX):
-        root = base or _base_of(directory, device, inode)
-        if root == directory:
-            key = (device, inode, stripe)
-        else:
-            found = calls.stat(root)
-            key = (found.st_dev, found.st_ino, stripe)
-        borrowed, opened = _table.borrow(key, b"%b/%b/locks/%02x.lock" % (root, DIRECTORY, stripe))
-        # Opening may have made the first .ringpool of this directory, while a neighbour made one further out.
-        if not opened or base is not None or _base_of(directory, device, inode) == root:
-            return borrowed
-        _table.give_back(borrowed)
-    raise OSError(errno.ESTALE, "its .ringpool directories come and go", path)
-
-
-def _place(path: bytes) -> tuple[bytes, int, int, bytes]:
-    """The directory, its device and inode, and the name there, of the file that ``path`` leads to."""
-    if os.path.islink(path):
-        path = os.path.realpath(path)
-    directory, name = os.path.split(path)
-    directory = directory or b"."
-    if name in (b"", b".", b".."):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-    found = calls.stat(directory)
-    return directory, found.st_dev, found.st_ino, name
-
-
-def _stripe_of(device: int, inode: int, name: bytes) -> int:
-    return blake2b(_identity.pack(device, inode) + name, digest_size=1).digest()[0]
-
-
-def _base_of(directory: bytes, device: int, inode: int) -> bytes:
-    """The outermost ancestor of ``directory`` that has a ``.ringpool``, else ``directory`` itself, as a real path."""
-    real, ancestors = _ancestors(directory, device, inode)
-    if real != directory and not _leads_to(real, device, inode):  # renamed since it was remembered
-        real, ancestors = _ancestors.__wrapped__(directory, device, inode)
-    for ancestor, marker in ancestors:
-        if calls.access(marker, os.F_OK):
-            return ancestor
-    return real
-
-
-def _leads_to(path: bytes, device: int, inode: int) -> bool:
+async def _sleep(turn: Turn, woken: asyncio.Event, pause_s: float) -> bool:
+    """Await the alarm or the bell of ``turn``, so many seconds at most; whether there was one."""
+    loop = asyncio.get_running_loop()
+    bell = turn.bell
+    if bell is not None:
+        loop.add_reader(bell.socket, woken.set)
+    timer = loop.call_later(pause_s, woken.set) if pause_s < math.inf else None
     try:
-        found = calls.stat(path)
-    except FileNotFoundError:
-        return False
-    return (found.st_ino, found.st_dev) == (inode, device)
+        await woken.wait()
+    finally:
+        if timer is not None:
+            timer.cancel()
+        if bell is not None:
+            loop.remove_reader(bell.socket)
+        woken.clear()
+    turns.answer(turn)
+    return timer is None or loop.time() < timer.when()
 
 
-@functools.lru_cache(maxsize=DIRECTORIES_REMEMBERED_MAX)
-def _ancestors(directory: bytes, device: int, inode: int) -> tuple[bytes, tuple[tuple[bytes, bytes], ...]]:
-    """The real path of ``directory``, and it and its ancestors with the path of a ``.ringpool`` there, outermost first.
-
-    Remembered for a spelling and what it leads to; which of them exist is looked up each time.
-    """
-    real = os.path.realpath(directory)
-    ends = [at for at, byte in enumerate(real) if byte == ord("/") and at] + [len(real)]
-    ancestors = [b"/", *(real[:end] for end in ends)] if real != b"/" else [b"/"]
-    return real, tuple((ancestor, os.path.join(ancestor, DIRECTORY)) for ancestor in ancestors)
-
-
-def _open_lock_file(path: bytes) -> int:
-    """Open a lock file, making it and its directories where needed. One that we may only read serves too."""
-    for _ in range(REOPENS_MAX):
+async def _to_its_end(turn: Turn) -> None:
+    """Recover in a thread, and be cancelled only after it: until then the lock is needed."""
+    work = asyncio.ensure_future(asyncio.to_thread(turn.recover))
+    cancelled: asyncio.CancelledError | None = None
+    while not work.done():
         try:
-            return calls.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        except PermissionError as denied:
+            await asyncio.wait([work])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        work.exception()
+        raise cancelled
+    work.result()
+
+
+class LockSet:
+    """The locks on ``paths``, all or none, for a thread. A context manager.
+
+    Taken in one order by everybody (base, then stripe), each stripe once: sets do not wait for each other in a circle.
+    ``mode``, ``base`` and ``timeout_s`` as in ``PathLock``; the timeout is for all together.
+    """
+
+    def __init__(
+        self,
+        paths: Iterable[FilePath],
+        mode: Mode = "exclusive",
+        *,
+        base: FilePath | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        self.mode: Mode = mode
+        self.timeout_s = timeout_s
+        self._wanted = [PathLock(path, mode, base=base) for path in paths]
+        self.held: list[PathLock] = []
+
+    @property
+    def paths(self) -> list[bytes]:
+        """The paths, in the order in which they were given."""
+        return [lock.path for lock in self._wanted]
+
+    def acquire(self) -> None:
+        """Take all of them. Raises as ``PathLock.acquire`` does; then none is held that was not before."""
+        if self.held:
+            raise RuntimeError("a set of locks is not re-entrant; make another one")
+        deadline_s = None if self.timeout_s is None else time.monotonic() + self.timeout_s
+        try:
+            for lock in self._in_order():
+                lock.timeout_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+                self.held.append(lock)
+                lock.acquire()
+        except BaseException:
+            self._let_go_surely()
+            raise
+
+    def _in_order(self) -> list[PathLock]:
+        """One lock for each stripe, in the order in which everybody takes them."""
+        ordered: dict[tuple[int, int, int], PathLock] = {}
+        for lock in self._wanted:
             try:
-                return calls.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            except FileNotFoundError:
-                raise denied from None
-        except FileNotFoundError:
-            _make_lock_directories(os.path.dirname(path))
-    raise FileNotFoundError(errno.ENOENT, "removed again and again", path)
+                root, stripe = lockfiles.find(lock.path, lock.base)
+                found = calls.stat(root)
+            except OSError as error:
+                raise _operation_error(lock.path, error) from error
+            ordered.setdefault((found.st_dev, found.st_ino, stripe), lock)
+        return [lock for _, lock in sorted(ordered.items())]
+
+    def release(self) -> None:
+        """Release all of them. Raises ``RuntimeError`` where this thread does not hold them."""
+        if not self.held:
+            raise RuntimeError("a set of locks: released, but not locked")
+        self._let_go_surely()
+
+    def _let_go_surely(self) -> None:
+        try:
+            self._let_go()
+        except RuntimeError:
+            raise
+        except BaseException:  # a Ctrl-C: not one of them stays
+            self._let_go()
+            raise
+
+    def _let_go(self) -> None:
+        while self.held:
+            lock = self.held[-1]
+            if lock.turns:
+                lock.release()
+            self.held.pop()
+
+    def mark(self, text: bytes) -> None:
+        """Write ``text`` into the lock file of each stripe held: who gets one of them next has to recover it first.
+
+        ``text`` has 1 to 4096 bytes. Not durable. Raises ``FileOperationError``.
+        """
+        if not 0 < len(text) <= MARK_BYTES_MAX:
+            raise ValueError(f"a mark has 1 to {MARK_BYTES_MAX} bytes, this one {len(text)}")
+        self._write_marks(text)
+
+    def clear_marks(self) -> None:
+        """Empty the lock file of each stripe held. Raises ``FileOperationError``."""
+        self._write_marks(b"")
+
+    def _write_marks(self, text: bytes) -> None:
+        if self.mode != "exclusive" or not self.held:
+            raise RuntimeError("only a set of exclusive locks that is held can be marked")
+        for lock in self.held:
+            stripe = lock.turns[-1].stripe
+            assert stripe is not None
+            try:
+                stripe.write_mark(text)
+            except OSError as error:
+                raise _operation_error(lock.path, error) from error
+
+    def __enter__(self) -> LockSet:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
 
-def _make_lock_directories(locks: bytes) -> None:
-    """Make ``<base>/.ringpool/locks``, open to whom the base is open to: who may make files there may lock them."""
-    ours = os.path.dirname(locks)
-    mode = stat.S_IMODE(calls.stat(os.path.dirname(ours)).st_mode)  # raises where the base itself is gone
-    with suppress(FileNotFoundError):  # removed under our hands: the caller tries again
-        for directory in (ours, locks):
-            with suppress(FileExistsError):
-                calls.mkdir(directory, 0o777)
-                calls.chmod(directory, mode)
+def _operation_error(path: bytes, error: OSError) -> FileOperationError:
+    reason = error.strerror or str(error)
+    if error.filename is not None:
+        reason = f"{reason} ({os.fsdecode(error.filename)})"
+    return FileOperationError(os.fsdecode(path), "lock", error.errno or errno.EIO, reason)
 
 
-def _holder_of(inode: int) -> str:
-    """The process with a flock on that inode. Source: proc(5), /proc/locks; it shows a process of this pid namespace.
-
-    The device is not compared: btrfs shows another one there than stat does.
-    """
-    with open("/proc/locks", "rb") as table:
-        for line in table:
-            fields = line.split()
-            if len(fields) >= 8 and fields[1] == b"FLOCK" and fields[5].rpartition(b":")[2] == b"%d" % inode:
-                return _process(int(fields[4]))
-    return "an unknown process"
-
-
-def _process(pid: int) -> str:
-    if pid <= 0:
-        return "a process of another pid namespace"
+def _holder_of(turn: Turn) -> str:
+    """Who holds what ``turn`` waits for, for people: as far as the kernel tells."""
+    stripe = turn.stripe
+    assert stripe is not None
+    with stripes.mutex:
+        holder = next(iter(stripe.holds), None)
+    if holder is not None:
+        return f"another {'thread' if isinstance(holder.owner, int) else 'task'} of this process"
     try:
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
-            return f"process {pid} ({name.read().strip()})"
+        return lockfiles.holder_of(stripe.inode)
     except OSError:
-        return f"process {pid}"
+        return "an unknown process"

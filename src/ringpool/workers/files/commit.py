@@ -1,0 +1,182 @@
+"""One commit of a transaction, under its locks: staging, marks, journal, and what is done when a step fails.
+
+    stage every path  ->  mark the locks  ->  journal  ->  apply  ->  journal away  ->  marks away
+    '----------- dropped at an error -----------'   '-------- rolled forward at an error --------'
+                                            in doubt at an error of its fsync: left as it is, for the next one to lock
+
+What is rolled forward is so by the code of a recovery, once; what cannot be is left to the next one, with its marks. So
+is all after an fsync that failed: to try that again would prove nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import NoReturn
+
+from ringpool.errors import (
+    CommittedWithErrors,
+    CrossDeviceError,
+    DurabilityError,
+    TransactionError,
+    TransactionInDoubtError,
+)
+from ringpool.workers.files.durability import close_quietly, sync
+from ringpool.workers.files.journal import Effect, Journal, Stage, lstat_at, open_directory, recover_marked
+from ringpool.workers.files.locks import LockSet
+from ringpool.workers.files.operations import File, New, Original
+from ringpool.workers.files.oslayer import calls, write_all
+from ringpool.workers.files.target import lstat, take_over
+
+# Those of this process that were left to whoever comes next: (root, id). A thread that goes on holding the locks from
+# outside comes next itself, and would not see the marks.
+_unfinished: set[tuple[bytes, bytes]] = set()
+
+
+class Commit:
+    """One commit under way. ``is_committed`` says, also when ``run`` has raised, whether it stands."""
+
+    def __init__(self, base: bytes, root: bytes, locks: LockSet, files: Mapping[bytes, File], *, durable: bool) -> None:
+        self.base = base
+        self.root = root
+        self.locks = locks
+        self.files = sorted(files.items())
+        self.durable = durable
+        self.is_committed = False
+        self.path, self.step = base, "begin"  # where it is, for messages
+
+    def run(self) -> None:
+        """All of it. Raises what the table in transaction.py says."""
+        try:
+            for root, identity in list(_unfinished):
+                if root == self.root:
+                    recover_marked(root, identity)
+                    _unfinished.discard((root, identity))
+            journal = Journal.begin(self.root, durable=self.durable)
+        except OSError as error:
+            raise self._failed(error) from error
+        try:
+            self._run(journal)
+        except BaseException as error:
+            self._give_up(journal, error)
+        finally:
+            journal.close()
+
+    def _run(self, journal: Journal) -> None:
+        effects = self._stage(journal)
+        self.step = "mark its locks"
+        self.locks.mark(journal.id)
+        self.path, self.step = self.base, "write the journal"
+        journal.commit(effects)
+        self.is_committed = True
+        self.step = "apply the journal"
+        journal.apply(effects)
+        journal.retire()
+        self._clear_marks()
+
+    def _stage(self, journal: Journal) -> list[Effect]:
+        """Every new file is in the journal's directory, and every old one is kept alive there."""
+        mount = _mount_of(journal.txn_fd)
+        effects: list[Effect] = []
+        for n, (key, file) in enumerate(self.files):
+            self.path, self.step = os.path.join(self.base, key), "open its directory"
+            parent, name = self._place(key)
+            parent_fd = open_directory(self.root, parent)
+            try:
+                if _mount_of(parent_fd) != mount:
+                    reason = f"it is on another file system than {os.fsdecode(self.root)}"
+                    raise CrossDeviceError(os.fsdecode(self.path), "stage", errno.EXDEV, reason)
+                self.step = "stage"
+                found = lstat_at(name, parent_fd)
+                if found is not None:
+                    journal.pin(n, parent_fd, name)
+                if isinstance(file, New):
+                    self._create(journal, n, file, parent_fd)
+                elif isinstance(file, Original):
+                    self._adopt(journal, n, file)
+                effects.append(Effect(os.path.join(parent, name), file is not None, found.st_ino if found else 0))
+            finally:
+                close_quietly(parent_fd)
+        return effects
+
+    def _create(self, journal: Journal, n: int, file: New, parent_fd: int) -> None:
+        """A file with the new content, durable, and with the metadata that it shall have."""
+        like = None if file.like is None else os.path.join(self.base, file.like)
+        replaced = None if like is None else lstat(like)
+        fd = journal.create(n, 0o666 if replaced is None else 0o600)
+        try:
+            write_all(fd, file.content)
+            if replaced is not None and like is not None:
+                take_over(fd, calls.fstat(fd), replaced, like, None)
+            else:
+                parent = calls.fstat(parent_fd)
+                if parent.st_mode & stat.S_ISGID:
+                    calls.fchown(fd, -1, parent.st_gid)
+            if self.durable:
+                sync(fd, self.path, "fsync of its new content")
+        except BaseException:
+            close_quietly(fd)
+            raise
+        calls.close(fd)  # a network file system reports errors of writing here
+
+    def _adopt(self, journal: Journal, n: int, file: Original) -> None:
+        self.path, self.step = os.path.join(self.base, file.path), "link it for its new path"
+        parent, name = self._place(file.path)
+        source_fd = open_directory(self.root, parent)
+        try:
+            journal.adopt(n, source_fd, name)
+        finally:
+            close_quietly(source_fd)
+
+    def _place(self, key: bytes) -> tuple[bytes, bytes]:
+        """The directory, relative to the root, and the name there."""
+        parent, name = os.path.split(os.path.join(self.base, key))
+        return (os.path.relpath(parent, self.root) if parent != self.root else b""), name
+
+    def _give_up(self, journal: Journal, error: BaseException) -> NoReturn:
+        """Drop it, leave it in doubt or roll it forward, and raise what says which: see the table in transaction.py."""
+        _unfinished.add((self.root, journal.id))
+        if journal.stage is Stage.IN_DOUBT and isinstance(error, OSError):
+            raise TransactionInDoubtError(*self._facts(error)) from error
+        is_finished = False
+        if journal.stage is Stage.STAGING or not isinstance(error, DurabilityError):  # an fsync is not tried again
+            with suppress(OSError):
+                if journal.stage is Stage.STAGING:
+                    journal.discard()
+                else:
+                    self.is_committed = journal.recover() or self.is_committed
+                is_finished = True
+                _unfinished.discard((self.root, journal.id))
+        if is_finished or journal.stage is Stage.STAGING:
+            self._clear_marks()
+        if not isinstance(error, OSError):
+            if journal.stage is Stage.IN_DOUBT and not is_finished:
+                error.add_note("the transaction is in doubt: lock one of its files, then look at it")
+            raise error
+        if journal.stage is Stage.STAGING:
+            raise self._failed(error) from error
+        raise CommittedWithErrors(*self._facts(error), is_finished) from error
+
+    def _clear_marks(self) -> None:
+        with suppress(OSError):  # one that stays names a transaction that is over, as whoever finds it will see
+            self.locks.clear_marks()
+
+    def _failed(self, error: OSError) -> OSError:
+        """What to raise where nothing was done."""
+        if isinstance(error, TransactionError | DurabilityError):
+            return error
+        return TransactionError(*self._facts(error))
+
+    def _facts(self, error: OSError) -> tuple[str, str, int, str]:
+        return os.fsdecode(self.path), self.step, error.errno or errno.EIO, error.strerror or str(error)
+
+
+def _mount_of(fd: int) -> tuple[int, bytes]:
+    """What a rename or a link cannot cross: the file system, and the mount. Source: proc(5), fdinfo."""
+    mount = b""
+    with suppress(OSError), open(f"/proc/self/fdinfo/{fd}", "rb") as facts:
+        mount = next((line for line in facts if line.startswith(b"mnt_id:")), b"")
+    return calls.fstat(fd).st_dev, mount

@@ -1,0 +1,475 @@
+"""The redo journal: what a transaction is going to do, on disk before it does it, so that anybody can finish it.
+
+    <root>/.ringpool/txn/<id>.lock       held with flock by the transaction, later by whoever recovers it; goes last
+                         <id>.<n>.new    the file that effect n will put at its path
+                         <id>.<n>.old    a second link to the file that effect n replaces or removes
+                         <id>.tmp        the journal on its way
+                         <id>.journal    the journal: that it has this name is the commit
+
+    begin -> pin, create, adopt -> commit -> apply -> retire
+    id held  .old, .new            |         |        the journal goes, durably, then everything else
+                 the one rename, durable     each .new at its path, each directory durable
+
+    journal = "RPJ1" | length u32 | crc32 u32 | msgpack of [[path, staged, replaced], ...]      little endian
+        path       bytes, relative to the root, without links in it: the tree may be moved or mounted elsewhere
+        staged     whether <id>.<n>.new goes there; else the file goes
+        replaced   the inode that stood there at the commit, 0 for none
+
+Recovery of a dead transaction, that is of one whose id can be locked:
+
+    no journal, or a torn one: it never was; away with its files.
+    a whole one: what is not done yet of each effect, as follows; then on as above from ``apply``.
+
+    what stands at its path      an effect with a new file               an effect that removes
+    nothing                      .new goes there, if it is still here    done
+    the inode ``replaced``       .new goes there, if it is still here    it is removed
+    anything else                it stays: written after the commit      it stays
+
+An inode number is proof only while the file lives, since file systems give a freed number to the next file. So ``.old``
+keeps it alive, from before the commit until no journal can come back. Device numbers change at a reboot, times and
+sizes are not durable: neither is recorded. All is on the root's file system, or there is no transaction.
+
+Durability, in the order that it is relied on: the directories of ``.ringpool``; the names that are to be replaced (or a
+power cut could bring back others than the journal knows) and the contents of what is moved; staged contents; the names
+in ``txn``; the journal's content; its name. A recovery cannot know whether the name was made durable, so it does that
+first; nor whether a journal's removal was, so it does that before it lets go of an ``.old``.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import stat
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
+from enum import IntEnum
+from itertools import groupby
+from typing import Annotated
+
+import msgspec
+
+from ringpool.errors import FileOperationError
+from ringpool.workers.files.durability import close_quietly, make_directories, sync
+from ringpool.workers.files.naming import random_token
+from ringpool.workers.files.oslayer import calls, write_all
+
+DIRECTORY = b".ringpool"
+MAGIC = b"RPJ1"
+BEFORE, AFTER = "fsync of the directory, before the commit", "fsync of the directory, after it"
+IDS_TRIED_MAX = 100
+RECOVERER_PATIENCE_S = 30
+WAIT_MIN_S = 5e-5
+WAIT_MAX_S = 5e-3
+
+_header = struct.Struct("<4sII")
+_id = re.compile(rb"[0-9a-f]{16}")
+_file_name = re.compile(rb"([0-9a-f]{16})\.(?:lock|tmp|journal|[0-9]+\.(?:new|old))")
+_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_READ_BYTES = 1 << 20
+
+
+class Effect(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a transaction does to one path: see the table above."""
+
+    path: bytes
+    staged: bool
+    replaced: Annotated[int, msgspec.Meta(ge=0)]
+
+
+def encode(effects: Sequence[Effect]) -> bytes:
+    """A journal's content."""
+    record = msgspec.msgpack.encode(effects)
+    return _header.pack(MAGIC, len(record), zlib.crc32(record)) + record
+
+
+def decode(content: bytes) -> list[Effect] | None:
+    """The effects that ``content`` names; None where it is not a whole journal, or names a path outside the root."""
+    if len(content) < _header.size:
+        return None
+    magic, length, checksum = _header.unpack_from(content)
+    record = content[_header.size :]
+    if magic != MAGIC or length != len(record) or checksum != zlib.crc32(record):
+        return None
+    try:
+        effects = msgspec.msgpack.decode(record, type=list[Effect])
+    except msgspec.MsgspecError:
+        return None
+    paths = {effect.path for effect in effects}
+    return effects if len(paths) == len(effects) and all(map(_is_inside, paths)) else None
+
+
+def _is_inside(path: bytes) -> bool:
+    return b"\0" not in path and not any(part in (b"", b".", b"..", DIRECTORY) for part in path.split(b"/"))
+
+
+# ---- one transaction's files -----------------------------------------------------------------------------------------
+
+
+class Stage(IntEnum):
+    """How far it has come."""
+
+    STAGING = 0  # nothing has happened to the files
+    IN_DOUBT = 1  # the journal has its name, perhaps not on disk
+    COMMITTED = 2
+
+
+class Journal:
+    """The files of one transaction in ``<root>/.ringpool/txn``, and the hold on its id. ``close`` must be called."""
+
+    def __init__(self, root: bytes, txn_fd: int, identity: bytes, id_fd: int, *, durable: bool = True) -> None:
+        self.root = root
+        self.id = identity
+        self.durable = durable
+        self.stage = Stage.STAGING
+        self.txn_fd = txn_fd
+        self._id_fd = id_fd
+        self._path = txn_directory(root) + b"/" + identity + b".journal"  # for messages
+
+    @classmethod
+    def begin(cls, root: bytes, *, durable: bool) -> Journal:
+        """Take a new id. Raises ``OSError``."""
+        _make_txn_directory(root, durable=durable)
+        txn_fd = calls.open(txn_directory(root), _DIRECTORY_FLAGS)
+        try:
+            for _ in range(IDS_TRIED_MAX):
+                identity = random_token().encode()
+                with suppress(BlockingIOError):  # a recovery was faster, and takes it for dead
+                    id_fd = _hold(txn_fd, identity, os.O_CREAT | os.O_EXCL)
+                    if id_fd is not None:
+                        return cls(root, txn_fd, identity, id_fd, durable=durable)
+            raise OSError(errno.EBUSY, "recoveries take each new transaction for a dead one", txn_directory(root))
+        except BaseException:
+            close_quietly(txn_fd)
+            raise
+
+    def new(self, n: int) -> bytes:
+        """The name of effect ``n``'s staged file."""
+        return b"%b.%d.new" % (self.id, n)
+
+    def old(self, n: int) -> bytes:
+        """The name of the second link to what effect ``n`` replaces or removes."""
+        return b"%b.%d.old" % (self.id, n)
+
+    def pin(self, n: int, parent_fd: int, name: bytes) -> None:
+        """Keep the file at ``name`` alive until the journal is gone.
+
+        Where no second link can be made (no hard links on this file system, somebody else's file under
+        fs.protected_hardlinks, too many links), it is only kept from its removal on.
+        """
+        try:
+            calls.link(name, self.old(n), src_dir_fd=parent_fd, dst_dir_fd=self.txn_fd, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                raise
+
+    def create(self, n: int, mode: int) -> int:
+        """An open new file for effect ``n``."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return calls.open(self.new(n), flags, mode, dir_fd=self.txn_fd)
+
+    def adopt(self, n: int, parent_fd: int, name: bytes) -> None:
+        """Make the file at ``name`` the one that effect ``n`` will put at its path, its content durable."""
+        calls.link(name, self.new(n), src_dir_fd=parent_fd, dst_dir_fd=self.txn_fd, follow_symlinks=False)
+        if self.durable:
+            fd = calls.open(self.new(n), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self.txn_fd)
+            try:
+                sync(fd, self._path, "fsync of a file that is moved")
+            finally:
+                close_quietly(fd)
+
+    def commit(self, effects: Sequence[Effect]) -> None:
+        """Publish the journal; everything else is staged. ``stage`` tells how far it came where this raises."""
+        if self.durable:
+            for parent, _ in _by_parent(effects):
+                self._sync_directory(parent, BEFORE)
+            self._sync_txn("fsync of the staged files' directory")
+        temp, final = self.id + b".tmp", self.id + b".journal"
+        fd = calls.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=self.txn_fd)
+        try:
+            write_all(fd, encode(effects))
+            if self.durable:
+                sync(fd, self._path, "fsync of the journal")
+        finally:
+            close_quietly(fd)
+        self.stage = Stage.IN_DOUBT
+        try:
+            calls.rename(temp, final, src_dir_fd=self.txn_fd, dst_dir_fd=self.txn_fd)  # the commit
+        except OSError:
+            self.stage = Stage.STAGING
+            raise
+        if self.durable:
+            self._sync_txn("fsync of the journal's directory")
+        self.stage = Stage.COMMITTED
+
+    def apply(self, effects: Sequence[Effect]) -> None:
+        """Do what is not yet done of ``effects``, and make it durable. Raises ``OSError``."""
+        for parent, members in _by_parent(effects):
+            with self._directory(parent) as parent_fd:
+                if parent_fd is None:
+                    continue  # removed since the commit, with all that was in it
+                for n, effect in members:
+                    self._redo(n, effect, parent_fd, effect.path.rpartition(b"/")[2])
+        if self.durable:
+            for parent, _ in _by_parent(effects):  # a rename is on disk with either of its directories
+                self._sync_directory(parent, AFTER)
+
+    def _redo(self, n: int, effect: Effect, parent_fd: int, name: bytes) -> None:
+        """One effect, by the table above."""
+        here = _inode(name, parent_fd)
+        if effect.staged:
+            if here in (0, effect.replaced) and _inode(self.new(n), self.txn_fd):
+                calls.rename(self.new(n), name, src_dir_fd=self.txn_fd, dst_dir_fd=parent_fd)
+        elif here and here == effect.replaced:
+            if _inode(self.old(n), self.txn_fd):
+                calls.unlink(name, dir_fd=parent_fd)
+            else:
+                calls.rename(name, self.old(n), src_dir_fd=parent_fd, dst_dir_fd=self.txn_fd)
+
+    def retire(self) -> None:
+        """All is applied or none will be: away with the journal, then with the other files. Raises ``OSError``."""
+        with suppress(FileNotFoundError):
+            calls.unlink(self.id + b".journal", dir_fd=self.txn_fd)
+        if self.durable:
+            self._sync_txn("fsync of the directory of a journal that is done with")
+        self.discard()
+
+    def discard(self) -> None:
+        """Away with everything but a journal: there is none, nor can one come back. Raises ``OSError``."""
+        last = self.id + b".lock"  # whoever waits for it sees that it is over
+        found = (os.fsencode(name) for name in calls.listdir(self.txn_fd))
+        for name in (*(name for name in found if _id_of(name) == self.id and name != last), last):
+            with suppress(FileNotFoundError):
+                calls.unlink(name, dir_fd=self.txn_fd)
+
+    def recover(self) -> bool:
+        """Finish it or drop it, by the table above; whether it was committed. Raises ``OSError``."""
+        effects = decode(self._read_journal())
+        if effects is not None:
+            self._sync_txn("fsync of a journal's directory, in its recovery")
+            self.apply(effects)
+        self.retire()
+        return effects is not None
+
+    def close(self) -> None:
+        """Let go of the id. What is left of its files, recovery takes."""
+        if self._id_fd >= 0:
+            _let_go(self._id_fd)
+            close_quietly(self.txn_fd)
+            self._id_fd = self.txn_fd = -1
+
+    def _read_journal(self) -> bytes:
+        try:
+            fd = calls.open(self.id + b".journal", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.txn_fd)
+        except FileNotFoundError:
+            return b""
+        try:
+            return read_all(fd)
+        finally:
+            close_quietly(fd)
+
+    @contextmanager
+    def _directory(self, relative: bytes) -> Generator[int | None]:
+        """The open directory; None where there is none any more."""
+        try:
+            fd = open_directory(self.root, relative)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            yield None
+            return
+        try:
+            yield fd
+        finally:
+            close_quietly(fd)
+
+    def _sync_directory(self, relative: bytes, operation: str) -> None:
+        with self._directory(relative) as fd:
+            if fd is not None:
+                sync(fd, os.path.join(self.root, relative), operation)
+
+    def _sync_txn(self, operation: str) -> None:
+        sync(self.txn_fd, self._path, operation)
+
+
+def open_directory(root: bytes, relative: bytes) -> int:
+    """The directory at ``relative``, which has no links in it, under ``root``. Raises ``OSError``: ELOOP for a link."""
+    fd = calls.open(root, _DIRECTORY_FLAGS & ~os.O_NOFOLLOW)
+    for part in relative.split(b"/") if relative else ():
+        try:
+            inner = calls.open(part, _DIRECTORY_FLAGS, dir_fd=fd)
+        finally:
+            close_quietly(fd)
+        fd = inner
+    return fd
+
+
+def txn_directory(root: bytes) -> bytes:
+    """Where the transactions of ``root`` have their files."""
+    return os.path.join(root, DIRECTORY, b"txn")
+
+
+def read_all(fd: int) -> bytes:
+    """Everything from the file's position on."""
+    parts: list[bytes] = []
+    while part := calls.read(fd, _READ_BYTES):
+        parts.append(part)
+    return b"".join(parts)
+
+
+# ---- recovery --------------------------------------------------------------------------------------------------------
+
+
+def recover_marked(root: bytes, text: bytes) -> None:
+    """The transaction that the mark ``text`` names is finished or dropped when this returns.
+
+    For whoever finds a mark in a lock file that it has just locked: so the transaction is dead. Another process may be
+    recovering it; that is waited for. Raises ``OSError``; ``FileOperationError`` (EBUSY) where the id stays held.
+    """
+    if not _id.fullmatch(text):
+        return  # not ours, or torn by a power cut, after which the journals are looked through anyway
+    deadline = time.monotonic() + RECOVERER_PATIENCE_S
+    wait_s = WAIT_MIN_S
+    while not _recover(root, text, create=False)[0]:
+        if time.monotonic() > deadline:
+            path = os.fsdecode(txn_directory(root) + b"/" + text + b".lock")
+            reason = (
+                f"still held after {RECOVERER_PATIENCE_S} s, though its locks are free: end the process that has it"
+            )
+            raise FileOperationError(path, "recover a transaction", errno.EBUSY, reason)
+        time.sleep(wait_s)
+        wait_s = min(2 * wait_s, WAIT_MAX_S)
+
+
+def recover_root(root: bytes) -> int:
+    """Finish or drop every dead transaction of ``root``; how many were rolled forward. Raises ``OSError``.
+
+    A living one is left alone, and so are those of a directory that is closed to us: they are their owner's.
+    """
+    try:
+        names = calls.listdir(txn_directory(root))
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return 0
+    identities = {identity for name in names if (identity := _id_of(os.fsencode(name)))}
+    return sum(_recover(root, identity, create=True)[1] for identity in sorted(identities))
+
+
+def _recover(root: bytes, identity: bytes, *, create: bool) -> tuple[bool, bool]:
+    """Whether it is over, and whether this call rolled it forward. ``create``: it may have lost its lock file."""
+    try:
+        txn_fd = calls.open(txn_directory(root), _DIRECTORY_FLAGS)
+    except FileNotFoundError:
+        return True, False
+    try:
+        create = create or _inode(identity + b".journal", txn_fd) > 0
+        try:
+            id_fd = _hold(txn_fd, identity, os.O_CREAT if create else 0)
+        except FileNotFoundError:
+            return True, False
+        except BlockingIOError:
+            return False, False
+        if id_fd is None:
+            return True, False
+        try:
+            return True, Journal(root, txn_fd, identity, id_fd).recover()
+        finally:
+            _let_go(id_fd)
+    finally:
+        close_quietly(txn_fd)
+
+
+def _id_of(name: bytes) -> bytes:
+    """The id of the transaction that has a file of that name; empty where it is no such file."""
+    found = _file_name.fullmatch(name)
+    return found[1] if found else b""
+
+
+def lstat_at(name: bytes, dir_fd: int) -> os.stat_result | None:
+    """What is at that name; None for nothing."""
+    try:
+        return calls.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def _inode(name: bytes, dir_fd: int) -> int:
+    """The inode at that name, 0 for none."""
+    found = lstat_at(name, dir_fd)
+    return 0 if found is None else found.st_ino
+
+
+def _by_parent(effects: Sequence[Effect]) -> Generator[tuple[bytes, list[tuple[int, Effect]]]]:
+    """The effects with their numbers, by directory. They are independent of each other, so the order is free."""
+
+    def parent(numbered: tuple[int, Effect]) -> bytes:
+        return numbered[1].path.rpartition(b"/")[0]
+
+    for directory, members in groupby(sorted(enumerate(effects), key=parent), key=parent):
+        yield directory, list(members)
+
+
+def _make_txn_directory(root: bytes, *, durable: bool) -> None:
+    """Open to whom the root is open for writing, and to nobody else: what is staged may be secret where it goes."""
+    txn = txn_directory(root)
+    make_directories(os.path.dirname(txn), durable=durable)
+    if not calls.access(txn, os.F_OK):
+        with suppress(FileExistsError):
+            calls.mkdir(txn, 0o700)
+            mode = calls.stat(root).st_mode
+            shared = sum(7 * (bit >> 1) for bit in (stat.S_IWGRP, stat.S_IWOTH) if mode & bit)
+            if shared:
+                calls.chmod(txn, 0o700 | shared | mode & (stat.S_ISVTX | stat.S_ISGID))
+    make_directories(txn, durable=durable)
+
+
+# ---- the hold on an id: a flock, which a forked child must not keep --------------------------------------------------
+
+_held: set[int] = set()
+_guard = threading.RLock()  # no fork between opening a descriptor and its entry; re-entrant: signal handlers may fork
+
+
+def _hold(txn_fd: int, identity: bytes, flags: int) -> int | None:
+    """The open and locked id; None where its file was removed meanwhile: then the transaction is over.
+
+    Raises ``BlockingIOError`` where another has it.
+    """
+    with _guard:
+        fd = calls.open(identity + b".lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o666, dir_fd=txn_fd)
+        _held.add(fd)
+    try:
+        calls.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if calls.fstat(fd).st_nlink:
+            return fd
+    except BaseException:
+        _let_go(fd)
+        raise
+    _let_go(fd)
+    return None
+
+
+def _let_go(fd: int) -> None:
+    with _guard:
+        if fd not in _held:
+            return  # in the child of a fork, which has closed it
+        _held.discard(fd)
+        with suppress(OSError):
+            calls.flock(fd, fcntl.LOCK_UN)  # closing is not enough while a child that has just been forked has a copy
+        close_quietly(fd)
+
+
+def _forget() -> None:
+    """In the child of a fork: what is held is the parent's."""
+    global _guard
+    for fd in _held:
+        close_quietly(fd)
+    _held.clear()
+    _guard = threading.RLock()
+
+
+os.register_at_fork(before=lambda: _guard.acquire(), after_in_parent=lambda: _guard.release(), after_in_child=_forget)

@@ -1,0 +1,198 @@
+"""From a path to its lock file: which base serves it, which of 256 stripes it falls on, and who holds it.
+
+    path --> (device, inode of its directory; name) --hash--> stripe 00..ff --> <base>/.ringpool/locks/<stripe>.lock
+             two spellings of a file are one identity                          256 files, never unlinked
+
+    base: the outermost ancestor that has a ``.ringpool``, else the file's own directory; or as the caller says, and
+          then every user of the file must say the same
+
+What leads where is looked up each time: a symlink may be turned, a directory renamed, a ``.ringpool`` made further out.
+Remembered are only the ancestors of a directory, for the spelling and the inode that it had.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import os
+import stat
+import struct
+from contextlib import suppress
+from hashlib import blake2b
+
+from ringpool.workers.files.oslayer import calls
+
+DIRECTORY = b".ringpool"
+DIRECTORIES_REMEMBERED_MAX = 256
+REOPENS_MAX = 100
+READS_MAX = 3
+
+# Their flock is emulated, or holds on one machine only. Source: statfs(2), linux/magic.h, and the file systems' own.
+NETWORK_FILE_SYSTEMS = {
+    0x6969: "nfs",
+    0x517B: "smb",
+    0xFE534D42: "smb2",
+    0xFF534D42: "cifs",
+    0x5346414F: "afs",
+    0x73757245: "coda",
+    0x00C36400: "ceph",
+    0x0BD00BD0: "lustre",
+    0x47504653: "gpfs",
+    0x19830326: "beegfs",
+}
+
+_identity = struct.Struct("=QQ")
+_f_type = struct.Struct("=q")  # the first member of struct statfs, on 64-bit Linux
+_STATFS_BYTES = 120
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def find(path: bytes, base: bytes | None) -> tuple[bytes, int]:
+    """The base and the stripe's number (0 to 255) of ``path``. Raises ``OSError``."""
+    directory, device, inode, name = _place(path)
+    return base or _base_of(directory, device, inode), _stripe_of(device, inode, name)
+
+
+def stripe_of(path: bytes) -> int:
+    """The number of the stripe of ``path``, 0 to 255. Raises ``OSError``."""
+    return _stripe_of(*_place(path)[1:])
+
+
+def root_of(directory: bytes) -> bytes:
+    """The base whose ``.ringpool`` serves ``directory``: the outermost ancestor that has one, else itself.
+
+    A real path. Raises ``OSError`` where there is no such directory.
+    """
+    found = calls.stat(directory)
+    return _base_of(directory, found.st_dev, found.st_ino)
+
+
+def is_network(f_type: int) -> bool:
+    """Whether a file system of that type, as statfs(2) names it, needs a lock that does not rely on flock."""
+    return f_type & 0xFFFFFFFF in NETWORK_FILE_SYSTEMS
+
+
+def file_system_of(fd: int) -> int:
+    """The type of the file system of an open file. Raises ``OSError``. Source: fstatfs(2)."""
+    found = ctypes.create_string_buffer(_STATFS_BYTES)
+    if _libc.fstatfs(fd, found):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return _f_type.unpack_from(found)[0]
+
+
+def lock_file(root: bytes, stripe: int) -> bytes:
+    """The path of a stripe's lock file."""
+    return b"%b/%b/locks/%02x.lock" % (root, DIRECTORY, stripe)
+
+
+def open_lock_file(path: bytes) -> int:
+    """Open a lock file, making it and its directories where needed. One that we may only read serves too."""
+    for _ in range(REOPENS_MAX):
+        try:
+            return calls.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except PermissionError as denied:
+            try:
+                return calls.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise denied from None
+        except FileNotFoundError:
+            _make_lock_directories(os.path.dirname(path))
+    raise FileNotFoundError(errno.ENOENT, "removed again and again", path)
+
+
+def _make_lock_directories(locks: bytes) -> None:
+    """Make ``<base>/.ringpool/locks``, open to whom the base is open to: who may make files there may lock them."""
+    ours = os.path.dirname(locks)
+    mode = stat.S_IMODE(calls.stat(os.path.dirname(ours)).st_mode)  # raises where the base itself is gone
+    with suppress(FileNotFoundError):  # removed under our hands: the caller tries again
+        for directory in (ours, locks):
+            with suppress(FileExistsError):
+                calls.mkdir(directory, 0o777)
+                calls.chmod(directory, mode)
+
+
+def _place(path: bytes) -> tuple[bytes, int, int, bytes]:
+    """The directory, its device and inode, and the name there, of the file that ``path`` leads to."""
+    if calls.access(path, os.F_OK, follow_symlinks=False) and os.path.islink(path):
+        path = os.path.realpath(path)
+    directory, slash, name = path.rpartition(b"/")
+    if name in (b"", b".", b".."):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    directory = directory or slash or b"."
+    found = calls.stat(directory)
+    return directory, found.st_dev, found.st_ino, name
+
+
+def _stripe_of(device: int, inode: int, name: bytes) -> int:
+    return blake2b(_identity.pack(device, inode) + name, digest_size=1).digest()[0]
+
+
+def _base_of(directory: bytes, device: int, inode: int) -> bytes:
+    """The outermost ancestor of ``directory`` that has a ``.ringpool``, else ``directory`` itself, as a real path."""
+    real, ancestors = _ancestors(directory, device, inode)
+    if real != directory and not _leads_to(real, device, inode):  # renamed since it was remembered
+        real, ancestors = _ancestors.__wrapped__(directory, device, inode)
+    access = calls.access
+    for ancestor, marker in ancestors:
+        if access(marker, os.F_OK):
+            return ancestor
+    return real
+
+
+def _leads_to(path: bytes, device: int, inode: int) -> bool:
+    try:
+        found = calls.stat(path)
+    except FileNotFoundError:
+        return False
+    return (found.st_ino, found.st_dev) == (inode, device)
+
+
+@functools.lru_cache(maxsize=DIRECTORIES_REMEMBERED_MAX)
+def _ancestors(directory: bytes, device: int, inode: int) -> tuple[bytes, tuple[tuple[bytes, bytes], ...]]:
+    """The real path of ``directory``, and it and its ancestors with the path of a ``.ringpool`` there, outermost first.
+
+    Remembered for a spelling and what it leads to; which of them exist is looked up each time.
+    """
+    real = os.path.realpath(directory)
+    ends = [at for at, byte in enumerate(real) if byte == ord("/") and at] + [len(real)]
+    ancestors = [b"/", *(real[:end] for end in ends)] if real != b"/" else [b"/"]
+    return real, tuple((ancestor, os.path.join(ancestor, DIRECTORY)) for ancestor in ancestors)
+
+
+# ---- for people ------------------------------------------------------------------------------------------------------
+
+
+def holder_of(inode: int) -> str:
+    """Who has a flock on that inode. Source: proc(5), /proc/locks; it shows processes of this pid namespace.
+
+    The device is not compared: btrfs shows another one there than stat does. The kernel hands the table out in pieces,
+    so that an entry may be missed while others come and go: it is read again.
+    """
+    for _ in range(READS_MAX):
+        pids = _flockers_of(b"%d" % inode)
+        if pids:
+            others = f" and {len(pids) - 1} more" if len(pids) > 1 else ""
+            return _process(pids[0]) + others
+    return "nobody; others came before"
+
+
+def _flockers_of(inode: bytes) -> list[int]:
+    found: dict[int, None] = {}
+    with open("/proc/locks", "rb") as table:
+        for line in table:
+            fields = line.split()
+            if len(fields) >= 8 and fields[1] == b"FLOCK" and fields[5].rpartition(b":")[2] == inode:
+                found[int(fields[4])] = None
+    return [*found]
+
+
+def _process(pid: int) -> str:
+    if pid <= 0:
+        return "a process of another pid namespace"
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
+            return f"process {pid} ({name.read().strip()})"
+    except OSError:
+        return f"process {pid}"

@@ -1,0 +1,158 @@
+"""A task's output, from its staging to its final name: there whole or not at all.
+
+    target = prepare_target(target, level)          makes its directory; follows a symlink that stands there
+    staged = staging_name(target, token)            the task function writes to this, with any tool
+    identity = finish_staged(staged, target, level)
+    ... record the identity, take the path's lock, check that the attempt is still ours ...
+    publish_staged(staged, target, level)           the commit point is inside
+    which_side(staged, target, identity.ino, identity.dev)    after a death in between: did it commit?
+
+It takes the way of ``atomic.py`` in the worker's hands, from level ``atomic`` on: for an output, ``none`` means
+``atomic``. What may fail is done before the commit point; the directory is opened before the rename, not for its fsync.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from enum import Enum
+from typing import NamedTuple
+
+from ringpool.errors import FileOperationError, OutputMissingError
+from ringpool.workers.files.durability import Durability, close_quietly, make_directories, sync
+from ringpool.workers.files.oslayer import calls
+from ringpool.workers.files.target import failed, final_target, lstat, take_over
+
+
+class StagedFile(NamedTuple):
+    """The identity of a finished output, which its rename keeps: device, inode, and size in bytes."""
+
+    dev: int
+    ino: int
+    size: int
+
+
+class CommitSide(Enum):
+    """What the disk tells about a commit that was cut short."""
+
+    STAGED = "staged"  # not committed: the file still has its staging name
+    TARGET = "target"  # committed: the file has its final name
+    UNKNOWN = "unknown"  # somebody else has changed either, or it cannot be read
+
+
+def prepare_target(target: bytes, durability: Durability = Durability.FULL) -> bytes:
+    """Make the directory of ``target``, and return the path to stage beside and to publish at.
+
+    That is what ``resolve_target`` gives. With ``full``, new directories are on disk before this returns. Raises
+    ``AtomicWriteError`` where it cannot be made or something stands there that is no regular file, ``DurabilityError``
+    where its fsync fails.
+    """
+    final, _ = final_target(target, "follow")
+    make_directories(os.path.dirname(final) or b".", durable=durability == Durability.FULL)
+    return final
+
+
+def finish_staged(staged: bytes, target: bytes, durability: Durability) -> StagedFile:
+    """Make the output that a task function left at ``staged`` ready for its name ``target``; return its identity.
+
+    It takes the owner, mode and extended attributes of the file that it will replace; where there is none it keeps
+    those that the function gave it. From ``data`` on its content is on disk when this returns. Whatever is raised, the
+    staged file is gone then: ``OutputMissingError`` (the function wrote no regular file), ``DurabilityError`` (fsync),
+    ``AtomicWriteError`` (anything else).
+    """
+    try:
+        fd = _open_staged(staged, target)
+        try:
+            own = calls.fstat(fd)
+            if not stat.S_ISREG(own.st_mode):
+                raise OutputMissingError(os.fsdecode(target), os.fsdecode(staged), "is not a regular file")
+            replaced = lstat(target)
+            if replaced is not None and own.st_nlink == 1:  # a link's metadata would be those of the other names, too
+                take_over(fd, own, replaced, target, None)
+            if durability in (Durability.DATA, Durability.FULL):
+                sync(fd, target, "fsync of the output")
+        finally:
+            calls.close(fd)
+        return StagedFile(own.st_dev, own.st_ino, own.st_size)
+    except FileOperationError:
+        discard_staged(staged)
+        raise
+    except OSError as error:
+        discard_staged(staged)
+        raise failed(target, "finish the output", error) from error
+    except BaseException:
+        discard_staged(staged)
+        raise
+
+
+def publish_staged(staged: bytes, target: bytes, durability: Durability) -> None:
+    """Give the finished file its final name, in one step; with ``full`` the name is on disk when this returns.
+
+    Raises ``AtomicWriteError``: not published, the staged file is gone. ``DurabilityError``: published, but perhaps not
+    for ever.
+    """
+    directory, name = os.path.split(target)
+    dir_fd = -1
+    try:
+        if durability == Durability.FULL:
+            dir_fd = calls.open(directory or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            calls.rename(staged, name, dst_dir_fd=dir_fd)  # the commit point
+        else:
+            calls.rename(staged, target)  # the commit point
+    except OSError as error:
+        raise failed(target, "rename", error) from error
+    else:
+        if dir_fd >= 0:
+            sync(dir_fd, target, "fsync of its directory, after the rename")
+    finally:
+        # After a rename this finds nothing, but where both names were links of one file: rename(2) then does nothing.
+        discard_staged(staged)
+        if dir_fd >= 0:
+            close_quietly(dir_fd)
+
+
+def discard_staged(staged: bytes) -> None:
+    """Remove a staged file, or the directory that a function made in its place. That it is missing is fine."""
+    try:
+        calls.unlink(staged)
+    except IsADirectoryError:
+        shutil.rmtree(staged, ignore_errors=True)
+    except OSError:
+        pass  # it is missing; or it stays, and the clean-up of the dead takes it: the caller's own error matters more
+
+
+def which_side(staged: bytes, target: bytes, ino: int, dev: int) -> CommitSide:
+    """Whether the file (``dev``, ``ino``) was renamed from ``staged`` to ``target`` before its writer died.
+
+        staged is     target is
+        the file      anything         STAGED    (both: links of one file; to run again does no harm)
+        missing       the file         TARGET
+        missing       anything else    UNKNOWN
+        another one   anything         UNKNOWN
+
+    Pure look-ups. The caller has made sure that the writer is dead.
+    """
+    try:
+        there, final = lstat(staged), lstat(target)
+    except OSError:
+        return CommitSide.UNKNOWN
+    if there is not None:
+        return CommitSide.STAGED if (there.st_dev, there.st_ino) == (dev, ino) else CommitSide.UNKNOWN
+    if final is not None and (final.st_dev, final.st_ino) == (dev, ino):
+        return CommitSide.TARGET
+    return CommitSide.UNKNOWN
+
+
+def _open_staged(staged: bytes, target: bytes) -> int:
+    """Open what the function wrote, for its metadata and fsync. O_NONBLOCK: a pipe there must not stop us."""
+    try:
+        return calls.open(staged, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        shown = (os.fsdecode(target), os.fsdecode(staged))
+        if error.errno == errno.ENOENT:
+            raise OutputMissingError(*shown) from None
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise OutputMissingError(*shown, "is not a regular file") from None
+        raise

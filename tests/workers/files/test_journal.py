@@ -1,0 +1,249 @@
+"""The redo journal: its format, what a recovery does with it, and whom it leaves alone."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, strategies as st
+from tests.workers.files import child_transaction
+from tests.workers.files.child import Child
+from tests.workers.files.child_transaction import make
+
+from ringpool.errors import FileOperationError
+from ringpool.workers.files import journal
+from ringpool.workers.files.journal import Effect, Journal, decode, encode, recover_marked, recover_root, txn_directory
+from ringpool.workers.files.oslayer import intercepted
+
+names = st.binary(min_size=1, max_size=20).filter(
+    lambda name: name not in (b".", b"..", b".ringpool") and not {0, ord("/")} & {*name}
+)
+paths = st.lists(names, min_size=1, max_size=3).map(b"/".join)
+effects = st.lists(
+    st.builds(Effect, paths, st.booleans(), st.integers(0, 2**63)), max_size=5, unique_by=lambda each: each.path
+)
+
+GOOD = encode([Effect(b"a/b", True, 7)])
+
+
+def record(content: object) -> bytes:
+    packed = msgspec.msgpack.encode(content)
+    return b"RPJ1" + len(packed).to_bytes(4, "little") + zlib.crc32(packed).to_bytes(4, "little") + packed
+
+
+def txn(base: Path) -> list[str]:
+    return sorted(os.listdir(base / ".ringpool/txn"))
+
+
+# ---- the format ------------------------------------------------------------------------------------------------------
+
+
+@given(effects)
+def test_a_journal_is_read_as_it_was_written(content: list[Effect]) -> None:
+    assert decode(encode(content)) == content
+
+
+def test_the_record_that_the_tests_make_by_hand_is_a_good_one() -> None:
+    assert decode(record([[b"a", True, 7]])) == [Effect(b"a", True, 7)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(GOOD[:11], id="part of a header"),
+        pytest.param(GOOD[:-1], id="cut"),
+        pytest.param(GOOD + b"\0", id="too long"),
+        pytest.param(b"RPJ2" + GOOD[4:], id="another version"),
+        pytest.param(bytes(len(GOOD)), id="zeros"),
+        pytest.param(GOOD[:12].ljust(len(GOOD), b"\0"), id="zeros after the header"),
+        pytest.param(GOOD[:-1] + bytes([GOOD[-1] ^ 1]), id="one bit changed"),
+        pytest.param(record("x"), id="no list"),
+        pytest.param(record([[b"a", True]]), id="a field is missing"),
+        pytest.param(record([[b"a", True, 7, 8]]), id="one field too many"),
+        pytest.param(record([["a", "yes", 7]]), id="a field of another type"),
+        pytest.param(record([[b"a", True, -1]]), id="a negative inode"),
+        pytest.param(record([[b"", True, 7]]), id="no path"),
+        pytest.param(record([[b"/etc/passwd", True, 7]]), id="an absolute path"),
+        pytest.param(record([[b"a/../../b", True, 7]]), id="a path that leads out"),
+        pytest.param(record([[b"a//b", True, 7]]), id="an empty component"),
+        pytest.param(record([[b"./a", True, 7]]), id="a component that is no name"),
+        pytest.param(record([[b"a\0b", True, 7]]), id="a NUL byte"),
+        pytest.param(record([[b".ringpool/txn/x", True, 7]]), id="a path of ringpool's own"),
+        pytest.param(record([[b"a", True, 7], [b"a", False, 7]]), id="a path twice"),
+    ],
+)
+def test_what_is_not_a_whole_journal_is_none(content: bytes) -> None:
+    assert decode(content) is None
+
+
+def test_a_torn_journal_is_dropped_with_all_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    inode = os.stat(tmp_path / "a").st_ino
+    for kept in range(len(encode([Effect(b"a", True, inode)]))):
+        made = make(tmp_path, [Effect(b"a", True, inode)], staged=1)
+        made.close()
+        os.truncate(txn_directory(os.fsencode(tmp_path)) + b"/" + made.id + b".journal", kept)
+        assert recover_root(os.fsencode(tmp_path)) == 0
+        assert (tmp_path / "a").read_bytes() == b"old"
+        assert not txn(tmp_path)
+
+
+# ---- what is done, by what is there ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("staged", [True, False])
+@pytest.mark.parametrize("new", ["is there", "is missing"])
+@pytest.mark.parametrize("here", ["nothing", "the replaced one", "another"])
+def test_an_effect_is_done_where_it_is_not_done_yet_and_nobody_came_later(
+    tmp_path: Path, staged: bool, new: str, here: str
+) -> None:
+    target = tmp_path / "a"
+    target.write_bytes(b"old")
+    made = make(tmp_path, [Effect(b"a", staged, os.stat(target).st_ino)], staged=int(staged and new == "is there"))
+    made.close()
+    if here != "the replaced one":
+        os.link(target, tmp_path / "keeps its inode alive")
+        target.unlink()
+    if here == "another":
+        target.write_bytes(b"later")
+    assert recover_root(os.fsencode(tmp_path)) == 1
+    assert not txn(tmp_path)
+    found = target.read_bytes() if target.exists() else None
+    expected: dict[str, bytes | None] = {"nothing": None, "the replaced one": b"old", "another": b"later"}
+    if staged and new == "is there":
+        expected |= {"nothing": b"new 0", "the replaced one": b"new 0"}
+    if not staged:
+        expected["the replaced one"] = None
+    assert found == expected[here]
+
+
+def test_a_directory_that_was_removed_after_the_commit_does_not_stop_a_recovery(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    make(tmp_path, [Effect(b"gone/a", True, 0), Effect(b"b", True, 0)], staged=2).close()
+    (tmp_path / "gone").rmdir()
+    assert recover_root(os.fsencode(tmp_path)) == 1
+    assert (tmp_path / "b").read_bytes() == b"new 1"
+
+
+def test_a_symbolic_link_that_was_swapped_in_is_not_followed(tmp_path: Path) -> None:
+    base, outside = tmp_path / "base", tmp_path / "outside"
+    (base / "d").mkdir(parents=True)
+    outside.mkdir()
+    make(base, [Effect(b"d/a", True, 0)], staged=1).close()
+    (base / "d").rmdir()
+    (base / "d").symlink_to(outside)
+    recover_root(os.fsencode(base))
+    assert not os.listdir(outside)
+
+
+def test_a_tree_that_was_moved_recovers_where_it_is(tmp_path: Path) -> None:
+    (tmp_path / "before").mkdir()
+    make(tmp_path / "before", [Effect(b"a", True, 0)], staged=1).close()
+    os.rename(tmp_path / "before", tmp_path / "after")
+    assert recover_root(os.fsencode(tmp_path / "after")) == 1
+    assert (tmp_path / "after/a").read_bytes() == b"new 0"
+
+
+# ---- who is recovered ------------------------------------------------------------------------------------------------
+
+
+def test_where_there_was_no_transaction_nothing_is_made(tmp_path: Path) -> None:
+    assert recover_root(os.fsencode(tmp_path)) == 0
+    recover_marked(os.fsencode(tmp_path), b"0123456789abcdef")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_living_transaction_is_left_alone(tmp_path: Path) -> None:
+    made = make(tmp_path, [Effect(b"a", True, 0)], staged=1)
+    files = txn(tmp_path)
+    assert recover_root(os.fsencode(tmp_path)) == 0
+    assert txn(tmp_path) == files
+    made.close()
+    assert recover_root(os.fsencode(tmp_path)) == 1
+
+
+def test_a_mark_whose_transaction_stays_held_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "RECOVERER_PATIENCE_S", 0.01)
+    made = make(tmp_path, [], staged=0)
+    with pytest.raises(FileOperationError, match=made.id.decode()) as caught:
+        recover_marked(os.fsencode(tmp_path), made.id)
+    assert caught.value.errno == errno.EBUSY
+    made.close()
+    recover_marked(os.fsencode(tmp_path), made.id)
+    assert not txn(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"", b"somebody's note", b"../../../etc/passwd", b"0123456789abcde", b"\0" * 16])
+def test_a_mark_that_names_no_transaction_is_nothing_to_recover(tmp_path: Path, text: bytes) -> None:
+    make(tmp_path, [], staged=0).close()
+    files = txn(tmp_path)
+    recover_marked(os.fsencode(tmp_path), text)
+    assert txn(tmp_path) == files
+
+
+def test_files_that_are_not_a_transactions_stay(tmp_path: Path) -> None:
+    make(tmp_path, []).close()
+    (tmp_path / ".ringpool/txn/notes.txt").write_text("mine")
+    recover_root(os.fsencode(tmp_path))
+    assert txn(tmp_path) == ["notes.txt"]
+
+
+def test_what_has_lost_its_lock_file_is_recovered_all_the_same(tmp_path: Path) -> None:
+    for recover in (
+        lambda made: recover_root(os.fsencode(tmp_path)),
+        lambda made: recover_marked(os.fsencode(tmp_path), made.id),
+    ):
+        made = make(tmp_path, [Effect(b"a", True, 0)], staged=1)
+        made.close()
+        os.unlink(txn_directory(os.fsencode(tmp_path)) + b"/" + made.id + b".lock")
+        recover(made)
+        assert (tmp_path / "a").read_bytes() == b"new 0"
+        assert not txn(tmp_path)
+        (tmp_path / "a").unlink()
+
+
+def test_a_forked_child_does_not_keep_a_dead_transaction_alive(tmp_path: Path) -> None:
+    with Child(child_transaction.fork_while_held, tmp_path) as child:
+        child.wait_for("forked")
+        assert recover_root(os.fsencode(tmp_path)) == 0, "its parent lives"
+        child.kill()
+        assert recover_root(os.fsencode(tmp_path)) == 1
+        child.answer()
+    assert (tmp_path / "a").read_bytes() == b"new 0"
+
+
+def test_an_id_that_a_recovery_took_for_a_dead_ones_is_not_used(tmp_path: Path) -> None:
+    taken: list[str] = []
+
+    def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "flock" and not taken:  # it is made, and not yet locked
+            taken.extend(txn(tmp_path))
+            recover_root(os.fsencode(tmp_path))
+        return call(*args, **kwargs)
+
+    with intercepted(around):
+        made = Journal.begin(os.fsencode(tmp_path), durable=True)
+    assert taken
+    assert txn(tmp_path) == [f"{made.id.decode()}.lock"] != taken
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("base_mode", "mode"), [(0o755, 0o700), (0o775, 0o770), (0o2775, 0o2770), (0o777, 0o707 | 0o070), (0o1777, 0o1777)]
+)
+def test_what_is_staged_is_open_to_whom_the_base_is_open_for_writing(tmp_path: Path, base_mode: int, mode: int) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    base.chmod(base_mode)
+    make(base, []).close()
+    assert stat.S_IMODE((base / ".ringpool/txn").stat().st_mode) == mode

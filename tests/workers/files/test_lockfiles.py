@@ -1,0 +1,204 @@
+"""Which lock file is a path's: one for all spellings of it; and which file systems are network file systems."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.workers.files.child import Child
+from tests.workers.files.child_locks import (
+    hold,
+    hold_softly,
+    in_a_thread,
+    is_free,
+    lock_file,
+    try_it,
+)
+
+from ringpool.errors import FileOperationError, LockTimeoutError
+from ringpool.workers.files.lockfiles import file_system_of, is_network
+from ringpool.workers.files.locks import PathLock
+from ringpool.workers.files.oslayer import intercepted
+
+# ---- one file, one lock file -----------------------------------------------------------------------------------------
+
+
+def test_the_spellings_of_a_file_are_one_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real/deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "alias").symlink_to("real/deep/a")
+    monkeypatch.chdir(tmp_path / "real")
+    with Child(hold, tmp_path / "real/deep/a") as child:
+        child.wait_for("held")
+        spellings = [
+            tmp_path / "link/deep/a",
+            tmp_path / "real/../real/deep/a",
+            tmp_path / "alias",
+            "deep/a",
+            os.fsencode(tmp_path / "link/deep/./a"),
+        ]
+        for path in spellings:
+            with pytest.raises(LockTimeoutError):
+                PathLock(path, timeout_s=0).acquire()
+    assert (tmp_path / "real/deep/.ringpool").is_dir()
+    assert sorted(os.listdir(tmp_path)) == ["alias", "link", "real"]
+
+
+def test_a_directory_that_is_renamed_is_not_looked_for_at_its_old_place(tmp_path: Path) -> None:
+    (tmp_path / "x/y").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("x/y")
+    with PathLock(tmp_path / "link/a"):
+        pass
+    (tmp_path / "x").rename(tmp_path / "z")
+    (tmp_path / "link").unlink()
+    (tmp_path / "link").symlink_to("z/y")
+    with PathLock(tmp_path / "link/a"), Child(try_it, tmp_path / "z/y/a") as child:
+        child.wait_for("taken by somebody else")
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_outermost_ringpool_directory_holds_the_lock_files(tmp_path: Path) -> None:
+    (tmp_path / "x/y").mkdir(parents=True)
+    lock = PathLock(tmp_path / "x/y/a")
+    for base in ("x/y", "x", ""):
+        (tmp_path / base / ".ringpool").mkdir(exist_ok=True)
+        with lock:
+            assert not is_free(lock_file(tmp_path / base, lock))
+
+
+def test_the_caller_may_name_the_base(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "locks").mkdir()
+    lock = PathLock(tmp_path / "x/a", base=tmp_path / "locks")
+    with lock:
+        assert not is_free(lock_file(tmp_path / "locks", lock))
+    assert os.listdir(tmp_path / "x") == []
+
+
+def test_a_neighbour_that_made_a_ringpool_directory_further_out_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    lock = PathLock(tmp_path / "x/a")
+
+    def meanwhile(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "mkdir":
+            (tmp_path / ".ringpool").mkdir(exist_ok=True)
+        return call(*args, **kwargs)
+
+    with intercepted(meanwhile):
+        lock.acquire()
+    try:
+        assert not is_free(lock_file(tmp_path, lock))
+    finally:
+        lock.release()
+
+
+def test_nothing_is_made_beside_the_files_but_the_ringpool_directory(tmp_path: Path) -> None:
+    for name in (b"a", b"n" * 254, b"caf\xe9\xff", b"a\nb"):
+        with PathLock(os.path.join(os.fsencode(tmp_path), name)):
+            pass
+    assert os.listdir(tmp_path) == [".ringpool"]
+    assert os.listdir(tmp_path / ".ringpool") == ["locks"]
+    assert len(os.listdir(tmp_path / ".ringpool/locks")) <= 4
+
+
+def test_the_lock_directory_is_open_to_whom_the_base_is_open_to(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o2770)
+    with PathLock(tmp_path / "shared/a"):
+        pass
+    for made in (".ringpool", ".ringpool/locks"):
+        assert stat.S_IMODE((tmp_path / "shared" / made).stat().st_mode) == 0o2770
+
+
+def test_a_lock_file_that_we_may_not_write_is_locked_all_the_same(tmp_path: Path) -> None:
+    lock = PathLock(tmp_path / "a")
+    with lock:
+        pass
+    shutil.move(tmp_path / ".ringpool", tmp_path / "x")  # so that it is opened anew
+    shutil.copytree(tmp_path / "x", tmp_path / ".ringpool")
+
+    def deny(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "open" and args[1] & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "")
+        return call(*args, **kwargs)
+
+    with intercepted(deny), lock:
+        assert not is_free(lock_file(tmp_path, lock))
+
+
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [("missing/a", errno.ENOENT), ("file/a", errno.ENOTDIR), ("", errno.EISDIR), ("circle/a", errno.ELOOP)],
+)
+def test_a_path_that_cannot_be_locked_is_named(tmp_path: Path, path: str, error: int) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(FileOperationError) as caught:
+        PathLock(f"{tmp_path}/{path}").acquire()
+    assert (caught.value.path, caught.value.errno) == (f"{tmp_path}/{path}", error)
+
+
+def test_a_base_where_no_lock_file_can_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".ringpool").touch()
+    with pytest.raises(FileOperationError, match=r"\.ringpool"):
+        PathLock(tmp_path / "a").acquire()
+
+
+# ---- network file systems --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("f_type", "network"),
+    [
+        (0x6969, True),  # nfs
+        (-11317950, True),  # cifs, sign and all
+        (0xFE534D42, True),  # smb2
+        (0x00C36400, True),  # ceph
+        (0xEF53, False),  # ext4
+        (0x58465342, False),  # xfs
+        (-1862052802, False),  # btrfs, 0x9123683E
+        (0x01021994, False),  # tmpfs
+        (0x794C7630, False),  # overlayfs
+    ],
+)
+def test_network_file_systems_are_told_by_their_type(f_type: int, network: bool) -> None:
+    assert is_network(f_type) is network
+
+
+def test_the_type_of_this_file_system_is_that_which_the_kernel_names(tmp_path: Path) -> None:
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        told = subprocess.run(["stat", "-f", "-c", "%t", tmp_path], capture_output=True, check=True, text=True).stdout
+        assert file_system_of(fd) & 0xFFFFFFFF == int(told, 16)
+    finally:
+        os.close(fd)
+
+
+def test_on_a_network_file_system_processes_exclude_each_other_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ringpool.workers.files.lockfiles.is_network", lambda _: True)
+    with Child(hold_softly, tmp_path / "a", "shared") as child:
+        child.wait_for("held")
+        with PathLock(tmp_path / "a", "shared", timeout_s=30):
+            pass
+        with pytest.raises(LockTimeoutError):
+            PathLock(tmp_path / "a", timeout_s=0.05).acquire()
+        child.answer()
+        child.wait_for("released")
+        with PathLock(tmp_path / "a", timeout_s=30) as lock, lock:
+            assert is_free(lock_file(tmp_path, lock))  # flock has no part in it
+
+            def refuse() -> None:
+                with pytest.raises(LockTimeoutError):
+                    PathLock(tmp_path / "a", "shared", timeout_s=0.05).acquire()
+
+            with in_a_thread(refuse):
+                pass

@@ -1,0 +1,69 @@
+"""What the process uses, as it tells it; and that store, locks and log get by with few descriptors."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import threading
+from pathlib import Path
+
+from tests.workers.files import child_store
+from tests.workers.files.child import Child
+
+from ringpool.workers.files.locks import PathLock
+from ringpool.workers.files.resources import resource_stats
+
+
+def test_it_tells_what_is_open_and_what_the_limits_are(tmp_path: Path) -> None:
+    before = resource_stats()
+    opened = [os.open(tmp_path, os.O_RDONLY) for _ in range(5)]
+    running = threading.Event()
+    thread = threading.Thread(target=running.wait)
+    thread.start()
+    try:
+        stats = resource_stats()
+    finally:
+        running.set()
+        thread.join()
+        for fd in opened:
+            os.close(fd)
+    assert stats.descriptors_open == before.descriptors_open + 5
+    assert resource_stats().descriptors_open == before.descriptors_open == len(os.listdir("/proc/self/fd")) - 1
+    assert stats.descriptors_max == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert stats.threads == before.threads + 1
+    assert stats.rss_bytes is not None
+    assert 1 << 20 < stats.rss_bytes <= stats.rss_peak_bytes * 2
+    if Path("/dev/shm").is_dir():
+        assert stats.shm_free_bytes is not None
+        assert stats.shm_bytes is not None
+        assert 0 <= stats.shm_free_bytes <= stats.shm_bytes
+    json.dumps({name: getattr(stats, name) for name in stats.__struct_fields__})
+
+
+def test_the_table_of_locks_is_bounded_and_a_held_one_stays(tmp_path: Path) -> None:
+    with PathLock(tmp_path / "held"):
+        for number in range(200):
+            with PathLock(tmp_path / f"{number}"):
+                pass
+        stats = resource_stats()
+        assert 2 <= stats.lock_files_open <= stats.lock_files_max
+    before = stats.descriptors_open
+    for number in range(200, 400):
+        with PathLock(tmp_path / f"{number}"):
+            pass
+    assert resource_stats().descriptors_open <= before + 2
+
+
+def test_with_no_descriptor_left_it_still_tells_what_it_can(tmp_path: Path) -> None:
+    with Child(child_store.look_without_descriptors) as child:
+        child.wait_for("0 left; memory unknown; peak known")
+        child.succeed()
+
+
+def test_few_descriptors_are_enough_and_none_left_is_a_named_error_that_loses_nothing(tmp_path: Path) -> None:
+    with Child(child_store.work_with_few_descriptors, tmp_path) as child:
+        child.wait_for("worked")
+        child.wait_for("failed by name")
+        child.wait_for("worked again")
+        child.succeed()

@@ -1,0 +1,392 @@
+"""Transactions: all or nothing, through errors, kills and power cuts, and at one moment for whoever locks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, strategies as st
+from tests.workers.files import child_transaction
+from tests.workers.files.child import Child
+from tests.workers.files.child_transaction import NEW, OLD, lay_out, transact
+
+from ringpool.errors import (
+    CrossDeviceError,
+    FileOperationError,
+    LockTimeoutError,
+    PathNameError,
+    PathOutsideError,
+    TransactionConflictError,
+    TransactionError,
+)
+from ringpool.workers.files import commit
+from ringpool.workers.files.operations import Delete, New, Operation, Original, Rename, Write, outcome
+from ringpool.workers.files.transaction import FileTransaction, snapshot
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    lay_out(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def files(base: Path) -> dict[str, bytes]:
+    """All there is but for ringpool's own."""
+    found = (
+        path for path in base.rglob("*") if path.is_file() and not path.is_symlink() and ".ringpool" not in path.parts
+    )
+    return {str(path.relative_to(base)): path.read_bytes() for path in found}
+
+
+def left(base: Path) -> list[str]:
+    txn = base / ".ringpool/txn"
+    return os.listdir(txn) if txn.exists() else []
+
+
+# ---- operations and their outcome ------------------------------------------------------------------------------------
+
+PATHS = [b"a", b"b", b"c"]
+path = st.sampled_from(PATHS)
+operation = st.one_of(
+    st.builds(Write, path, st.binary(max_size=2)), st.builds(Delete, path), st.builds(Rename, path, path)
+)
+
+
+@given(st.lists(operation, max_size=8), st.sets(path))
+def test_the_outcome_is_what_one_operation_after_the_other_makes(
+    operations: list[Operation], first: set[bytes]
+) -> None:
+    model = {name: b"first " + name for name in first}
+    expected: dict[bytes, bytes] | None = dict(model)
+    for each in operations:
+        assert expected is not None
+        needed = each.source if isinstance(each, Rename) else each.path
+        if not isinstance(each, Write) and needed not in expected:
+            expected = None
+            break
+        match each:
+            case Write(name, content):
+                expected[name] = content
+            case Delete(name):
+                del expected[name]
+            case Rename(source, target):
+                expected[target] = expected.pop(source)
+    if expected is None:
+        with pytest.raises(TransactionError) as caught:
+            outcome(operations, first)
+        assert caught.value.errno == errno.ENOENT
+        return
+    found = dict(model)
+    for name, file in outcome(operations, first).items():
+        match file:
+            case Original(source):
+                found[name] = model[source]
+            case New(content, _):
+                found[name] = content
+            case None:
+                del found[name]
+    assert found == expected
+
+
+def test_a_path_that_ends_as_it_began_is_not_part_of_the_outcome() -> None:
+    assert outcome([Rename(b"a", b"b"), Rename(b"b", b"a")], [b"a"]) == {}
+    assert outcome([Rename(b"a", b"a")], [b"a"]) == {}
+    assert outcome([Write(b"n", b""), Delete(b"n")], [b"a"]) == {}
+
+
+def test_a_new_file_takes_after_the_one_that_it_replaces_in_its_turn() -> None:
+    assert outcome([Write(b"a", b"1"), Write(b"a", b"2")], [b"a"]) == {b"a": New(b"2", b"a")}
+    assert outcome([Rename(b"a", b"b"), Write(b"b", b"1")], [b"a", b"b"])[b"b"] == New(b"1", b"a")
+    assert outcome([Delete(b"a"), Write(b"a", b"1")], [b"a"])[b"a"] == New(b"1", None)
+    assert outcome([Write(b"n", b"1"), Rename(b"n", b"a")], [b"a"])[b"a"] == New(b"1", None)
+
+
+# ---- what it does ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("durability", ["full", "atomic"])
+def test_a_clean_exit_commits_everything(base: Path, durability: str) -> None:
+    with FileTransaction(base, durability=durability) as transaction:
+        transaction.write("d1/a", "new a")
+        transaction.delete("d1/b")
+        transaction.rename("d2/c", "d2/d")
+        transaction.write("d2/e", b"new e")
+        assert files(base) == OLD
+    assert files(base) == NEW
+    assert not left(base)
+
+
+def test_an_exception_in_the_block_leaves_everything_as_it_was(base: Path) -> None:
+    with suppress(KeyError), FileTransaction(base) as transaction:
+        transaction.write("d1/a", "new")
+        raise KeyError
+    assert files(base) == OLD
+    assert not (base / ".ringpool").exists()
+
+
+def test_commit_and_rollback_end_it(base: Path) -> None:
+    first, second = FileTransaction(base), FileTransaction(base)
+    first.write("d1/a", "1")
+    second.write("d1/a", "2")
+    first.commit()
+    second.rollback()
+    assert (base / "d1/a").read_bytes() == b"1"
+    for ended in (first, second):
+        for act in (ended.commit, ended.rollback, lambda ended=ended: ended.write("d1/a", "3")):
+            with pytest.raises(RuntimeError, match="has ended"):
+                act()
+    with FileTransaction(base) as third:
+        third.write("d1/a", "4")
+        third.commit()
+    assert (base / "d1/a").read_bytes() == b"4"
+
+
+def test_it_reads_what_it_has_written(base: Path) -> None:
+    with FileTransaction(base) as transaction:
+        assert transaction.read("d1/a") == b"old a"
+        transaction.write("d1/a", "new")
+        transaction.rename("d1/b", "d2/b")
+        assert transaction.read("d1/a") == b"new"
+        assert transaction.read("d2/b") == b"old b"
+        with pytest.raises(TransactionError, match="No such file"):
+            transaction.read("d1/b")
+
+
+def test_files_can_be_exchanged(base: Path) -> None:
+    with FileTransaction(base) as transaction:
+        transaction.rename("d1/a", "d1/t")
+        transaction.rename("d1/b", "d1/a")
+        transaction.rename("d1/t", "d1/b")
+    assert files(base) == OLD | {"d1/a": b"old b", "d1/b": b"old a"}
+
+
+def test_two_names_of_one_file_are_two_files_to_it(base: Path) -> None:
+    os.link(base / "d1/a", base / "d1/link")
+    with FileTransaction(base) as transaction:
+        transaction.rename("d1/a", "d1/link")
+    assert files(base) == {"d1/link": b"old a", "d1/b": b"old b", "d2/c": b"old c"}
+    assert not left(base)
+
+
+def test_a_replaced_file_hands_on_its_mode_and_a_new_one_gets_the_umasks(base: Path) -> None:
+    (base / "d1/a").chmod(0o640)
+    before = os.umask(0o027)
+    try:
+        with FileTransaction(base) as transaction:
+            transaction.write("d1/a", "new")
+            transaction.write("d1/n", "new")
+            transaction.delete("d1/b")
+            transaction.write("d1/b", "new")
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE((base / "d1" / name).stat().st_mode) for name in "anb"] == [0o640] * 3
+
+
+@as_root
+def test_a_replaced_file_hands_on_its_owner(base: Path) -> None:
+    os.chown(base / "d1/a", 1234, 2345)
+    (base / "d2").chmod(0o2755)
+    os.chown(base / "d2", -1, 3456)
+    with FileTransaction(base) as transaction:
+        transaction.write("d1/a", "new")
+        transaction.write("d2/n", "new")
+        transaction.rename("d1/b", "d2/b")
+    assert ((base / "d1/a").stat().st_uid, (base / "d1/a").stat().st_gid) == (1234, 2345)
+    assert (base / "d2/n").stat().st_gid == 3456  # as of a file that is made in a set-group-id directory
+    assert (base / "d2/b").stat().st_gid == os.getegid()
+
+
+@pytest.mark.parametrize("name", [b"n\xff\xfe", b"x" * 255, "\u00e4 \n".encode(), b"-rf"])
+def test_any_name_that_a_file_can_have_will_do(base: Path, name: bytes) -> None:
+    with FileTransaction(os.fsencode(base)) as transaction:
+        transaction.write(b"d1/" + name, "new")
+        transaction.rename(b"d1/" + name, b"d2/" + name)
+    assert Path(os.fsdecode(os.fsencode(base) + b"/d2/" + name)).read_bytes() == b"new"
+
+
+def test_a_directory_that_is_reached_by_a_link_is_the_same_directory(base: Path) -> None:
+    (base / "link").symlink_to("d1")
+    with FileTransaction(base) as transaction:
+        transaction.write("link/a", "1")
+        assert transaction.read("d1/a") == b"1"
+        transaction.write("d1/a", "2")
+    assert (base / "d1/a").read_bytes() == b"2"
+
+
+# ---- what it refuses -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "error"),
+    [
+        ("../x", PathOutsideError, None),
+        ("d1/../../x", PathOutsideError, None),
+        ("/etc/passwd", PathOutsideError, None),
+        ("out/x", PathOutsideError, None),
+        ("", PathNameError, None),
+        ("a\0b", PathNameError, None),
+        ("x" * 256, PathNameError, None),
+        (".ringpool/txn/x", PathNameError, None),
+        ("d1", TransactionError, errno.EISDIR),
+        ("d1/a/x", FileOperationError, errno.ENOTDIR),
+        ("missing/x", FileOperationError, errno.ENOENT),
+        ("circle", TransactionError, errno.ELOOP),
+        ("circle/x", FileOperationError, errno.ELOOP),
+        ("own/x", PathNameError, None),
+        ("to_a", TransactionError, errno.ELOOP),
+        ("pipe", TransactionError, errno.EINVAL),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_refused_by_name(
+    base: Path, name: str, kind: type[FileOperationError], error: int | None
+) -> None:
+    (base / "out").symlink_to(base.parent)
+    (base / "circle").symlink_to("circle")
+    (base / "own").symlink_to(".ringpool")
+    (base / "to_a").symlink_to("d1/a")
+    os.mkfifo(base / "pipe")
+    (base / ".ringpool").mkdir()
+    with FileTransaction(base) as transaction:
+        for act in (
+            lambda: transaction.write(name, ""),
+            lambda: transaction.delete(name),
+            lambda: transaction.rename(name, "d1/n"),
+            lambda: transaction.rename("d1/a", name),
+            lambda: transaction.read(name),
+        ):
+            with pytest.raises(kind) as caught:
+                act()
+            assert error is None or caught.value.errno == error
+    assert files(base) == OLD
+    assert not left(base)
+
+
+@pytest.mark.parametrize(
+    "act", [lambda t: t.delete("d1/n"), lambda t: t.rename("d1/n", "d1/a"), lambda t: t.read("d1/n")]
+)
+def test_a_file_that_is_needed_and_missing_is_an_error_at_once(
+    base: Path, act: Callable[[FileTransaction], Any]
+) -> None:
+    with FileTransaction(base) as transaction, pytest.raises(TransactionError, match="d1/n") as caught:
+        act(transaction)
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_what_has_changed_since_an_operation_was_asked_for_is_found_under_the_locks(base: Path) -> None:
+    transaction = FileTransaction(base)
+    transaction.write("d1/a", "new")
+    transaction.delete("d1/b")
+    (base / "d1/b").unlink()
+    with pytest.raises(TransactionError, match="d1/b"):
+        transaction.commit()
+    assert files(base) == {"d1/a": b"old a", "d2/c": b"old c"}
+    assert not left(base)
+    transaction = FileTransaction(base)
+    transaction.write("d1/a", "new")
+    transaction.write("d1/n", "new")
+    (base / "d1/n").mkdir()
+    with pytest.raises(TransactionError) as caught:
+        transaction.commit()
+    assert caught.value.errno == errno.EISDIR
+    assert (base / "d1/a").read_bytes() == b"old a"
+
+
+def test_a_base_that_is_no_directory_is_refused(base: Path) -> None:
+    for name, error in (("missing", errno.ENOENT), ("d1/a", errno.ENOTDIR)):
+        with pytest.raises(TransactionError) as caught:
+            FileTransaction(base / name)
+        assert caught.value.errno == error
+
+
+def test_a_level_that_would_not_be_all_or_nothing_is_refused(base: Path) -> None:
+    with pytest.raises(ValueError, match="'full' or 'atomic'"):
+        FileTransaction(base, durability="none")
+
+
+def test_a_file_on_another_file_system_is_refused_before_anything_is_done(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = os.stat(base / "d2").st_ino
+    real = commit._mount_of
+    monkeypatch.setattr(commit, "_mount_of", lambda fd: (0, b"") if os.fstat(fd).st_ino == foreign else real(fd))
+    with pytest.raises(CrossDeviceError, match="another file system"):
+        transact(base)
+    assert files(base) == OLD
+    assert not left(base)
+
+
+def test_a_lock_that_is_not_had_in_time_leaves_everything_as_it_was(base: Path) -> None:
+    with Child(child_transaction.hold, base / "d1/b") as child:
+        child.wait_for("held")
+        transaction = FileTransaction(base, timeout_s=0.01)
+        transaction.write("d1/a", "new")
+        transaction.delete("d1/b")
+        with pytest.raises(LockTimeoutError):
+            transaction.commit()
+        assert files(base) == OLD
+        child.answer()
+        child.succeed()
+
+
+# ---- several at once -------------------------------------------------------------------------------------------------
+
+
+def test_two_that_read_and_write_one_file_do_not_lose_an_update(base: Path) -> None:
+    first, second = FileTransaction(base), FileTransaction(base)
+    for each in (first, second):
+        each.write("d1/a", each.read("d1/a") + b"!")
+    first.commit()
+    with pytest.raises(TransactionConflictError, match="d1/a"):
+        second.commit()
+    assert (base / "d1/a").read_bytes() == b"old a!"
+
+
+@pytest.mark.parametrize("change", ["changed", "came", "went"])
+def test_a_file_that_was_only_read_counts_as_well(base: Path, change: str) -> None:
+    transaction = FileTransaction(base)
+    name = "d1/n" if change == "came" else "d1/b"
+    if change == "came":
+        with pytest.raises(TransactionError):
+            transaction.read(name)
+    else:
+        transaction.read(name)
+    transaction.write("d1/a", "new")
+    if change == "went":
+        (base / name).unlink()
+    else:
+        (base / name).write_bytes(b"other")
+    with pytest.raises(TransactionConflictError):
+        transaction.commit()
+    assert (base / "d1/a").read_bytes() == b"old a"
+
+
+def test_a_file_that_changes_between_two_reads_is_a_conflict_at_once(base: Path) -> None:
+    transaction = FileTransaction(base)
+    transaction.read("d1/a")
+    (base / "d1/a").write_bytes(b"other")
+    with pytest.raises(TransactionConflictError):
+        transaction.read("d1/a")
+    transaction.rollback()
+
+
+def test_a_snapshot_leaves_out_what_is_no_file_and_stays_in_its_base(base: Path) -> None:
+    assert snapshot(["d1/a", "d1/n"], base=base) == {"d1/a": b"old a"}
+    assert snapshot([base / "d1/a", base / "d2/c"]) == {base / "d1/a": b"old a", base / "d2/c": b"old c"}
+    with pytest.raises(PathOutsideError):
+        snapshot(["../x"], base=base)
+    with pytest.raises(FileOperationError) as caught:
+        snapshot(["d1"], base=base)
+    assert caught.value.errno == errno.EISDIR
+
+
+def test_transactions_of_several_processes_add_up_though_they_are_killed(tmp_path: Path) -> None:
+    with Child(child_transaction.contend, tmp_path, "1.5", "1") as child:
+        child.succeed()
