@@ -64,6 +64,7 @@ def _interrupt(ending: Ending, n: int) -> bool:
                 raise KeyboardInterrupt
         return trace
 
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 looks for one such frame when tracing begins
     sys.settrace(trace)
     try:
         ending.wait(0)
