@@ -8,7 +8,7 @@
     killed      from the SIGKILL of the holder, or of the first waiter while the        at most 100 ms
                 lock is let go, until the next one has it
 
-    python -m benchmarks.bench_locks [--quick]
+    python -m benchmarks [--quick] locks
 
 Jain's index of n counts is (sum)^2 / (n * sum of squares): 1 where all are equal, 1/n where one has all. Readers and
 writers are each compared among themselves, since readers share; the lower index of the two counts.
@@ -16,16 +16,13 @@ writers are each compared among themselves, since readers share; the lower index
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import multiprocessing
 import os
 import signal
-import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -208,25 +205,15 @@ def worst(measure_ms: Callable[[str], float], path: str, times: int) -> Callable
 # ---- all of it
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """Measure, print, and return the figures: microseconds, indices, milliseconds; and the verdicts of the bars."""
+def bench_locks(quick: bool) -> Iterator[Case]:
+    """All three."""
     rounds, pairs, duration_s, times = (measure.QUICK_ROUNDS, 2000, 0.5, 3) if quick else (measure.ROUNDS, 5000, 1.0, 5)
-    with tempfile.TemporaryDirectory() as directory:
-        path = f"{directory}/a"
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        path, peer = f"{directory}/a", f"{directory}/peer.lock"
         keep(PathLock(path), 1)
-        cases = [
-            _pairs(path, f"{directory}/peer.lock", rounds, pairs),
-            _contended(path, f"{directory}/peer.lock", rounds, duration_s),
-            _killed(path, rounds, times),
-        ]
-    outcomes = [outcome for case in cases for outcome in measure.report(case)]
-    measure.summarise(cases)
-    figures: dict[str, Any] = {
-        case.title.partition(":")[0]: {name: statistics.median(series) for name, series in case.series.items()}
-        for case in cases
-    }
-    figures["verdicts"] = {outcome.claim.ours: outcome.verdict for outcome in outcomes if outcome.verdict}
-    return figures
+        yield _pairs(path, peer, rounds, pairs)
+        yield _contended(path, peer, rounds, duration_s)
+        yield _killed(path, rounds, times)
 
 
 def _pairs(path: str, peer: str, rounds: int, pairs: int) -> Case:
@@ -239,7 +226,7 @@ def _pairs(path: str, peer: str, rounds: int, pairs: int) -> Case:
     }
     turns = measure.take_turns(contestants, rounds)
     claims = [Claim(KEPT, PEER, at_most(0.2)), Claim(anew, PEER, at_most(0.2)), Claim(task, PEER)]
-    return Case("pair: lock and unlock, nobody else there", "us", turns.series, claims, turns.others)
+    return Case("lock, pair: lock and unlock, nobody else there", "us", turns.series, claims, turns.others)
 
 
 def _contended(path: str, peer: str, rounds: int, duration_s: float) -> Case:
@@ -259,7 +246,7 @@ def _contended(path: str, peer: str, rounds: int, duration_s: float) -> Case:
     for name, waited_s in longest_s.items():
         print(f"longest wait, {name}: {1000 * waited_s:,.0f} ms")
     claims = [Claim(name, None, at_least(0.98)) for name in mixes]
-    return Case(f"contended: Jain's index, {duration_s} s a round", "index", turns.series, claims, turns.others)
+    return Case(f"lock, contended: Jain's index, {duration_s} s a round", "index", turns.series, claims, turns.others)
 
 
 def _killed(path: str, rounds: int, times: int) -> Case:
@@ -269,24 +256,7 @@ def _killed(path: str, rounds: int, times: int) -> Case:
     }
     turns = measure.take_turns(contestants, rounds)
     claims = [Claim(name, None, at_most(100)) for name in contestants]
-    return Case(f"killed: until the next one has it, worst of {times}", "ms", turns.series, claims, turns.others)
+    return Case(f"lock, killed: until the next one has it, worst of {times}", "ms", turns.series, claims, turns.others)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_locks", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("--quick", action="store_true", help=f"{measure.QUICK_ROUNDS} rounds of fewer operations")
-    chosen = parser.parse_args(arguments)
-    measure.print_machine(
-        measure.describe_machine("ringpool"), measure.QUICK_ROUNDS if chosen.quick else measure.ROUNDS
-    )
-    run(chosen.quick)
-    return 0
-
-
-if __name__ == "__main__":
-    import ringpool  # noqa: F401  # described by its digest
-
-    sys.exit(main())
+CASES: dict[str, Callable[[bool], Iterator[Case]]] = {"locks": bench_locks}
