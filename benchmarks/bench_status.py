@@ -30,7 +30,7 @@ from benchmarks import measure
 from benchmarks.measure import Case
 from filelock import FileLock
 
-from ringpool.shm.status import FileStatusTable, State
+from ringpool.shm.status import FileState, FileStatusTable
 
 POLL_S = 0.1
 OURS = "FileStatusTable"
@@ -40,7 +40,7 @@ N_PATHS = 100
 class Table(Protocol):
     """What the contestants have in common."""
 
-    def set(self, path: str, state: State) -> None: ...
+    def set(self, path: str, state: FileState) -> None: ...
     def get(self, path: str) -> object: ...
 
 
@@ -50,7 +50,7 @@ class OfStatusTable:
     def __init__(self, table: FileStatusTable) -> None:
         self.table = table
 
-    def set(self, path: str, state: State) -> None:
+    def set(self, path: str, state: FileState) -> None:
         self.table.set(path, state)
 
     def get(self, path: str) -> object:
@@ -69,7 +69,7 @@ class OfJsonFile:
         """A FileLock belongs to the process that made it."""
         self.lock = FileLock(f"{self.file}.lock")
 
-    def set(self, path: str, state: State) -> None:
+    def set(self, path: str, state: FileState) -> None:
         with self.lock:
             states = self._read()
             states[path] = [state, os.getpid(), time.time()]
@@ -91,7 +91,7 @@ class OfManager:
     def __init__(self, states: Any) -> None:
         self.states = states
 
-    def set(self, path: str, state: State) -> None:
+    def set(self, path: str, state: FileState) -> None:
         self.states[path] = (state, os.getpid(), time.time())
 
     def get(self, path: str) -> object:
@@ -101,9 +101,9 @@ class OfManager:
 def operate(table: Table, paths: Sequence[str]) -> None:
     """Three operations a path."""
     for path in paths:
-        table.set(path, State.PROCESSING)
+        table.set(path, FileState.PROCESSING)
         table.get(path)
-        table.set(path, State.DONE)
+        table.set(path, FileState.DONE)
 
 
 def rate_per_s(table: Table, n: int, n_processes: int) -> Callable[[], float]:
@@ -146,7 +146,7 @@ def latencies_s(table: FileStatusTable, n: int, *, by_death: bool) -> list[float
         go, ready, began, ended = (os.pipe() for _ in range(4))
         holder = os.fork()
         if holder == 0:
-            table.set("/w", State.PROCESSING)
+            table.set("/w", FileState.PROCESSING)
             os.write(ready[1], b"!")
             os.read(go[0], 1)
             began_s = time.perf_counter()

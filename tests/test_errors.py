@@ -50,6 +50,13 @@ def test_an_error_is_the_same_after_pickle(kind: type[RingpoolError], protocol: 
     assert again.args == error.args
 
 
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_the_notes_of_an_error_survive_pickle(kind: type[RingpoolError]) -> None:
+    error = sample(kind)
+    error.add_note("attempt 1 failed")
+    assert pickle.loads(pickle.dumps(error)).__notes__ == ["attempt 1 failed"]
+
+
 @pytest.mark.parametrize(
     "kind", [kind for kind in CLASSES if issubclass(kind, errors.FileOperationError)], ids=lambda kind: kind.__name__
 )

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
         WorkerDiedError as WorkerDiedError,
     )
     from ringpool.shm.status import (
+        FileState as FileState,
         FileStatus as FileStatus,
         FileStatusTable as FileStatusTable,
-        State as State,
         unlink_status_table as unlink_status_table,
     )
     from ringpool.workers.files.aiostore import (
@@ -102,7 +102,7 @@ _HOMES = {
             "FileOperationError LockTimeoutError RingpoolError StatusTimeoutError TransactionConflictError "
             "TransactionError TransactionInDoubtError WorkerDiedError "
         ),
-        "shm.status": "FileStatus FileStatusTable State unlink_status_table",
+        "shm.status": "FileStatus FileStatusTable FileState unlink_status_table",
         "workers.files.aiostore": "AsyncFileStore",
         "workers.files.atomic": "atomic_open atomic_write",
         "workers.files.batch": "BatchReport write_batch",

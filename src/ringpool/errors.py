@@ -123,7 +123,7 @@ class SegmentBusyError(SegmentError):
 class SharedMemoryFullError(SegmentError):
     """``/dev/shm`` had no room. Nothing of the segment is left there."""
 
-    remedy = "free space in /dev/shm, enlarge it (docker run --shm-size), or ask for fewer slots"
+    remedy = "free space in /dev/shm, enlarge it (docker run --shm-size), or ask for less"
 
 
 class LockBrokenError(RingpoolError):

@@ -21,10 +21,10 @@ from tests.shm.child_status import as_owner, audit, files_of, table_name
 from ringpool.errors import SegmentMissingError, StatusTableFullError
 from ringpool.shm import owner
 from ringpool.shm.owner import Owner
-from ringpool.shm.status import FileStatusTable, State
+from ringpool.shm.status import FileState, FileStatusTable
 from ringpool.shm.tables import segment_of
 
-Contents = dict[bytes, tuple[State, bytes]]
+Contents = dict[bytes, tuple[FileState, bytes]]
 CAPACITY = 8
 LONG = "long/" * 60  # three chunks
 
@@ -53,13 +53,13 @@ def prepare(name: str) -> None:
     """A table with free entries and free chunks in it, entries of a dead owner, and one that is waited for."""
     with FileStatusTable(name, CAPACITY, path_bytes=600) as table:
         for path in ("x", LONG + "x", "y"):
-            table.set(path, State.DONE, "gone" * 40)
+            table.set(path, FileState.DONE, "gone" * 40)
             table.remove(path)
         for path in ("available", "done", LONG):
-            table.set(path, State.DONE, "d" * 130)
-        table.set("available", State.AVAILABLE)
+            table.set(path, FileState.DONE, "d" * 130)
+        table.set("available", FileState.AVAILABLE)
         with as_owner(name, Owner(os.getpid(), 1)) as dead:
-            dead.set("stale", State.PROCESSING, "s" * 121)
+            dead.set("stale", FileState.PROCESSING, "s" * 121)
             table._entries.run(lambda: _mark(table, b"stale"))
 
 
@@ -69,10 +69,10 @@ def _mark(table: FileStatusTable, key: bytes) -> None:
 
 
 OPERATIONS: dict[str, Callable[[FileStatusTable], object]] = {
-    "insert": lambda table: table.set("new", State.PROCESSING, "n" * 250),
-    "insert-long": lambda table: table.set(LONG + "new" * 90, State.DONE, "n" * 500),
-    "set": lambda table: table.set("done", State.PROCESSING),
-    "set-detail": lambda table: table.set(LONG, State.DONE, "e" * 400),
+    "insert": lambda table: table.set("new", FileState.PROCESSING, "n" * 250),
+    "insert-long": lambda table: table.set(LONG + "new" * 90, FileState.DONE, "n" * 500),
+    "set": lambda table: table.set("done", FileState.PROCESSING),
+    "set-detail": lambda table: table.set(LONG, FileState.DONE, "e" * 400),
     "claim": lambda table: table.claim("available"),
     "claim-stale": lambda table: table.claim("stale"),
     "release": lambda table: table.release("stale", "r"),
@@ -103,7 +103,7 @@ def test_killed_at_any_bytecode_an_operation_is_done_or_not_done(operation: str,
             assert contents(table) == after
             for i in range(CAPACITY):  # nothing was lost: all of the room can still be had
                 try:
-                    table.set(f"{i}", State.DONE)
+                    table.set(f"{i}", FileState.DONE)
                 except StatusTableFullError:
                     assert len(table) == CAPACITY
             audit(table)
@@ -164,13 +164,13 @@ def test_killed_at_any_bytecode_a_waiter_is_in_nobodys_way(sweep: Sweep, name: s
         def kill(at: int) -> bool:
             killed = kill_in(give_up, at)
             other = Child(lambda: _until_done(table))
-            table.set("a", State.PROCESSING, f"{at}")
+            table.set("a", FileState.PROCESSING, f"{at}")
             _let_it_sleep(other, table)
-            table.set("a", State.DONE)
+            table.set("a", FileState.DONE)
             assert other.wait() == 0
             assert not [file for file in files_of(name) if "/" in file]
             audit(table)
-            table.claim("a", take={State.DONE})
+            table.claim("a", take={FileState.DONE})
             return killed
 
         sweep.run(kill, 300)
@@ -179,7 +179,7 @@ def test_killed_at_any_bytecode_a_waiter_is_in_nobodys_way(sweep: Sweep, name: s
 def _until_done(table: FileStatusTable) -> None:
     status = table.wait_available("a", PATIENCE_S)
     assert status is not None
-    assert status.state == State.DONE
+    assert status.state == FileState.DONE
 
 
 def _let_it_sleep(child: Child, table: FileStatusTable) -> None:
@@ -202,7 +202,7 @@ def test_killed_at_any_bytecode_a_releaser_wakes_all_who_wait(sweep: Sweep, name
             ready, go = os.pipe(), os.pipe()
 
             def release() -> None:
-                table.claim("a", take=set(State) - {State.LOCKED, State.PROCESSING})
+                table.claim("a", take=set(FileState) - {FileState.LOCKED, FileState.PROCESSING})
                 os.write(ready[1], b"!")
                 os.read(go[0], 1)
                 with Bytecodes(kill_before(at)):
@@ -211,7 +211,7 @@ def test_killed_at_any_bytecode_a_releaser_wakes_all_who_wait(sweep: Sweep, name
             def wait() -> None:
                 status = table.wait_available("a", PATIENCE_S)
                 assert status is not None
-                assert status.stale or status.state == State.AVAILABLE
+                assert status.stale or status.state == FileState.AVAILABLE
 
             releaser = Child(release)
             os.read(ready[0], 1)
@@ -243,9 +243,9 @@ def _work(name: str, seed: int) -> None:
             try:
                 match draw.randrange(4):
                     case 0:
-                        table.claim(path, take=(State.AVAILABLE, State.DONE), detail="c" * draw.randrange(300))
+                        table.claim(path, take=(FileState.AVAILABLE, FileState.DONE), detail="c" * draw.randrange(300))
                     case 1:
-                        table.set(path, State.DONE, "d" * draw.randrange(300))
+                        table.set(path, FileState.DONE, "d" * draw.randrange(300))
                     case 2:
                         table.remove(path)
                     case _:
@@ -276,7 +276,7 @@ def test_processes_killed_at_random_leave_a_sound_table(n_kills: int, name: str)
             assert worker.was_killed()
         audit(table)
         for status in table:
-            assert status.stale == (status.state in (State.LOCKED, State.PROCESSING))
+            assert status.stale == (status.state in (FileState.LOCKED, FileState.PROCESSING))
             assert table.remove(status.path)
         assert audit(table) == {}
         for path in range(64):

@@ -16,7 +16,7 @@ from ringpool.shm import entries as layout
 from ringpool.shm.entries import HALF, HALF_MASK, Entries, Row
 from ringpool.shm.owner import Owner
 from ringpool.shm.segment import SHM_DIRECTORY
-from ringpool.shm.status import FileStatusTable, State, unlink_status_table
+from ringpool.shm.status import FileState, FileStatusTable, unlink_status_table
 from ringpool.shm.tables import segment_of
 
 
@@ -142,7 +142,7 @@ def chain(entries: Entries, number: int, n_bytes: int) -> list[int]:
 
 def hold(name: str, path: str, state: str = "PROCESSING") -> None:
     with FileStatusTable(name) as table:
-        table.set(path, State[state])
+        table.set(path, FileState[state])
         say("held")
         listen()
         table.release(path)
@@ -168,7 +168,7 @@ def claim_all(name: str, n: str) -> None:
         first = os.getpid() * 7919 % n_paths
         got = [i for i in range(first, first + n_paths) if table.claim(f"/in/{i % n_paths}")]
         for i in got:
-            table.set(f"/in/{i % n_paths}", State.DONE)
+            table.set(f"/in/{i % n_paths}", FileState.DONE)
         say(" ".join(str(i % n_paths) for i in got))
 
 
@@ -188,8 +188,8 @@ def churn(name: str) -> None:
         n = 0
         while True:
             n += 1
-            table.set("/torn", State.PROCESSING, f"{n}:" * (n % 200))
-            table.set("/torn", State.DONE, f"{-n}:" * (n % 200))
+            table.set("/torn", FileState.PROCESSING, f"{n}:" * (n % 200))
+            table.set("/torn", FileState.DONE, f"{-n}:" * (n % 200))
             if n % 3 == 0:
                 table.remove("/torn")
 

@@ -6,6 +6,7 @@ make_segment                     segment.create, with small defaults
 stem                             the name of a segment that does not exist, for its blobs
 name                             the name of a status table that does not exist
 table                            a FileStatusTable; audited at the end
+no_descriptors                   a context in which this process can open nothing
 dead, other                      that table, as a dead and as a living other process used it
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import secrets
 from collections.abc import Callable, Iterator
 
@@ -74,6 +76,20 @@ def table(name: str) -> Iterator[FileStatusTable]:
         yield table
         with contextlib.suppress(SegmentMissingError):
             audit(table)
+
+
+@pytest.fixture
+def no_descriptors() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    @contextlib.contextmanager
+    def limited() -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    return limited
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from ringpool.errors import (
     StatusTableFullError,
 )
 from ringpool.shm import entries as layout, lock
-from ringpool.shm.status import FileStatusTable, State
+from ringpool.shm.status import FileState, FileStatusTable
 
 # ---- full, and room that is used again -------------------------------------------------------------------------------
 
@@ -45,17 +45,17 @@ def test_a_full_table_is_an_error_that_changes_nothing(name: str) -> None:
 
 def test_too_many_bytes_are_an_error_that_changes_nothing(name: str) -> None:
     with FileStatusTable(name, 4, path_bytes=120) as table:
-        table.set("a", State.DONE, "x")
+        table.set("a", FileState.DONE, "x")
         before = audit(table)
         for change in (
-            lambda: table.set("p" * 481, State.DONE),
-            lambda: table.set("b", State.DONE, "x" * 120 * 2),
-            lambda: table.set("a", State.DONE, "x" * 120 * 3),
+            lambda: table.set("p" * 481, FileState.DONE),
+            lambda: table.set("b", FileState.DONE, "x" * 120 * 2),
+            lambda: table.set("a", FileState.DONE, "x" * 120 * 3),
         ):
             with pytest.raises(StatusTableFullError, match=r"bytes more do not fit into its 480; "):
                 change()
             assert audit(table) == before
-        table.set("b" * 240, State.DONE)
+        table.set("b" * 240, FileState.DONE)
 
 
 def test_room_of_paths_and_details_is_used_again(name: str) -> None:
@@ -64,8 +64,8 @@ def test_room_of_paths_and_details_is_used_again(name: str) -> None:
     with FileStatusTable(name, 4, path_bytes=1000) as table:
         for round_ in range(300):
             path = f"{round_:03}" * (lengths[round_ % 7] // 3 + 1)
-            table.set(path, State.PROCESSING, "d" * lengths[round_ * 3 % 7])
-            table.set(path, State.DONE, "e" * lengths[round_ * 5 % 7])
+            table.set(path, FileState.PROCESSING, "d" * lengths[round_ * 3 % 7])
+            table.set(path, FileState.DONE, "e" * lengths[round_ * 5 % 7])
             kept.append(path)
             if len(kept) > 2:
                 assert table.remove(kept.pop(0))
@@ -83,7 +83,7 @@ def churn(table: FileStatusTable, n: int) -> None:
             kept[at], kept[-1] = kept[-1], kept[at]
             assert table.remove(kept.pop())
         kept.append(f"{i:x}/" * draw.randrange(1, 30))
-        table.set(kept[-1], State.DONE)
+        table.set(kept[-1], FileState.DONE)
     assert len(audit(table)) == len(kept)
 
 
@@ -132,7 +132,7 @@ def test_no_torn_entry_is_read_while_another_process_writes(table: FileStatusTab
         if status is not None and parts:
             n = int(parts[0])
             assert len(parts) == abs(n) % 200
-            assert status.state == (State.PROCESSING if n > 0 else State.DONE)
+            assert status.state == (FileState.PROCESSING if n > 0 else FileState.DONE)
             seen.add(n)
         return len(seen) > 200
 
@@ -147,18 +147,18 @@ def test_no_torn_entry_is_read_while_another_process_writes(table: FileStatusTab
 
 @pytest.mark.parametrize("stride", [pytest.param(7, id="sample"), pytest.param(1, id="full", marks=pytest.mark.crash)])
 def test_an_operation_that_is_interrupted_at_any_bytecode_is_done_or_not_done(stride: int, name: str) -> None:
-    def contents(table: FileStatusTable) -> dict[bytes, tuple[State, bytes]]:
+    def contents(table: FileStatusTable) -> dict[bytes, tuple[FileState, bytes]]:
         return {path: (row.state, row.detail) for path, row in audit(table).items()}
 
     def prepare(table: FileStatusTable) -> None:
         for status in table:
             table.remove(status.path)
-        table.set("a" * 200, State.PROCESSING, "x" * 200)
-        table.set("b", State.AVAILABLE)
+        table.set("a" * 200, FileState.PROCESSING, "x" * 200)
+        table.set("b", FileState.AVAILABLE)
 
     operations: list[Callable[[FileStatusTable], object]] = [
-        lambda table: table.set("c" * 300, State.DONE, "y" * 130),
-        lambda table: table.set("a" * 200, State.DONE, "z" * 300),
+        lambda table: table.set("c" * 300, FileState.DONE, "y" * 130),
+        lambda table: table.set("a" * 200, FileState.DONE, "z" * 300),
         lambda table: table.claim("b"),
         lambda table: table.remove("a" * 200),
     ]
@@ -181,20 +181,23 @@ def test_an_operation_that_is_interrupted_at_any_bytecode_is_done_or_not_done(st
             assert at > 100
 
 
-def test_a_signal_handler_in_the_midst_of_an_operation_is_refused_and_harms_nothing(table: FileStatusTable) -> None:
-    refused = 0
+@pytest.mark.parametrize("by", ["the same object", "another one"])
+def test_a_signal_handler_in_the_midst_of_an_operation_is_refused_and_harms_nothing(
+    by: str, table: FileStatusTable
+) -> None:
+    refused, handlers = 0, table if by == "the same object" else FileStatusTable.attach(table.name)
 
     def nested(n: int) -> None:
         nonlocal refused
         bytecodes.paused = True
         try:
-            table.set("nested", State.DONE)
+            handlers.set("nested", FileState.DONE)
         except StatusReentryError:
             refused += 1
         bytecodes.paused = False
 
     with Bytecodes(nested) as bytecodes:
-        table.set("a", State.PROCESSING, "x")
+        table.set("a", FileState.PROCESSING, "x")
     assert refused > 100
     assert bytecodes.n > refused  # before and after the section it works
     assert set(audit(table)) == {b"a", b"nested"}
@@ -309,10 +312,10 @@ def test_an_entry_changes_in_fewer_words_than_the_log_has() -> None:
 
         table._entries.commit = count  # type: ignore[method-assign]
         for path in ("a" * 200, "b" * 300):
-            table.set(path, State.DONE, "x" * 250)
+            table.set(path, FileState.DONE, "x" * 250)
         table.remove("a" * 200)
-        table.set("c" * 600, State.DONE, "y" * 300)
-        table.set("c" * 600, State.DONE, "z" * 130)
+        table.set("c" * 600, FileState.DONE, "y" * 300)
+        table.set("c" * 600, FileState.DONE, "z" * 130)
         table.remove("c" * 600)
         assert 10 < most <= layout.LOG_PAIRS_MAX
         del table._entries.commit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -18,6 +19,16 @@ from ringpool.shm import owner
 from ringpool.shm.owner import Owner
 
 _PR_SET_NAME = 15
+
+
+def test_who_cannot_be_looked_at_counts_as_alive(
+    no_descriptors: Callable[[], contextlib.AbstractContextManager[None]],
+) -> None:
+    with no_descriptors():
+        assert Owner(os.getppid(), 1).alive
+        assert not Owner(os.getppid(), 0).alive
+        with pytest.raises(OSError, match="Too many open files"):
+            owner.this_process()
 
 
 def until(condition: Callable[[], object]) -> None:

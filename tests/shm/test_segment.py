@@ -177,7 +177,7 @@ for pages in filter(lambda pages: pages > 240, by_pages):
     print(outcome, os.listdir("/dev/shm"), os.statvfs("/dev/shm").f_bfree)
 """,
     )
-    remedy = "free space in /dev/shm, enlarge it (docker run --shm-size), or ask for fewer slots"
+    remedy = "free space in /dev/shm, enlarge it (docker run --shm-size), or ask for less"
     assert set(said.splitlines()) == {"made 4 [] 256", f"{remedy} [] 256"}
 
 

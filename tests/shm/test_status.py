@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import threading
@@ -19,6 +20,7 @@ from tests.shm.child_status import as_owner, audit, table_name
 from tests.workers.files.child import Child
 
 from ringpool.errors import (
+    FileOperationError,
     StatusHeldError,
     StatusStepError,
     StatusTableFullError,
@@ -26,7 +28,7 @@ from ringpool.errors import (
 )
 from ringpool.shm import owner
 from ringpool.shm.owner import Owner
-from ringpool.shm.status import HELD, STEPS, FileStatusTable, State
+from ringpool.shm.status import HELD, STEPS, FileState, FileStatusTable
 
 PATHS = ["a", "a:b", "ä/ö", b"\xff\xfe", "x" * 119, "x" * 120, "x" * 121, "long/" * 1000, "new\nline"]
 
@@ -36,12 +38,12 @@ PATHS = ["a", "a:b", "ä/ö", b"\xff\xfe", "x" * 119, "x" * 120, "x" * 121, "lon
 def test_what_was_set_is_read_in_another_process_object(table: FileStatusTable) -> None:
     before_s = time.time()
     for path in PATHS:
-        table.set(path, State.DONE, f"detail of {path!r}")
+        table.set(path, FileState.DONE, f"detail of {path!r}")
     with FileStatusTable(table.name) as again:
         for path in PATHS:
             status = again.get(path)
             assert status is not None
-            assert (status.path, status.state) == (os.fsdecode(path), State.DONE)
+            assert (status.path, status.state) == (os.fsdecode(path), FileState.DONE)
             assert status.detail == f"detail of {path!r}"
             assert (status.owner, status.pid) == (owner.this_process(), os.getpid())
             assert before_s <= status.since_s <= time.time()
@@ -52,7 +54,7 @@ def test_what_was_set_is_read_in_another_process_object(table: FileStatusTable) 
 
 
 def test_what_was_never_set_is_not_there(table: FileStatusTable) -> None:
-    table.set("a", State.DONE)
+    table.set("a", FileState.DONE)
     for path in ("b", "aa", "A", "./a"):
         assert table.get(path) is None
         assert path not in table
@@ -60,7 +62,7 @@ def test_what_was_never_set_is_not_there(table: FileStatusTable) -> None:
 
 
 def test_str_bytes_and_path_objects_are_one_path(table: FileStatusTable) -> None:
-    table.set(Path("d/ä"), State.DONE)
+    table.set(Path("d/ä"), FileState.DONE)
     assert table.get("d/ä") == table.get("d/ä".encode()) == table.get(Path("d/ä"))
     with pytest.raises(ValueError, match="at least one character"):
         table.get("")
@@ -68,15 +70,15 @@ def test_str_bytes_and_path_objects_are_one_path(table: FileStatusTable) -> None
 
 def test_counts_and_snapshot_agree(table: FileStatusTable) -> None:
     for i in range(50):
-        table.set(f"{i}", list(State)[i % 5], "x" * i)
+        table.set(f"{i}", list(FileState)[i % 5], "x" * i)
     for i in range(0, 50, 7):
-        table.set(f"{i}", State.AVAILABLE)
+        table.set(f"{i}", FileState.AVAILABLE)
         table.remove(f"{i}")
     snapshot = table.snapshot()
     counts = table.counts()
     assert sorted(int(status.path) for status in snapshot) == [i for i in range(50) if i % 7]
     assert all(status.detail == "x" * int(status.path) for status in snapshot)
-    assert {state: sum(status.state == state for status in snapshot) for state in State} == counts
+    assert {state: sum(status.state == state for status in snapshot) for state in FileState} == counts
     assert len(table) == sum(counts.values()) == len(snapshot)
 
 
@@ -86,23 +88,23 @@ def test_since_is_when_state_or_owner_changed(table: FileStatusTable, dead: File
         assert status is not None
         return status.since_s
 
-    dead.set("a", State.PROCESSING)
+    dead.set("a", FileState.PROCESSING)
     first = since()
-    table.set("a", State.PROCESSING)
+    table.set("a", FileState.PROCESSING)
     second = since()
     assert second > first
-    table.set("a", State.PROCESSING, "half way")
+    table.set("a", FileState.PROCESSING, "half way")
     assert since() == second
-    table.set("a", State.DONE)
+    table.set("a", FileState.DONE)
     assert since() > second
 
 
 # ---- who may do what -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before", State)
-@pytest.mark.parametrize("after", State)
-def test_the_steps_between_states(before: State, after: State, table: FileStatusTable) -> None:
+@pytest.mark.parametrize("before", FileState)
+@pytest.mark.parametrize("after", FileState)
+def test_the_steps_between_states(before: FileState, after: FileState, table: FileStatusTable) -> None:
     table.set("a", before)
     if after in STEPS[before]:
         table.set("a", after, "x")
@@ -113,16 +115,16 @@ def test_the_steps_between_states(before: State, after: State, table: FileStatus
         assert table.counts()[before] == 1
 
 
-@pytest.mark.parametrize("state", [State.LOCKED, State.PROCESSING])
+@pytest.mark.parametrize("state", [FileState.LOCKED, FileState.PROCESSING])
 def test_what_a_living_process_holds_nobody_else_changes(
-    state: State, table: FileStatusTable, other: FileStatusTable
+    state: FileState, table: FileStatusTable, other: FileStatusTable
 ) -> None:
     other.set("a", state, "mine")
     before = table.get("a")
     assert not table.claim("a")
     for change in (
-        lambda: table.set("a", State.DONE),
-        lambda: table.set("a", State.PROCESSING),
+        lambda: table.set("a", FileState.DONE),
+        lambda: table.set("a", FileState.PROCESSING),
         lambda: table.release("a"),
         lambda: table.remove("a"),
     ):
@@ -134,17 +136,19 @@ def test_what_a_living_process_holds_nobody_else_changes(
     assert before is not None
     assert not before.stale
     other.release("a")
-    table.set("a", State.DONE)
+    table.set("a", FileState.DONE)
 
 
-@pytest.mark.parametrize("state", [State.LOCKED, State.PROCESSING])
-def test_a_dead_owners_entry_is_stale_and_anybodys(state: State, table: FileStatusTable, dead: FileStatusTable) -> None:
+@pytest.mark.parametrize("state", [FileState.LOCKED, FileState.PROCESSING])
+def test_a_dead_owners_entry_is_stale_and_anybodys(
+    state: FileState, table: FileStatusTable, dead: FileStatusTable
+) -> None:
     for path in ("claimed", "set", "released", "removed", "processed", "left"):
         dead.set(path, state, "work of the dead")
     assert {status.stale for status in table} == {True}
     assert table.claim("claimed")
     assert not table.claim("claimed")
-    table.set("set", State.DONE)
+    table.set("set", FileState.DONE)
     table.release("released")
     assert table.remove("removed")
     with table.processing("processed"):
@@ -155,7 +159,7 @@ def test_a_dead_owners_entry_is_stale_and_anybodys(state: State, table: FileStat
 
 
 def test_what_has_ended_is_never_stale(table: FileStatusTable, dead: FileStatusTable) -> None:
-    for state in set(State) - HELD:
+    for state in set(FileState) - HELD:
         dead.set(state.name, state)
     assert {status.stale for status in table} == {False}
 
@@ -170,7 +174,7 @@ def test_a_killed_process_leaves_a_stale_entry_and_no_lock(table: FileStatusTabl
         child.kill()
     status = table.get("a")
     assert status is not None
-    assert (status.pid, status.stale, status.state) == (child.pid, True, State.PROCESSING)
+    assert (status.pid, status.stale, status.state) == (child.pid, True, FileState.PROCESSING)
     assert table.claim("a")
 
 
@@ -181,17 +185,17 @@ def test_a_process_that_dies_with_the_mutex_delays_nobody(table: FileStatusTable
 
 
 def test_a_claim_takes_what_it_is_told_to(table: FileStatusTable) -> None:
-    table.set("done", State.DONE)
-    table.set("error", State.ERROR)
-    table.set("free", State.AVAILABLE)
+    table.set("done", FileState.DONE)
+    table.set("error", FileState.ERROR)
+    table.set("free", FileState.AVAILABLE)
     assert not table.claim("done")
     assert not table.claim("error")
-    assert table.claim("free", state=State.LOCKED)
-    assert not table.claim("done", take={State.ERROR})
-    assert table.claim("error", take={State.ERROR})
+    assert table.claim("free", state=FileState.LOCKED)
+    assert not table.claim("done", take={FileState.ERROR})
+    assert table.claim("error", take={FileState.ERROR})
     assert table.claim("new", take=())
-    assert table.claim("done", take=[State.DONE], detail="again")
-    for arguments in ({"state": State.DONE}, {"take": [State.LOCKED]}):
+    assert table.claim("done", take=[FileState.DONE], detail="again")
+    for arguments in ({"state": FileState.DONE}, {"take": [FileState.LOCKED]}):
         with pytest.raises(ValueError, match="a claim makes a path LOCKED or PROCESSING"):
             table.claim("x", **arguments)  # type: ignore[arg-type]
 
@@ -199,7 +203,7 @@ def test_a_claim_takes_what_it_is_told_to(table: FileStatusTable) -> None:
 def test_only_what_is_held_is_released(table: FileStatusTable) -> None:
     with pytest.raises(StatusStepError, match="a is missing"):
         table.release("a")
-    table.set("a", State.DONE)
+    table.set("a", FileState.DONE)
     with pytest.raises(StatusStepError, match="a is DONE"):
         table.release("a")
 
@@ -222,7 +226,7 @@ def test_eight_processes_claim_ten_thousand_paths_each_once(name: str) -> None:
             for child in children:
                 child.__exit__(None, None, None)
         assert sorted(got) == list(range(n))
-        assert table.counts()[State.DONE] == len(audit(table)) == n
+        assert table.counts()[FileState.DONE] == len(audit(table)) == n
 
 
 def test_threads_claim_each_path_once(table: FileStatusTable) -> None:
@@ -258,7 +262,7 @@ def test_a_forked_child_that_leaves_its_parents_block_changes_nothing(table: Fil
         assert Fork(stack.close).wait() == 0
         status = table.get("a")
         assert status is not None
-        assert (status.state, status.pid) == (State.PROCESSING, os.getpid())
+        assert (status.state, status.pid) == (FileState.PROCESSING, os.getpid())
 
 
 # ---- processing ------------------------------------------------------------------------------------------------------
@@ -267,17 +271,17 @@ def test_a_forked_child_that_leaves_its_parents_block_changes_nothing(table: Fil
 @pytest.mark.parametrize(
     ("error", "state", "detail"),
     [
-        (None, State.DONE, ""),
-        (ValueError("bad pixel"), State.ERROR, "ValueError: bad pixel"),
-        (ValueError("\udcff" + "x" * 9999), State.ERROR, ("ValueError: \udcff" + "x" * 9999)[:500]),
-        (KeyboardInterrupt(), State.AVAILABLE, ""),
+        (None, FileState.DONE, ""),
+        (ValueError("bad pixel"), FileState.ERROR, "ValueError: bad pixel"),
+        (ValueError("\udcff" + "x" * 9999), FileState.ERROR, ("ValueError: \udcff" + "x" * 9999)[:500]),
+        (KeyboardInterrupt(), FileState.AVAILABLE, ""),
     ],
 )
 def test_processing_ends_in_the_state_that_the_block_deserves(
-    error: BaseException | None, state: State, detail: str, table: FileStatusTable
+    error: BaseException | None, state: FileState, detail: str, table: FileStatusTable
 ) -> None:
     with contextlib.suppress(ValueError, KeyboardInterrupt), table.processing("a"):
-        assert table.counts()[State.PROCESSING] == 1
+        assert table.counts()[FileState.PROCESSING] == 1
         if error is not None:
             raise error
     status = table.get("a")
@@ -285,8 +289,8 @@ def test_processing_ends_in_the_state_that_the_block_deserves(
     assert (status.state, status.detail) == (state, detail)
 
 
-@pytest.mark.parametrize("own", [State.ERROR, State.AVAILABLE, State.DONE, None])
-def test_what_the_block_itself_made_of_its_path_stays(own: State | None, table: FileStatusTable) -> None:
+@pytest.mark.parametrize("own", [FileState.ERROR, FileState.AVAILABLE, FileState.DONE, None])
+def test_what_the_block_itself_made_of_its_path_stays(own: FileState | None, table: FileStatusTable) -> None:
     with table.processing("a"):
         if own is None:
             table.remove("a")
@@ -300,7 +304,10 @@ def test_processing_once_refuses_what_has_ended(table: FileStatusTable) -> None:
     for _ in range(2):
         with table.processing("a"):
             pass
-    with pytest.raises(StatusStepError, match="a is DONE"), table.processing("a", take={State.AVAILABLE}, timeout_s=9):
+    with (
+        pytest.raises(StatusStepError, match="a is DONE"),
+        table.processing("a", take={FileState.AVAILABLE}, timeout_s=9),
+    ):
         pass
 
 
@@ -309,14 +316,76 @@ def test_processing_waits_for_its_turn(table: FileStatusTable, name: str) -> Non
         child.wait_for("held")
         threading.Timer(0.05, child.answer).start()
         with table.processing("a", timeout_s=60):
-            assert table.counts()[State.PROCESSING] == 1
+            assert table.counts()[FileState.PROCESSING] == 1
 
 
 def test_an_exception_without_room_for_its_words_is_still_an_error(name: str) -> None:
     with FileStatusTable(name, 1, path_bytes=120) as table:
         with pytest.raises(ValueError, match="xxx"), table.processing("a"):
             raise ValueError("xxx")
-        assert table.counts()[State.ERROR] == 1
+        assert table.counts()[FileState.ERROR] == 1
+
+
+class UnshowableError(Exception):
+    def __str__(self) -> str:
+        raise ValueError
+
+
+@pytest.mark.parametrize(
+    ("error", "detail"),
+    [
+        (ValueError("no \ud800 text"), "ValueError: no \ud800 text"),
+        (OSError("caf\udce9"), "OSError: caf\udce9"),
+        (UnshowableError(), "UnshowableError: (UnshowableError that cannot be shown: ValueError)"),
+    ],
+)
+def test_an_exception_whose_words_are_no_text_ends_processing_too(
+    error: Exception, detail: str, table: FileStatusTable
+) -> None:
+    with pytest.raises(type(error)), table.processing("a"):
+        raise error
+    status = table.get("a")
+    assert status is not None
+    assert (status.state, status.detail) == (FileState.ERROR, detail)
+
+
+# ---- without descriptors ---------------------------------------------------------------------------------------------
+
+NoDescriptors = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+def test_without_a_descriptor_nobody_is_taken_for_dead(
+    table: FileStatusTable, other: FileStatusTable, no_descriptors: NoDescriptors
+) -> None:
+    assert other.claim("a")
+    with no_descriptors():
+        claimed, status = table.claim("a"), table.get("a")
+    assert not claimed
+    assert status is not None
+    assert not status.stale
+
+
+def test_without_a_descriptor_a_wait_and_a_release_that_wakes_are_refused_by_name(
+    table: FileStatusTable, other: FileStatusTable, no_descriptors: NoDescriptors
+) -> None:
+    assert other.claim("a")
+    with no_descriptors(), pytest.raises(FileOperationError, match="a: wait") as refused:
+        table.wait_available("a", 5)
+    assert refused.value.errno == errno.EMFILE
+
+    assert table.claim("b")
+    waiter = threading.Thread(target=table.wait_available, args=("b",))
+    waiter.start()
+    while not os.path.exists(f"{table._bells}/{table._entries.hash_of(b'b'):016x}"):
+        time.sleep(0.001)
+    with no_descriptors(), pytest.raises(FileOperationError, match="b: wake") as refused:
+        table.release("b")
+    assert refused.value.errno == errno.EMFILE
+    status = table.get("b")
+    assert status is not None
+    assert status.state is FileState.PROCESSING
+    table.release("b")
+    waiter.join()
 
 
 # ---- against a dict --------------------------------------------------------------------------------------------------
@@ -335,7 +404,7 @@ class TableMachine(RuleBasedStateMachine):
         me, parent = owner.this_process(), os.getppid()
         self.processes = [me, Owner(parent, owner.start_time(parent)), Owner(me.pid, 1)]
         self.users = [self.names.enter_context(as_owner(name, process)) for process in self.processes]
-        self.model: dict[str, tuple[State, Owner, str]] = {}
+        self.model: dict[str, tuple[FileState, Owner, str]] = {}
 
     paths = st.sampled_from(["a", "b", "c" * 120, "d" * 121, "e" * 500, "f", "g", "h" * 119])
     details = st.sampled_from(["", "x", "y" * 120, "z" * 241])
@@ -348,7 +417,7 @@ class TableMachine(RuleBasedStateMachine):
     def n_chunks(self) -> int:
         return sum(-(-len(text) // 120) for path, (_, _, detail) in self.model.items() for text in (path, detail))
 
-    def put(self, who: int, path: str, state: State, detail: str, act: Callable[[], object]) -> None:
+    def put(self, who: int, path: str, state: FileState, detail: str, act: Callable[[], object]) -> None:
         """A change that is legal; it may find no room, and only where there is none."""
         former = self.model.get(path)
         needed = -(-len(detail) // 120) * (former is None or former[2] != detail) + -(-len(path) // 120) * (
@@ -362,8 +431,8 @@ class TableMachine(RuleBasedStateMachine):
             with pytest.raises(StatusTableFullError):
                 act()
 
-    @rule(who=who, path=paths, state=st.sampled_from(State), detail=details)
-    def set(self, who: int, path: str, state: State, detail: str) -> None:
+    @rule(who=who, path=paths, state=st.sampled_from(FileState), detail=details)
+    def set(self, who: int, path: str, state: FileState, detail: str) -> None:
         def act() -> None:
             self.users[who].set(path, state, detail)
 
@@ -377,15 +446,15 @@ class TableMachine(RuleBasedStateMachine):
         else:
             self.put(who, path, state, detail, act)
 
-    @rule(who=who, path=paths, take=st.sets(st.sampled_from([State.AVAILABLE, State.DONE, State.ERROR])))
-    def claim(self, who: int, path: str, take: set[State]) -> None:
+    @rule(who=who, path=paths, take=st.sets(st.sampled_from([FileState.AVAILABLE, FileState.DONE, FileState.ERROR])))
+    def claim(self, who: int, path: str, take: set[FileState]) -> None:
         def act() -> None:
             assert self.users[who].claim(path, take=take)
 
         former = self.model.get(path)
         is_heir = former is not None and former[0] in HELD and former[1] == self.processes[2] and who != 2
         if former is None or former[0] in take or is_heir:
-            self.put(who, path, State.PROCESSING, "", act)
+            self.put(who, path, FileState.PROCESSING, "", act)
         else:
             assert not self.users[who].claim(path, take=take)
 
@@ -400,7 +469,7 @@ class TableMachine(RuleBasedStateMachine):
                 self.users[who].release(path)
         else:
             self.users[who].release(path)
-            self.model[path] = (State.AVAILABLE, self.processes[who], "")
+            self.model[path] = (FileState.AVAILABLE, self.processes[who], "")
 
     @rule(who=who, path=paths)
     def remove(self, who: int, path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import re
@@ -9,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.shm import child_status
@@ -24,6 +26,7 @@ from ringpool.errors import (
     SegmentMissingError,
     SegmentPermissionError,
     SegmentTruncatedError,
+    SharedMemoryFullError,
     StatusHeldError,
     StatusReentryError,
     StatusStepError,
@@ -32,7 +35,7 @@ from ringpool.errors import (
     StatusTimeoutError,
 )
 from ringpool.shm import entries as layout, lock
-from ringpool.shm.status import FileStatusTable, State, unlink_status_table
+from ringpool.shm.status import FileState, FileStatusTable, unlink_status_table
 from ringpool.shm.tables import segment_of
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
@@ -60,7 +63,7 @@ def test_processes_that_open_at_once_get_one_table(name: str) -> None:
 
 def test_a_table_outlives_those_who_use_it(name: str) -> None:
     with FileStatusTable(name, 5) as table:
-        table.set("a", State.DONE)
+        table.set("a", FileState.DONE)
     with FileStatusTable(name) as table:
         assert table.capacity == 5
         assert "a" in table
@@ -89,7 +92,7 @@ def test_capacities_out_of_range_are_refused(capacity: int, name: str) -> None:
 
 def test_pickled_it_is_the_same_table(table: FileStatusTable) -> None:
     with pickle.loads(pickle.dumps(table)) as again:
-        again.set("a", State.DONE)
+        again.set("a", FileState.DONE)
     assert "a" in table
     pickled = pickle.dumps(table)
     table.unlink()
@@ -117,7 +120,7 @@ def test_an_unlinked_table_is_refused_by_all_who_have_it(table: FileStatusTable,
 
 
 def test_a_half_unlinked_table_is_made_anew(table: FileStatusTable, name: str) -> None:
-    table.set("a", State.DONE)
+    table.set("a", FileState.DONE)
     os.mkdir(table._bells)
     os.mkfifo(f"{table._bells}/{7:016x}")
     table._entries.mark_unlinked()
@@ -265,3 +268,16 @@ def test_errors_survive_pickle(error: RingpoolError) -> None:
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
     assert isinstance(error, StatusTableError | TimeoutError)
+
+
+def test_shared_memory_without_an_inode_left_is_full(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ordinary = os.open
+
+    def refuse(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        return ordinary(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(SharedMemoryFullError):
+        FileStatusTable(name)

@@ -19,16 +19,16 @@ from ringpool.errors import (
     StatusTimeoutError,
 )
 from ringpool.shm import bells
-from ringpool.shm.status import HELD, FileStatusTable, State
+from ringpool.shm.status import HELD, FileState, FileStatusTable
 
 
 def test_what_nobody_holds_is_not_waited_for(table: FileStatusTable, dead: FileStatusTable) -> None:
     assert table.wait_available("missing", 0) is None
-    dead.set("stale", State.PROCESSING)
+    dead.set("stale", FileState.PROCESSING)
     status = table.wait_available("stale", 0)
     assert status is not None
     assert status.stale
-    for state in set(State) - HELD:
+    for state in set(FileState) - HELD:
         table.set(state.name, state)
         assert table.wait_available(state.name) == table.get(state.name)
 
@@ -45,8 +45,8 @@ def test_a_timeout_is_an_error_that_says_who_and_how_long(table: FileStatusTable
 
 END: dict[str, Callable[[FileStatusTable], object]] = {
     "AVAILABLE": lambda table: table.release("a"),
-    "DONE": lambda table: table.set("a", State.DONE),
-    "ERROR": lambda table: table.set("a", State.ERROR, "x"),
+    "DONE": lambda table: table.set("a", FileState.DONE),
+    "ERROR": lambda table: table.set("a", FileState.ERROR, "x"),
     "missing": lambda table: table.remove("a"),
 }
 
@@ -59,7 +59,7 @@ def test_all_who_wait_are_woken_by_the_end(end: str, table: FileStatusTable) -> 
         for waiter in waiters:
             waiter.wait_for("waiting")
             until(lambda waiter=waiter: is_asleep(waiter.pid))
-        table.set("a", State.LOCKED)  # still held: nobody wakes
+        table.set("a", FileState.LOCKED)  # still held: nobody wakes
         END[end](table)
         for waiter in waiters:
             waiter.wait_for(end)
@@ -144,7 +144,7 @@ def test_a_thread_waits_for_another_of_its_own_process(table: FileStatusTable) -
     status = table.wait_available("a", 60)
     thread.join()
     assert status is not None
-    assert status.state == State.DONE
+    assert status.state == FileState.DONE
 
 
 def _base(table: FileStatusTable, key: bytes) -> int:
@@ -162,8 +162,8 @@ def test_no_wake_up_is_lost_between_looking_and_sleeping(stride: int, table: Fil
 
 def end_before(at: int, table: FileStatusTable) -> bool:
     """Wait for a path that another thread ends before bytecode ``at`` of the wait; whether there was one."""
-    table.set("a", State.PROCESSING)
-    ending = threading.Thread(target=table.set, args=("a", State.DONE))
+    table.set("a", FileState.PROCESSING)
+    ending = threading.Thread(target=table.set, args=("a", FileState.DONE))
     has_begun = threading.Event()
     thread_id = threading.get_native_id()
 
@@ -177,14 +177,14 @@ def end_before(at: int, table: FileStatusTable) -> bool:
     def end_the_rest() -> None:
         until(lambda: has_begun.is_set() or is_asleep(thread_id))
         if not has_begun.is_set():
-            table.set("a", State.DONE)
+            table.set("a", FileState.DONE)
 
     rest = threading.Thread(target=end_the_rest)
     rest.start()
     with Bytecodes(end):
         status = table.wait_available("a", 20)
     assert status is not None
-    assert status.state == State.DONE
+    assert status.state == FileState.DONE
     rest.join()
     if has_begun.is_set():
         ending.join()
@@ -200,8 +200,8 @@ def test_a_coroutine_waits_and_the_loop_goes_on(table: FileStatusTable) -> None:
             await table.wait_available_async("a", 0.02)
         cancelled.cancel()
         await asyncio.gather(cancelled, return_exceptions=True)
-        table.set("a", State.DONE)
-        assert {status and status.state for status in await asyncio.gather(*waits)} == {State.DONE}
+        table.set("a", FileState.DONE)
+        assert {status and status.state for status in await asyncio.gather(*waits)} == {FileState.DONE}
         assert await table.wait_available_async("a") == table.get("a")
 
     asyncio.run(main())

@@ -44,7 +44,7 @@ M chunks. Offsets stand here: the format of tables has an id of its own, so that
     0x08   Q    next             in its bucket, or among the free
     0x10   Q    chunks           first chunk of the path | first chunk of the detail << 32
     0x18   Q    lengths          of the path | of the detail << 32, bytes
-    0x20   Q    state            State in 8 bits, 0: free | WAITED: somebody may sleep until it is available
+    0x20   Q    state            FileState in 8 bits, 0: free | WAITED: somebody may sleep until it is available
     0x28   Q    pid              of the owner: who holds it, or gave it this state
     0x30   Q    start            the owner's start time
     0x38   Q    since_ns         when it got this state from this owner, time.time_ns
@@ -116,7 +116,7 @@ _LOG = LOG_AT >> 3
 T = TypeVar("T")
 
 
-class State(IntEnum):
+class FileState(IntEnum):
     """What is the matter with a path. ``STEPS`` has the legal steps, ``HELD`` the states that have an owner."""
 
     AVAILABLE = 1
@@ -126,13 +126,14 @@ class State(IntEnum):
     ERROR = 5
 
 
-HELD = frozenset({State.LOCKED, State.PROCESSING})
-STEPS: dict[State, frozenset[State]] = {
-    State.AVAILABLE: frozenset(State),
-    State.LOCKED: frozenset(State),
-    State.PROCESSING: frozenset(State),
-    State.DONE: frozenset(State) - {State.ERROR},  # what has ended ends in another way only if it is taken again
-    State.ERROR: frozenset(State) - {State.DONE},
+HELD = frozenset({FileState.LOCKED, FileState.PROCESSING})
+STEPS: dict[FileState, frozenset[FileState]] = {
+    FileState.AVAILABLE: frozenset(FileState),
+    FileState.LOCKED: frozenset(FileState),
+    FileState.PROCESSING: frozenset(FileState),
+    FileState.DONE: frozenset(FileState)
+    - {FileState.ERROR},  # what has ended ends in another way only if it is taken again
+    FileState.ERROR: frozenset(FileState) - {FileState.DONE},
 }
 
 
@@ -188,7 +189,14 @@ def _format_id() -> int:
     words = [HEADER.format, ENTRY.format, CRC_AT, MUTEX_AT, UNLINKED_AT, LOG_PAIRS_AT, N_ENTRIES_AT]
     words += [ENTRIES_TOUCHED_AT, FREE_ENTRY_AT, CHUNKS_TOUCHED_AT, FREE_CHUNK_AT, LOG_AT, LOG_PAIRS_MAX, SECTIONS_AT]
     words += [E_HASH, E_NEXT, E_CHUNKS, E_LENGTHS, E_STATE, E_PID, E_START, E_SINCE]
-    words += [CHUNK_BYTES, CONTENT_AT, STATE_MASK, WAITED, HALF, *(f"{state.name}={state.value}" for state in State)]
+    words += [
+        CHUNK_BYTES,
+        CONTENT_AT,
+        STATE_MASK,
+        WAITED,
+        HALF,
+        *(f"{state.name}={state.value}" for state in FileState),
+    ]
     return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), "little")
 
 
@@ -206,7 +214,7 @@ class Row(NamedTuple):
     """What an entry says. ``state`` is that of the table's word, without WAITED."""
 
     path: bytes
-    state: State
+    state: FileState
     owner: Owner
     since_ns: int
     detail: bytes
@@ -291,9 +299,9 @@ class Entries:
         if self.words[_UNLINKED]:
             raise SegmentMissingError(self.segment, "it was unlinked; open the table anew")
 
-    def state(self, base: int) -> State:
+    def state(self, base: int) -> FileState:
         """The state of an entry."""
-        return State(self.words[base + E_STATE] & STATE_MASK)
+        return FileState(self.words[base + E_STATE] & STATE_MASK)
 
     def owner(self, base: int) -> Owner:
         """The owner of an entry."""
@@ -478,7 +486,7 @@ def rows_of(entries: bytes, chunks: bytes) -> Iterator[Row]:
         if word & STATE_MASK:
             path = _content(chunks, 0, firsts & HALF_MASK, lengths & HALF_MASK)
             detail = _content(chunks, 0, firsts >> HALF, lengths >> HALF)
-            yield Row(path, State(word & STATE_MASK), Owner(pid, start), since_ns, detail)
+            yield Row(path, FileState(word & STATE_MASK), Owner(pid, start), since_ns, detail)
 
 
 def _content(source: bytes | mmap.mmap, chunks_at: int, number: int, n_bytes: int) -> bytes:

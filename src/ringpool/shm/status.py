@@ -38,19 +38,19 @@ from typing import NamedTuple, TypeAlias
 
 from ringpool.errors import StatusHeldError, StatusStepError, StatusTableFullError, words_of
 from ringpool.shm import bells, owner, tables
-from ringpool.shm.entries import CONTENT_BYTES, HELD, STATE_MASK, STEPS, Entries, Row, State, rows_of
+from ringpool.shm.entries import CONTENT_BYTES, HELD, STATE_MASK, STEPS, Entries, FileState, Row, rows_of
 from ringpool.shm.owner import Owner
 from ringpool.shm.waiting import Wait, failed
 
-__all__ = ["HELD", "STEPS", "FileStatus", "FileStatusTable", "Owner", "State", "unlink_status_table"]
+__all__ = ["HELD", "STEPS", "FileState", "FileStatus", "FileStatusTable", "Owner", "unlink_status_table"]
 
 AnyPath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
 CAPACITY = 65_536
 PATH_BYTES = 2 * CONTENT_BYTES
-NOT_HELD = frozenset(State) - HELD
+NOT_HELD = frozenset(FileState) - HELD
 DETAIL_MAX = 500  # characters of an exception that ``processing`` keeps
 _POLL_MAX_S = 1e6  # poll(2) takes an int of milliseconds
-_SOURCES = {wanted: frozenset(state for state in State if wanted in STEPS[state]) | {None} for wanted in State}
+_SOURCES = {wanted: frozenset(state for state in FileState if wanted in STEPS[state]) | {None} for wanted in FileState}
 
 
 class FileStatus(NamedTuple):
@@ -61,7 +61,7 @@ class FileStatus(NamedTuple):
     """
 
     path: str
-    state: State
+    state: FileState
     owner: Owner
     since_s: float
     stale: bool
@@ -76,7 +76,7 @@ class FileStatus(NamedTuple):
 class _Obstacle(NamedTuple):
     """Why a path was not changed: its state (None: it is not there), and who holds it where that is a held one."""
 
-    state: State | None
+    state: FileState | None
     owner: Owner
 
 
@@ -151,22 +151,22 @@ class FileStatusTable:
 
     # ---- writing
 
-    def set(self, path: AnyPath, state: State, detail: str = "") -> None:
+    def set(self, path: AnyPath, state: FileState, detail: str = "") -> None:
         """Give ``path`` a state; with ``LOCKED`` or ``PROCESSING`` it is this process's from here on.
 
         Raises ``StatusHeldError`` where another living process has it, ``StatusStepError`` where the state does not
         follow from the present one, ``StatusTableFullError``.
         """
-        obstacle = self._write(path, State(state), detail, _SOURCES[State(state)])
+        obstacle = self._write(path, FileState(state), detail, _SOURCES[FileState(state)])
         if obstacle is not None:
-            raise _refusal(path, obstacle, State(state).name)
+            raise _refusal(path, obstacle, FileState(state).name)
 
     def claim(
         self,
         path: AnyPath,
         *,
-        state: State = State.PROCESSING,
-        take: Collection[State] = (State.AVAILABLE,),
+        state: FileState = FileState.PROCESSING,
+        take: Collection[FileState] = (FileState.AVAILABLE,),
         detail: str = "",
     ) -> bool:
         """Make ``path`` this process's; of all who try at once, one gets True.
@@ -183,20 +183,20 @@ class FileStatusTable:
 
         Raises ``StatusHeldError`` where another living process has it, ``StatusStepError`` where nobody has.
         """
-        obstacle = self._write(path, State.AVAILABLE, detail, HELD)
+        obstacle = self._write(path, FileState.AVAILABLE, detail, HELD)
         if obstacle is not None:
-            raise _refusal(path, obstacle, State.AVAILABLE.name)
+            raise _refusal(path, obstacle, FileState.AVAILABLE.name)
 
     def remove(self, path: AnyPath) -> bool:
         """Forget ``path``; whether it was there. Raises ``StatusHeldError`` where another living process has it."""
-        obstacle = self._write(path, None, "", frozenset(State))
+        obstacle = self._write(path, None, "", frozenset(FileState))
         if obstacle is not None and obstacle.state is not None:
             raise _refusal(path, obstacle, "missing")
         return obstacle is None
 
     @contextlib.contextmanager
     def processing(
-        self, path: AnyPath, *, take: Collection[State] = NOT_HELD, timeout_s: float | None = 0.0
+        self, path: AnyPath, *, take: Collection[FileState] = NOT_HELD, timeout_s: float | None = 0.0
     ) -> Generator[None]:
         """Have ``path``, as ``PROCESSING``, for the block. Then it is ``DONE``; after an exception ``ERROR``, with the
         exception in words; after a ``KeyboardInterrupt`` or the like ``AVAILABLE``. What the block itself has made of
@@ -209,18 +209,18 @@ class FileStatusTable:
         while not self.claim(path, take=take):
             status = self.wait_available(path, max(0.0, deadline_s - time.monotonic()))
             if status is not None and not status.stale and status.state not in {*take, *HELD}:
-                raise StatusStepError(status.path, status.state.name, State.PROCESSING.name)
+                raise StatusStepError(status.path, status.state.name, FileState.PROCESSING.name)
         try:
             yield
         except Exception as error:
-            self._end(path, State.ERROR, f"{type(error).__name__}: {words_of(error)}"[:DETAIL_MAX])
+            self._end(path, FileState.ERROR, f"{type(error).__name__}: {words_of(error)}"[:DETAIL_MAX])
             raise
         except BaseException:
-            self._end(path, State.AVAILABLE, "")
+            self._end(path, FileState.AVAILABLE, "")
             raise
-        self._end(path, State.DONE, "")
+        self._end(path, FileState.DONE, "")
 
-    def _end(self, path: AnyPath, state: State, detail: str) -> None:
+    def _end(self, path: AnyPath, state: FileState, detail: str) -> None:
         """Give a path that is still this process's its last state; where there is no room for words, without."""
         try:
             self._write(path, state, detail, HELD)
@@ -228,7 +228,7 @@ class FileStatusTable:
             self._write(path, state, "", HELD)
 
     def _write(
-        self, path: AnyPath, wanted: State | None, detail: str, sources: Collection[State | None]
+        self, path: AnyPath, wanted: FileState | None, detail: str, sources: Collection[FileState | None]
     ) -> _Obstacle | None:
         """Every change of an entry: to ``wanted`` (None: away), from a state in ``sources`` (None: missing).
 
@@ -301,10 +301,10 @@ class FileStatusTable:
 
         return [_status_of(row, is_alive) for row in rows_of(*self._entries.run(self._entries.copy))]
 
-    def counts(self) -> dict[State, int]:
+    def counts(self) -> dict[FileState, int]:
         """How many paths are in each state, at one moment. Held ones count whether their owner lives or not."""
         found = Counter(word & STATE_MASK for word in self._entries.run(self._entries.states))
-        return {state: found[state] for state in State}
+        return {state: found[state] for state in FileState}
 
     def __iter__(self) -> Iterator[FileStatus]:
         return iter(self.snapshot())

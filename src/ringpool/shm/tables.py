@@ -72,8 +72,9 @@ def create(table: str, capacity: int, chunks: int) -> Entries:
         if not 1 <= value <= top:
             raise ValueError(f"{what} must be from 1 to {top:,}, not {value:,}")
     name, places = segment_of(table), entries.places_of(capacity, chunks)
-    fd = os.open(SHM_DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fd = -1
     try:
+        fd = os.open(SHM_DIRECTORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)  # ENOSPC: not even an inode
         os.posix_fallocate(fd, 0, places.size_bytes)  # ENOSPC now, not a SIGBUS later
         mapping = mmap.mmap(fd, places.size_bytes)
         header = _write_header(mapping, places)
@@ -88,7 +89,8 @@ def create(table: str, capacity: int, chunks: int) -> Entries:
             raise SharedMemoryFullError(name, reason) from error
         raise
     finally:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
     return Entries(table, name, mapping, header)
 
 

@@ -38,6 +38,33 @@ def caught(error: BaseException) -> BaseException:
         return raised
 
 
+class Incomparable:
+    """As an array of numpy is: it has no truth value."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        raise ValueError
+
+    def __str__(self) -> str:
+        return "incomparable"
+
+
+@pytest.mark.parametrize("value", [Path("/x"), [1], 1 << 70, float("nan"), bytearray(b"x"), Incomparable()])
+def test_a_value_that_is_kept_as_text_is_not_clipped(value: object, log: ErrorLog) -> None:
+    log.record(ValueError(), context={"value": value})
+    (record,) = log
+    assert not record.clipped
+
+
+def test_the_path_is_left_out_of_the_most_common_where_it_is_a_word(log: ErrorLog) -> None:
+    for path in ("a", "new\nline", "caf\udce9"):
+        log.record(FileNotFoundError(errno.ENOENT, "banana", path))
+    log.record(ValueError("a banana at a"), path="a")
+    messages = {kind.message: kind.count for kind in log.summary().most_common}
+    assert messages == {"[Errno 2] banana: '<path>'": 3, "<path> banana at <path>": 1}
+
+
 def fill(log: ErrorLog, records: int) -> None:
     for number in range(records):
         log.record(CausedError("m" * (number * 37 % 300)), context={"number": number})

@@ -31,7 +31,7 @@ from ringpool.errors import (
     PathOutsideError,
     TransactionConflictError,
 )
-from ringpool.shm.status import FileStatusTable, State
+from ringpool.shm.status import FileState, FileStatusTable
 from ringpool.workers.files import journal
 from ringpool.workers.files.atomic import atomic_write
 from ringpool.workers.files.locks import LockSet, PathLock
@@ -747,14 +747,14 @@ def test_11_a_status_table_of_text_in_one_kibibyte() -> None:
     assert len(table.all()) < 200
     with FileStatusTable(f"test-{secrets.token_hex(8)}", 300) as ours:
         try:
-            ours.set("a:b", State.AVAILABLE)
-            ours.set("long" * 1000, State.AVAILABLE)
+            ours.set("a:b", FileState.AVAILABLE)
+            ours.set("long" * 1000, FileState.AVAILABLE)
             for number in range(200):
-                ours.set(f"file {number}", State.AVAILABLE)
+                ours.set(f"file {number}", FileState.AVAILABLE)
             assert len(ours) == 202
             status = ours.get("a:b")
             assert status is not None
-            assert (status.path, status.state) == ("a:b", State.AVAILABLE)
+            assert (status.path, status.state) == ("a:b", FileState.AVAILABLE)
             with Child(child_store.claim, ours.name, "mine") as child:
                 child.wait_for("claimed")
                 assert not ours.claim("mine")

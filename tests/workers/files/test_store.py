@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import gc
 import io
@@ -45,7 +46,7 @@ class Blocking:
     def __init__(self, store: AsyncFileStore) -> None:
         self.aio = store
 
-    def find(self, pattern: str, *, sort: bool = False) -> Iterator[str]:
+    def find(self, pattern: str | bytes, *, sort: bool = False) -> Iterator[str]:
         async def find() -> list[str]:
             return [path async for path in self.aio.find(pattern, sort=sort)]
 
@@ -67,6 +68,58 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     return Blocking(AsyncFileStore(tmp_path / "base", durability="atomic"))
 
 
+class Failing(io.RawIOBase):
+    """A stream that gives some bytes, and then the next of its answers."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answers = [answer, b"some"]
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> Any:
+        answer = self.answers.pop() if self.answers else b""
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (ConnectionResetError(errno.ECONNRESET, "reset"), ConnectionResetError),
+        (None, BlockingIOError),  # no end: nothing is there yet
+        ("text", TypeError),
+        ("", TypeError),
+    ],
+)
+def test_what_a_stream_raises_comes_through_and_nothing_is_stored(
+    answer: object, kind: type[Exception], store: Any, plain: FileStore
+) -> None:
+    with pytest.raises(kind) as raised:
+        store.add(Failing(answer))
+    assert not isinstance(raised.value, FileOperationError)
+    assert list(plain.find("**")) == []
+
+
+def test_a_source_that_cannot_be_opened_is_named(tmp_path: Path, plain: FileStore) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(FileOperationError) as raised:
+        plain.add(tmp_path / "loop")
+    assert (raised.value.path, raised.value.errno) == (str(tmp_path / "loop"), errno.ELOOP)
+    with pytest.raises(PathNameError):
+        plain.add(Path("nul\0"))
+
+
+def test_added_content_is_read_only_and_obeys_the_umask(plain: FileStore) -> None:
+    before = os.umask(0o027)
+    try:
+        address = plain.add(b"x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(plain.stat(address.path).st_mode) == 0o440
+
+
 @pytest.fixture
 def plain(tmp_path: Path) -> FileStore:
     return FileStore(tmp_path / "base", durability="atomic")
@@ -75,6 +128,21 @@ def plain(tmp_path: Path) -> FileStore:
 def left_over(base: Path) -> list[Path]:
     """Temporary files."""
     return [path for path in base.rglob("*") if is_staging_name(os.fsencode(path.name))]
+
+
+@pytest.mark.parametrize("store", ["threads", "asyncio"], indirect=True)
+def test_a_store_that_is_new_takes_no_lock_but_those_of_its_paths(store: Any, plain: FileStore) -> None:
+    plain.write("first", b"")
+    with contextlib.ExitStack() as held:
+        stripes = set[int]()
+        for number in range(10_000):  # all stripes but one, that of the path to be written
+            lock = plain.lock(f"{number}", "shared")
+            if lock.stripe not in stripes and lock.stripe != plain.lock("written").stripe:
+                stripes.add(lock.stripe)
+                held.enter_context(lock)
+        assert len(stripes) == 255
+        store.write("written", b"x")
+    assert plain.read("written") == b"x"
 
 
 # ---- one file --------------------------------------------------------------------------------------------------------
@@ -791,9 +859,12 @@ def tree(store: Any, tmp_path: Path) -> Any:
         ("d", []),
         ("nothing/**", []),
         ("a.txt/*", []),
+        ("a.txt/**", []),
+        ("[ad]*/**", ["d/a.txt", "d/e/a.txt", "d/e/b.csv"]),
+        (b"?.txt", ["a.txt", "b.txt"]),
     ],
 )
-def test_a_pattern_finds_files_and_nothing_of_ours(tree: Any, pattern: str, found: list[str]) -> None:
+def test_a_pattern_finds_files_and_nothing_of_ours(tree: Any, pattern: str | bytes, found: list[str]) -> None:
     assert list(tree.find(pattern, sort=True)) == found
     assert sorted(tree.find(pattern), key=os.fsencode) == found
 
