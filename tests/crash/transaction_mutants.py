@@ -22,7 +22,7 @@ import msgspec
 from tests.workers.files import child_transaction
 from tests.workers.files.trials import KNOWN_PLANS, ViolationError, room, try_plan
 
-from ringpool.workers.files import commit, journal
+from ringpool.workers.files import commit, holds, journal
 from ringpool.workers.files.journal import AFTER, BEFORE, Effect, Journal, encode
 from ringpool.workers.files.locks import LockSet
 from ringpool.workers.files.oslayer import calls, intercepted
@@ -112,9 +112,9 @@ def _nothing(_: Callable[..., None]) -> Callable[..., None]:
 
 
 def _without_hold(_: Callable[..., Any]) -> Callable[..., Any]:
-    def planted(txn_fd: int, identity: bytes, flags: int) -> int | None:
-        fd = os.open(identity + b".lock", os.O_RDONLY | flags, dir_fd=txn_fd)
-        journal._held.add(fd)
+    def planted(dir_fd: int, name: bytes, flags: int) -> int | None:
+        fd = os.open(name, os.O_RDONLY | flags, dir_fd=dir_fd)
+        holds._held.add(fd)
         return fd
 
     return planted
@@ -145,7 +145,7 @@ MUTANTS = {
     "no fsync of the names that go": Mutant(_without_fsync(BEFORE)),
     "a recovery does not sync its journal": Mutant(_without_fsync("fsync of a journal's directory, in its recovery")),
     "no mark": Mutant(_replaced(LockSet, "mark", _nothing)),
-    "the id is not held": Mutant(_replaced(journal, "_hold", _without_hold), "a living one"),
+    "the id is not held": Mutant(_replaced(holds, "take", _without_hold), "a living one"),
 }
 
 

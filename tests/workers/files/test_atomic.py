@@ -366,3 +366,38 @@ def test_an_exclusive_write_loses_to_one_that_came_after_its_look(tmp_path: Path
     assert caught.value.errno == errno.EEXIST
     assert path.read_text() == "theirs"
     assert names(tmp_path) == {"a"}
+
+
+# ---- in place --------------------------------------------------------------------------------------------------------
+
+
+def test_in_place_as_well_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        for path in (tmp_path / "pipe", Path("/dev/null"), tmp_path):
+            with pytest.raises(FileOperationError):
+                atomic_write(path, "x", durability="none")
+    finally:
+        os.close(reader)
+    with pytest.raises(FileOperationError):  # a pipe that nobody reads: it does not wait for a reader
+        atomic_write(tmp_path / "pipe", "x", durability="none")
+
+
+def test_in_place_as_well_hard_links_may_be_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    os.link(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(AtomicWriteError) as caught:
+        atomic_write(tmp_path / "a", "new", durability="none", hard_links="refuse")
+    assert caught.value.errno == errno.EMLINK
+    assert (tmp_path / "b").read_text() == "old"
+    atomic_write(tmp_path / "a", "n", durability="none")
+    assert (tmp_path / "b").read_text() == "n"
+
+
+@pytest.mark.parametrize("durability", ["none", "atomic"])
+@pytest.mark.parametrize("choice", [{"symlinks": "refused"}, {"hard_links": "keep"}])
+def test_a_word_that_stands_for_nothing_is_refused(tmp_path: Path, durability: str, choice: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="is one of"):
+        atomic_write(tmp_path / "a", b"new", durability=durability, **choice)
+    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -247,3 +248,56 @@ def test_what_is_staged_is_open_to_whom_the_base_is_open_for_writing(tmp_path: P
     base.chmod(base_mode)
     make(base, []).close()
     assert stat.S_IMODE((base / ".ringpool/txn").stat().st_mode) == mode
+
+
+def test_who_comes_while_another_recovers_waits_for_it(tmp_path: Path) -> None:
+    """After a power cut there are no marks: only this keeps a second process from what is half done."""
+    make(tmp_path, [Effect(b"a", True, 0), Effect(b"b", True, 0)], staged=2).close()
+    seen: list[bool] = []
+    threads: list[threading.Thread] = []
+
+    def come_later() -> None:
+        recover_root(os.fsencode(tmp_path))
+        seen.append((tmp_path / "a").exists() and (tmp_path / "b").exists())
+
+    def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "rename" and not threads and (tmp_path / "a").exists():
+            threads.append(threading.Thread(target=come_later))
+            threads[0].start()
+            threads[0].join(0.2)  # where it does not wait, it is through by then
+        return call(*args, **kwargs)
+
+    with intercepted(around):
+        assert recover_root(os.fsencode(tmp_path)) == 1
+        threads[0].join()
+    assert seen == [True]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_in_a_sticky_directory_a_strangers_journal_is_not_carried_out(tmp_path: Path) -> None:
+    os.chmod(tmp_path, 0o1777)
+    made = make(tmp_path, [Effect(b"a", True, 0)], staged=1)
+    made.close()
+    journal_file = os.path.join(txn_directory(os.fsencode(tmp_path)), made.id + b".journal")
+    os.chown(journal_file, 12345, 12345)
+    os.chown(tmp_path, 23456, 23456)
+    assert recover_root(os.fsencode(tmp_path)) == 0
+    with pytest.raises(FileOperationError) as caught:
+        recover_marked(os.fsencode(tmp_path), made.id)
+    assert caught.value.errno == errno.EPERM
+    assert not (tmp_path / "a").exists()
+    os.chown(tmp_path, 12345, 12345)
+    assert recover_root(os.fsencode(tmp_path)) == 1, "the directory owner's"
+
+
+def test_what_a_group_shares_its_members_may_recover_whatever_the_umask(tmp_path: Path) -> None:
+    os.chmod(tmp_path, 0o2775)
+    before = os.umask(0o077)
+    try:
+        made = make(tmp_path, [Effect(b"a", True, 0)], staged=1)
+    finally:
+        os.umask(before)
+    made.close()
+    txn_path = Path(os.fsdecode(txn_directory(os.fsencode(tmp_path))))
+    for name in (f"{made.id.decode()}.lock", f"{made.id.decode()}.journal"):
+        assert stat.S_IMODE((txn_path / name).stat().st_mode) == 0o660

@@ -214,3 +214,22 @@ def test_a_base_is_looked_through_for_dead_transactions_the_first_time(
             with PathLock(tmp_path / name / "deep/a"), PathLock(tmp_path / name / "b"):
                 pass
     assert roots == [os.fsencode(tmp_path / "x"), os.fsencode(tmp_path / "y")]
+
+
+def test_a_release_that_fails_does_not_keep_the_others(tmp_path: Path) -> None:
+    failures: list[int] = []
+
+    def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "unlock_descriptor" and (not failures or args[0] == failures[0]):
+            failures.append(args[0])
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return call(*args, **kwargs)
+
+    paths = [tmp_path / f"{n}" for n in range(5)]
+    locks = LockSet(paths)
+    locks.acquire()
+    with intercepted(around), pytest.raises(FileOperationError):
+        locks.release()
+    assert failures
+    assert not locks.held
+    assert all(is_free(lock_file(tmp_path, PathLock(path))) for path in paths)

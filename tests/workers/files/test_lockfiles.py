@@ -23,7 +23,7 @@ from tests.workers.files.child_locks import (
 )
 
 from ringpool.errors import FileOperationError, LockTimeoutError
-from ringpool.workers.files.lockfiles import file_system_of, is_network
+from ringpool.workers.files.lockfiles import file_system_of, is_network, root_of
 from ringpool.workers.files.locks import PathLock
 from ringpool.workers.files.oslayer import intercepted
 
@@ -202,3 +202,45 @@ def test_on_a_network_file_system_processes_exclude_each_other_as_well(
 
             with in_a_thread(refuse):
                 pass
+
+
+# ---- several users ---------------------------------------------------------------------------------------------------
+
+
+def test_who_may_make_files_in_a_base_may_write_to_its_lock_files_whatever_the_umask(tmp_path: Path) -> None:
+    os.chmod(tmp_path, 0o775)
+    lock = PathLock(tmp_path / "a")
+    before = os.umask(0o077)
+    try:
+        with lock:
+            pass
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(lock_file(tmp_path, lock).stat().st_mode) == 0o660
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_in_a_sticky_directory_a_strangers_base_does_not_serve_what_lies_deeper(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / ".ringpool").mkdir()
+    os.chown(tmp_path / ".ringpool", 12345, 12345)
+    assert root_of(os.fsencode(tmp_path / "mine")) == os.fsencode(tmp_path), "not sticky: its group's"
+    os.chmod(tmp_path, 0o1777)
+    assert root_of(os.fsencode(tmp_path / "mine")) == os.fsencode(tmp_path / "mine")
+    os.chown(tmp_path, 12345, 12345)
+    assert root_of(os.fsencode(tmp_path / "mine")) == os.fsencode(tmp_path), "the directory owner's"
+
+
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_a_lock_file_that_may_only_be_read_serves(tmp_path: Path, error: int) -> None:
+    def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "open" and args[1] & (os.O_RDWR | os.O_CREAT):
+            raise OSError(error, os.strerror(error))
+        return call(*args, **kwargs)
+
+    path = tmp_path / "a"
+    with Child(hold, path, "shared") as child:
+        child.wait_for("held")
+        (tmp_path / "b").symlink_to(tmp_path, target_is_directory=True)
+        with intercepted(around), PathLock(path, "shared", base=tmp_path / "b", timeout_s=0):
+            pass

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import errno
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -23,8 +26,8 @@ from tests.workers.files.child_locks import (
     waiting,
 )
 
-from ringpool.errors import LockTimeoutError, LockUpgradeError
-from ringpool.workers.files.locks import PathLock
+from ringpool.errors import FileOperationError, LockTimeoutError, LockUpgradeError, PathNameError
+from ringpool.workers.files.locks import AsyncPathLock, LockSet, PathLock
 from ringpool.workers.files.oslayer import intercepted
 from ringpool.workers.files.tickets import Bell
 
@@ -260,3 +263,54 @@ def test_ctrl_c_just_after_it_was_had_leaves_nothing_held(tmp_path: Path) -> Non
     with intercepted(interrupt), pytest.raises(KeyboardInterrupt):
         lock.acquire()
     assert is_free(Path(os.fsdecode(file)))
+
+
+# ---- misuse, and a kernel that refuses -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("twin", [lambda lock: pickle.loads(pickle.dumps(lock)), copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("kind", ["lock", "set"])
+def test_a_copy_of_a_held_lock_holds_nothing(tmp_path: Path, kind: str, twin: Callable[[Any], Any]) -> None:
+    lock = PathLock(tmp_path / "a", timeout_s=5) if kind == "lock" else LockSet([tmp_path / "a"], timeout_s=5)
+    with lock:
+        copied = twin(lock)
+        with pytest.raises(RuntimeError, match="not locked"):
+            copied.release()
+        assert not is_free(lock_file(tmp_path, PathLock(tmp_path / "a")))
+        with copied:
+            assert copied.timeout_s == 5
+    assert is_free(lock_file(tmp_path, PathLock(tmp_path / "a")))
+
+
+def test_a_path_with_a_nul_byte_and_a_timeout_that_is_no_number_are_refused(tmp_path: Path) -> None:
+    for make in (PathLock, AsyncPathLock, lambda path: LockSet([path]), lambda path: PathLock("a", base=path)):
+        with pytest.raises(PathNameError):
+            make(b"a\0b")
+    for make in (PathLock, lambda path, timeout_s: LockSet([path], timeout_s=timeout_s)):
+        with pytest.raises(ValueError, match="no number"):
+            make(tmp_path / "a", timeout_s=math.nan)
+
+
+def test_a_path_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileOperationError) as caught:
+        PathLock(tmp_path / "file/a").acquire()
+    assert caught.value.errno == errno.ENOTDIR
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EBADF])
+def test_an_unlock_that_fails_is_named_and_the_lock_is_free(tmp_path: Path, error: int) -> None:
+    def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "unlock_descriptor":
+            raise OSError(error, os.strerror(error))
+        return call(*args, **kwargs)
+
+    lock = PathLock(tmp_path / "a")
+    lock.acquire()
+    with intercepted(around), pytest.raises(FileOperationError) as caught:
+        lock.release()
+    assert (caught.value.errno, caught.value.operation) == (error, "unlock")
+    assert not lock.turns
+    assert is_free(lock_file(tmp_path, PathLock(tmp_path / "a")))
+    with Child(try_it, tmp_path / "a") as child:
+        child.wait_for("had")

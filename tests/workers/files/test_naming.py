@@ -8,10 +8,12 @@ import io
 import os
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ringpool import FileStore, PathLock, atomic_write
 from ringpool.errors import FileOperationError, PathNameError
 from ringpool.workers.files import naming
 from ringpool.workers.files.naming import (
@@ -178,3 +180,12 @@ def test_content_is_named_by_its_digest(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(naming, "CONTENT_PIECE_BYTES", 7)
     assert content_name(io.BytesIO(content)) == name
     assert content_name(b"") != name
+
+
+@pytest.mark.parametrize("use", [atomic_write, PathLock, FileStore, lambda path: FileStore("/").read(path)])
+def test_text_that_stands_for_no_bytes_is_refused_by_name(use: Callable[..., object]) -> None:
+    arguments = ("\ud800.txt", b"new") if use is atomic_write else ("\ud800.txt",)
+    with pytest.raises(PathNameError) as raised:
+        use(*arguments)
+    assert raised.value.path == "\\ud800.txt"
+    assert raised.value.errno == errno.EILSEQ

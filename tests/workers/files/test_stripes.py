@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from tests.workers.files.child_locks import (
 )
 
 from ringpool.errors import LockTimeoutError
+from ringpool.workers.files import turns
 from ringpool.workers.files.locks import PathLock
 from ringpool.workers.files.oslayer import intercepted
 from ringpool.workers.files.turns import DESCRIPTORS_MAX
@@ -263,3 +266,62 @@ def test_a_program_that_the_holder_starts_does_not_inherit_it(tmp_path: Path) ->
         assert is_free(lock_file(tmp_path, lock))
     finally:
         program.communicate(b"\n")
+
+
+# ---- few descriptors, and bases that move ----------------------------------------------------------------------------
+
+
+def test_with_few_descriptors_few_lock_files_stay_open(tmp_path: Path) -> None:
+    with Child(lock_with_few_descriptors, tmp_path) as child:
+        child.wait_for("15 and locked")
+
+
+def lock_with_few_descriptors(directory: str) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+    for n in range(300):
+        with PathLock(f"{directory}/{n}"):
+            pass
+    n_open = turns.lock_files_open()
+    files: list[Any] = []
+    with suppress(OSError):
+        while True:
+            files.append(open("/dev/null", "rb"))  # noqa: SIM115
+    with PathLock(f"{directory}/{'x' * 9}"), PathLock(f"{directory}/{'y' * 9}"):
+        pass
+    say(f"{n_open} and locked")
+
+
+def test_who_waits_while_a_base_is_made_further_out_meets_the_others_there(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in/a"
+    held, may_go = threading.Event(), threading.Event()
+
+    def wait_for_it() -> None:
+        with PathLock(path, timeout_s=60):
+            held.set()
+            assert may_go.wait(60)
+
+    lock = PathLock(path)
+    lock.acquire()
+    with in_a_thread(wait_for_it):
+        until(lambda: waiting(lock_file(tmp_path / "in", lock)))
+        (tmp_path / ".ringpool").mkdir()
+        lock.release()
+        try:
+            assert held.wait(60)
+            assert not is_free(lock_file(tmp_path, lock))
+        finally:
+            may_go.set()
+
+
+def test_a_renamed_base_is_locked_again_by_who_holds_it(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    lock = PathLock(tmp_path / "x/a")
+    with lock:
+        (tmp_path / "x").rename(tmp_path / "y")
+        (tmp_path / "x").mkdir()
+        for name in map(str, range(2000)):  # one on the stripe that is held, so that its file is found to be gone
+            with PathLock(tmp_path / "x" / name, base=tmp_path / "x"):
+                pass
+        with PathLock(tmp_path / "y/a", timeout_s=0):
+            pass

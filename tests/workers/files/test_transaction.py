@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, strategies as st
 from tests.workers.files import child_transaction
 from tests.workers.files.child import Child
-from tests.workers.files.child_transaction import NEW, OLD, lay_out, transact
+from tests.workers.files.child_transaction import NEW, OLD, lay_out, make, transact
 
 from ringpool.errors import (
+    CommittedWithErrors,
     CrossDeviceError,
     FileOperationError,
     LockTimeoutError,
@@ -26,7 +27,9 @@ from ringpool.errors import (
     TransactionError,
 )
 from ringpool.workers.files import commit
+from ringpool.workers.files.journal import Effect
 from ringpool.workers.files.operations import Delete, New, Operation, Original, Rename, Write, outcome
+from ringpool.workers.files.oslayer import intercepted
 from ringpool.workers.files.transaction import FileTransaction, snapshot
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
@@ -390,3 +393,58 @@ def test_a_snapshot_leaves_out_what_is_no_file_and_stays_in_its_base(base: Path)
 def test_transactions_of_several_processes_add_up_though_they_are_killed(tmp_path: Path) -> None:
     with Child(child_transaction.contend, tmp_path, "1.5", "1") as child:
         child.succeed()
+
+
+def test_what_died_under_an_inner_base_is_recovered_by_who_comes_by_an_outer_one(tmp_path: Path) -> None:
+    inner = tmp_path / "in"
+    inner.mkdir()
+    make(inner, [Effect(b"a", True, 0), Effect(b"b", True, 0)], staged=2).close()
+    (tmp_path / ".ringpool").mkdir()
+    assert snapshot(["in/a", "in/b"], base=tmp_path) == {"in/a": b"new 0", "in/b": b"new 1"}
+
+
+def test_a_snapshot_of_a_base_that_is_missing_is_a_named_error(tmp_path: Path) -> None:
+    with pytest.raises(FileOperationError, match="missing"):
+        snapshot(["a"], base=tmp_path / "missing")
+
+
+def test_without_the_right_to_change_a_directory_nothing_is_committed(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+
+    def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "access" and kwargs.get("effective_ids"):
+            return False
+        return call(*args, **kwargs)
+
+    with intercepted(around), pytest.raises(TransactionError), FileTransaction(tmp_path) as transaction:
+        transaction.write("in/a", "new")
+    assert os.listdir(tmp_path / "in") == []
+    assert os.listdir(tmp_path / ".ringpool/txn") == []
+
+
+@as_root
+def test_another_users_file_in_a_sticky_directory_is_refused_before_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_text("theirs")
+    os.chmod(tmp_path, 0o1777)
+    for owner, is_refused in ((12345, True), (34567, False)):
+        os.chown(tmp_path / "a", owner, owner)
+        os.chown(tmp_path, 23456, 23456)
+        monkeypatch.setattr(os, "geteuid", lambda: 34567)
+        with pytest.raises(TransactionError) if is_refused else nullcontext(), FileTransaction(tmp_path) as transaction:
+            transaction.write("a", "ours")
+        monkeypatch.undo()
+        assert (tmp_path / "a").read_text() == ("theirs" if is_refused else "ours")
+
+
+def test_an_unlock_that_fails_after_the_commit_says_that_it_stands(tmp_path: Path) -> None:
+    def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "unlock_descriptor":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return call(*args, **kwargs)
+
+    with intercepted(around), pytest.raises(CommittedWithErrors) as caught, FileTransaction(tmp_path) as transaction:
+        transaction.write("a", "new")
+    assert caught.value.finished
+    assert snapshot(["a"], base=tmp_path, timeout_s=0) == {"a": b"new"}

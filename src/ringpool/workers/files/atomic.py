@@ -15,11 +15,11 @@ from typing import Literal, overload
 
 from ringpool.errors import FileOperationError
 from ringpool.workers.files.durability import Durability, level_of
-from ringpool.workers.files.naming import FilePath, unusable
+from ringpool.workers.files.naming import FilePath, encoded, unusable
 from ringpool.workers.files.oslayer import calls
-from ringpool.workers.files.replacement import HardLinks, Replacement, octets
+from ringpool.workers.files.replacement import HardLinks, Replacement, check_choices, linked_elsewhere, octets
 from ringpool.workers.files.stream import AtomicBinaryFile, AtomicTextFile
-from ringpool.workers.files.target import Symlinks
+from ringpool.workers.files.target import Symlinks, refuse_special
 
 _NONE = Durability.NONE
 
@@ -48,9 +48,9 @@ def atomic_write(
     name no file. With ``none`` the file is overwritten where it stands, and an error, a ``FileOperationError``, may
     leave it torn. Nothing temporary is left but by a kill.
     """
-    target, level = os.fsencode(path), level_of(durability)
+    target, level = encoded(path), level_of(durability)
     if level is _NONE and symlinks != "replace":
-        _write_in_place(target, octets(content), mode, symlinks, exclusive, dir_fd)
+        _write_in_place(target, octets(content), mode, symlinks, hard_links, exclusive, dir_fd)
         return
     one = Replacement()
     try:
@@ -122,7 +122,7 @@ def atomic_open(
     """
     if mode not in ("w", "wb", "x", "xb"):
         raise ValueError(f"mode is one of 'w', 'wb', 'x', 'xb', not {mode!r}")
-    target, level = os.fsencode(path), level_of(durability)
+    target, level = encoded(path), level_of(durability)
     one = Replacement()
     try:
         try:
@@ -137,20 +137,36 @@ def atomic_open(
 
 
 def _write_in_place(
-    path: bytes, content: bytes | memoryview, mode: int | None, symlinks: Symlinks, exclusive: bool, dir_fd: int | None
+    path: bytes,
+    content: bytes | memoryview,
+    mode: int | None,
+    symlinks: Symlinks,
+    hard_links: HardLinks,
+    exclusive: bool,
+    dir_fd: int | None,
 ) -> None:
+    check_choices(symlinks, hard_links)
     if not path or b"\0" in path or (dir_fd is not None and b"/" in path):
         raise unusable(path, "it names no file")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_EXCL if exclusive else os.O_TRUNC)
+    # O_NONBLOCK: a pipe, which is refused, must not stop us.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_EXCL if exclusive else 0)
     if symlinks == "refuse" or dir_fd is not None:
         flags |= os.O_NOFOLLOW
     one = Replacement()
     try:
         one.fd = calls.open(path, flags, 0o666 if mode is None else 0o600, dir_fd=dir_fd)
+        found = calls.fstat(one.fd)
+        refuse_special(path, found)
+        if hard_links == "refuse" and found.st_nlink > 1:
+            raise linked_elsewhere(path)
+        if found.st_size:
+            calls.ftruncate(one.fd, 0)
         one.write(content)
         if mode is not None:
             calls.fchmod(one.fd, mode)
         one.close_file()
+    except FileOperationError:
+        raise
     except OSError as error:
         reason = error.strerror or str(error)
         raise FileOperationError(os.fsdecode(path), "write in place", error.errno or errno.EIO, reason) from error

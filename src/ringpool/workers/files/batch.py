@@ -36,7 +36,7 @@ from typing import NamedTuple
 from ringpool.errors import BatchWriteError, DurabilityError, FileOperationError
 from ringpool.workers.files.durability import Durability, close_quietly, level_of, sync
 from ringpool.workers.files.lockfiles import file_system_of
-from ringpool.workers.files.naming import FilePath
+from ringpool.workers.files.naming import FilePath, encoded
 from ringpool.workers.files.oslayer import calls
 from ringpool.workers.files.replacement import Replacement, octets
 from ringpool.workers.files.target import Symlinks, failed
@@ -231,7 +231,7 @@ class _Group:
         for path, content in source:
             one = _Member(self.directories)
             self.members.append(one)
-            target, pieces = os.fsencode(path), octets(content)
+            target, pieces = encoded(path), octets(content)
             try:
                 one.begin(target, self.level, self.symlinks)
                 one.write(pieces)

@@ -91,8 +91,9 @@ class Commit:
                     raise CrossDeviceError(os.fsdecode(self.path), "stage", errno.EXDEV, reason)
                 self.step = "stage"
                 found = lstat_at(name, parent_fd)
-                if found is not None:
-                    journal.pin(n, parent_fd, name)
+                self._check_rights(parent_fd, found)
+                if found is not None and not journal.pin(n, parent_fd, name) and not _may_go(name, found, parent_fd):
+                    raise PermissionError(errno.EPERM, "it is immutable, so it can be neither replaced nor removed")
                 if isinstance(file, New):
                     self._create(journal, n, file, parent_fd)
                 elif isinstance(file, Original):
@@ -101,6 +102,14 @@ class Commit:
             finally:
                 close_quietly(parent_fd)
         return effects
+
+    def _check_rights(self, parent_fd: int, found: os.stat_result | None) -> None:
+        """Raise ``PermissionError`` where it could be staged and never put in place: to be told before the commit."""
+        if not calls.access(b".", os.W_OK | os.X_OK, dir_fd=parent_fd, effective_ids=True):
+            raise PermissionError(errno.EACCES, "no right to make or remove files in its directory")
+        parent, us = calls.fstat(parent_fd), os.geteuid()
+        if found is not None and parent.st_mode & stat.S_ISVTX and us not in (0, found.st_uid, parent.st_uid):
+            raise PermissionError(errno.EPERM, "another user's file in a sticky directory")
 
     def _create(self, journal: Journal, n: int, file: New, parent_fd: int) -> None:
         """A file with the new content, durable, and with the metadata that it shall have."""
@@ -172,6 +181,11 @@ class Commit:
 
     def _facts(self, error: OSError) -> tuple[str, str, int, str]:
         return os.fsdecode(self.path), self.step, error.errno or errno.EIO, error.strerror or str(error)
+
+
+def _may_go(name: bytes, found: os.stat_result, parent_fd: int) -> bool:
+    """Whether a file that cannot be linked can be replaced: not if even its owner, or root, may not write to it."""
+    return os.geteuid() not in (0, found.st_uid) or calls.access(name, os.W_OK, dir_fd=parent_fd, effective_ids=True)
 
 
 def _mount_of(fd: int) -> tuple[int, bytes]:

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 
 from ringpool.errors import FileOperationError, PathNameError, PathOutsideError
 from ringpool.workers.files.durability import close_quietly, make_durable
-from ringpool.workers.files.naming import FilePath, check_path, is_staging_name
+from ringpool.workers.files.naming import FilePath, check_path, encoded, is_staging_name
 from ringpool.workers.files.oslayer import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, calls
 
 OWN_DIRECTORY = b".ringpool"
@@ -48,7 +48,7 @@ class Contained:
     """
 
     def __init__(self, base: FilePath) -> None:
-        self.base = os.path.abspath(os.fsencode(base))
+        self.base = os.path.abspath(encoded(base))
 
     def path(self, relative: FilePath) -> bytes:
         """The absolute path, checked like the others; for locks and messages. What is on its way may be missing."""
@@ -94,7 +94,7 @@ class Contained:
 
     def open_directory(self, relative: FilePath = b".", *, create: bool = False) -> int:
         """The directory at ``relative`` (``"."``: the base), as a descriptor for the caller to close."""
-        parts = [] if os.fsencode(relative) == b"." else self._parts(relative)
+        parts = [] if encoded(relative) == b"." else self._parts(relative)
         base_fd = self._open_base()
         try:
             return self._open_directory(base_fd, parts, create)
@@ -107,7 +107,7 @@ class Contained:
 
     def _parts(self, relative: FilePath) -> list[bytes]:
         """The components, checked as text."""
-        path = os.fsencode(relative)
+        path = encoded(relative)
         check_path(path)
         shown = os.fsdecode(path)
         if path.startswith(b"/"):
@@ -160,7 +160,7 @@ class Contained:
         return _open_beneath(base_fd, parts)
 
     def _error(self, relative: FilePath, error: OSError) -> FileOperationError:
-        shown = os.fsdecode(os.path.join(self.base, os.fsencode(relative)))
+        shown = os.fsdecode(os.path.join(self.base, encoded(relative)))
         number, reason = error.errno or errno.EIO, error.strerror or str(error)
         if number == errno.EXDEV:
             return PathOutsideError(shown, "open its directory", number, "a symbolic link leads out of the base")

@@ -38,12 +38,10 @@ first; nor whether a journal's removal was, so it does that before it lets go of
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import stat
 import struct
-import threading
 import time
 import zlib
 from collections.abc import Generator, Sequence
@@ -55,7 +53,9 @@ from typing import Annotated
 import msgspec
 
 from ringpool.errors import FileOperationError
+from ringpool.workers.files import holds
 from ringpool.workers.files.durability import close_quietly, make_directories, sync
+from ringpool.workers.files.lockfiles import share
 from ringpool.workers.files.naming import random_token
 from ringpool.workers.files.oslayer import calls, write_all
 
@@ -141,13 +141,24 @@ class Journal:
             for _ in range(IDS_TRIED_MAX):
                 identity = random_token().encode()
                 with suppress(BlockingIOError):  # a recovery was faster, and takes it for dead
-                    id_fd = _hold(txn_fd, identity, os.O_CREAT | os.O_EXCL)
+                    id_fd = holds.take(txn_fd, identity + b".lock", os.O_CREAT | os.O_EXCL)
                     if id_fd is not None:
-                        return cls(root, txn_fd, identity, id_fd, durable=durable)
+                        return cls(root, txn_fd, identity, id_fd, durable=durable)._shared()
             raise OSError(errno.EBUSY, "recoveries take each new transaction for a dead one", txn_directory(root))
         except BaseException:
             close_quietly(txn_fd)
             raise
+
+    def _shared(self) -> Journal:
+        """Itself, with an id that others may recover; or nothing is left of it."""
+        try:
+            share(self._id_fd, calls.fstat(self.txn_fd).st_mode)
+        except BaseException:
+            with suppress(OSError):
+                self.discard()
+            holds.let_go(self._id_fd)
+            raise
+        return self
 
     def new(self, n: int) -> bytes:
         """The name of effect ``n``'s staged file."""
@@ -157,8 +168,8 @@ class Journal:
         """The name of the second link to what effect ``n`` replaces or removes."""
         return b"%b.%d.old" % (self.id, n)
 
-    def pin(self, n: int, parent_fd: int, name: bytes) -> None:
-        """Keep the file at ``name`` alive until the journal is gone.
+    def pin(self, n: int, parent_fd: int, name: bytes) -> bool:
+        """Keep the file at ``name`` alive until the journal is gone; whether that could be done.
 
         Where no second link can be made (no hard links on this file system, somebody else's file under
         fs.protected_hardlinks, too many links), it is only kept from its removal on.
@@ -168,6 +179,8 @@ class Journal:
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EMLINK, errno.ENOTSUP):
                 raise
+            return False
+        return True
 
     def create(self, n: int, mode: int) -> int:
         """An open new file for effect ``n``."""
@@ -193,6 +206,7 @@ class Journal:
         temp, final = self.id + b".tmp", self.id + b".journal"
         fd = calls.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=self.txn_fd)
         try:
+            share(fd, calls.fstat(self.txn_fd).st_mode)
             write_all(fd, encode(effects))
             if self.durable:
                 sync(fd, self._path, "fsync of the journal")
@@ -260,7 +274,7 @@ class Journal:
     def close(self) -> None:
         """Let go of the id. What is left of its files, recovery takes."""
         if self._id_fd >= 0:
-            _let_go(self._id_fd)
+            holds.let_go(self._id_fd)
             close_quietly(self.txn_fd)
             self._id_fd = self.txn_fd = -1
 
@@ -334,30 +348,82 @@ def recover_marked(root: bytes, text: bytes) -> None:
     """
     if not _id.fullmatch(text):
         return  # not ours, or torn by a power cut, after which the journals are looked through anyway
-    deadline = time.monotonic() + RECOVERER_PATIENCE_S
-    wait_s = WAIT_MIN_S
-    while not _recover(root, text, create=False)[0]:
-        if time.monotonic() > deadline:
-            path = os.fsdecode(txn_directory(root) + b"/" + text + b".lock")
-            reason = (
-                f"still held after {RECOVERER_PATIENCE_S} s, though its locks are free: end the process that has it"
-            )
-            raise FileOperationError(path, "recover a transaction", errno.EBUSY, reason)
-        time.sleep(wait_s)
-        wait_s = min(2 * wait_s, WAIT_MAX_S)
+    for is_last in _tries():
+        if _recover(root, text, create=False)[0]:
+            return
+        if is_last:
+            raise _busy(txn_directory(root) + b"/" + text + b".lock", "though its locks are free")
 
 
 def recover_root(root: bytes) -> int:
     """Finish or drop every dead transaction of ``root``; how many were rolled forward. Raises ``OSError``.
 
-    A living one is left alone, and so are those of a directory that is closed to us: they are their owner's.
+    A living one is left alone, and so are those of a directory that is closed to us, and those that we do not trust:
+    they are their owner's. After a power cut there may be no marks that keep others away from what one recovers here:
+    one does that at a time, and who comes after it waits. Raises ``FileOperationError`` (EBUSY) where that is long.
     """
     try:
-        names = calls.listdir(txn_directory(root))
+        txn_fd = calls.open(txn_directory(root), _DIRECTORY_FLAGS)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return 0
-    identities = {identity for name in names if (identity := _id_of(os.fsencode(name)))}
-    return sum(_recover(root, identity, create=True)[1] for identity in sorted(identities))
+    try:
+        if not _ids_in(txn_fd):
+            return 0
+        turn_fd = _turn_to_recover(root, txn_fd)
+        if turn_fd is None:
+            return 0
+        try:
+            mine = [identity for identity in _ids_in(txn_fd) if _is_trusted(root, txn_fd, identity)]
+            return sum(_recover(root, identity, create=True)[1] for identity in mine)
+        finally:
+            holds.let_go(turn_fd)
+    finally:
+        close_quietly(txn_fd)
+
+
+def _ids_in(txn_fd: int) -> list[bytes]:
+    names = map(os.fsencode, calls.listdir(txn_fd))
+    return sorted({identity for name in names if (identity := _id_of(name))})
+
+
+def _turn_to_recover(root: bytes, txn_fd: int) -> int | None:
+    """The directory, locked by us; None where it was removed meanwhile."""
+    for is_last in _tries():
+        with suppress(BlockingIOError):
+            return holds.take(txn_fd, b".", os.O_DIRECTORY)
+        if is_last:
+            break
+    raise _busy(txn_directory(root), "by a recovery")
+
+
+def _tries() -> Generator[bool]:
+    """Once at each try, with a growing pause after it; true for the last one."""
+    deadline_s = time.monotonic() + RECOVERER_PATIENCE_S
+    wait_s = WAIT_MIN_S
+    while time.monotonic() <= deadline_s:
+        yield False
+        time.sleep(wait_s)
+        wait_s = min(2 * wait_s, WAIT_MAX_S)
+    yield True
+
+
+def _busy(path: bytes, how: str) -> FileOperationError:
+    reason = f"still held after {RECOVERER_PATIENCE_S} s, {how}: end the process that has it"
+    return FileOperationError(os.fsdecode(path), "recover a transaction", errno.EBUSY, reason)
+
+
+def _is_trusted(root: bytes, txn_fd: int, identity: bytes) -> bool:
+    """Whether we do what that transaction says.
+
+    In a sticky directory (/tmp) anybody may leave a journal, and we may write to files that its author may not. There
+    it has to be ours, the directory's owner's, or root's.
+    """
+    found = calls.stat(root)
+    if not found.st_mode & stat.S_ISVTX:
+        return True  # who may make a journal there may also rename what is in it
+    owners = {os.geteuid(), found.st_uid, 0}
+    files = (lstat_at(identity + suffix, txn_fd) for suffix in (b".journal", b".lock"))
+    return all(file is None or file.st_uid in owners for file in files)
 
 
 def _recover(root: bytes, identity: bytes, *, create: bool) -> tuple[bool, bool]:
@@ -369,7 +435,7 @@ def _recover(root: bytes, identity: bytes, *, create: bool) -> tuple[bool, bool]
     try:
         create = create or _inode(identity + b".journal", txn_fd) > 0
         try:
-            id_fd = _hold(txn_fd, identity, os.O_CREAT if create else 0)
+            id_fd = holds.take(txn_fd, identity + b".lock", os.O_CREAT if create else 0)
         except FileNotFoundError:
             return True, False
         except BlockingIOError:
@@ -377,9 +443,12 @@ def _recover(root: bytes, identity: bytes, *, create: bool) -> tuple[bool, bool]
         if id_fd is None:
             return True, False
         try:
+            if not _is_trusted(root, txn_fd, identity):
+                reason = "another user's, in a sticky directory: that user has to lock the file first"
+                raise FileOperationError(os.fsdecode(root), "recover a transaction", errno.EPERM, reason)
             return True, Journal(root, txn_fd, identity, id_fd).recover()
         finally:
-            _let_go(id_fd)
+            holds.let_go(id_fd)
     finally:
         close_quietly(txn_fd)
 
@@ -426,50 +495,3 @@ def _make_txn_directory(root: bytes, *, durable: bool) -> None:
             if shared:
                 calls.chmod(txn, 0o700 | shared | mode & (stat.S_ISVTX | stat.S_ISGID))
     make_directories(txn, durable=durable)
-
-
-# ---- the hold on an id: a flock, which a forked child must not keep --------------------------------------------------
-
-_held: set[int] = set()
-_guard = threading.RLock()  # no fork between opening a descriptor and its entry; re-entrant: signal handlers may fork
-
-
-def _hold(txn_fd: int, identity: bytes, flags: int) -> int | None:
-    """The open and locked id; None where its file was removed meanwhile: then the transaction is over.
-
-    Raises ``BlockingIOError`` where another has it.
-    """
-    with _guard:
-        fd = calls.open(identity + b".lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o666, dir_fd=txn_fd)
-        _held.add(fd)
-    try:
-        calls.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if calls.fstat(fd).st_nlink:
-            return fd
-    except BaseException:
-        _let_go(fd)
-        raise
-    _let_go(fd)
-    return None
-
-
-def _let_go(fd: int) -> None:
-    with _guard:
-        if fd not in _held:
-            return  # in the child of a fork, which has closed it
-        _held.discard(fd)
-        with suppress(OSError):
-            calls.flock(fd, fcntl.LOCK_UN)  # closing is not enough while a child that has just been forked has a copy
-        close_quietly(fd)
-
-
-def _forget() -> None:
-    """In the child of a fork: what is held is the parent's."""
-    global _guard
-    for fd in _held:
-        close_quietly(fd)
-    _held.clear()
-    _guard = threading.RLock()
-
-
-os.register_at_fork(before=lambda: _guard.acquire(), after_in_parent=lambda: _guard.release(), after_in_child=_forget)

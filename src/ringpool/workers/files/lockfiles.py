@@ -5,6 +5,8 @@
 
     base: the outermost ancestor that has a ``.ringpool``, else the file's own directory; or as the caller says, and
           then every user of the file must say the same
+          In a sticky directory, /tmp for one, anybody may make a ``.ringpool``: there it serves what lies deeper only
+          if it is that directory's owner's, or root's.
 
 What leads where is looked up each time: a symlink may be turned, a directory renamed, a ``.ringpool`` made further out.
 Remembered are only the ancestors of a directory, for the spelling and the inode that it had.
@@ -20,6 +22,7 @@ import stat
 import struct
 from contextlib import suppress
 from hashlib import blake2b
+from typing import NamedTuple
 
 from ringpool.workers.files.oslayer import calls
 
@@ -27,6 +30,7 @@ DIRECTORY = b".ringpool"
 DIRECTORIES_REMEMBERED_MAX = 256
 REOPENS_MAX = 100
 READS_MAX = 3
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 # Their flock is emulated, or holds on one machine only. Source: statfs(2), linux/magic.h, and the file systems' own.
 NETWORK_FILE_SYSTEMS = {
@@ -48,10 +52,18 @@ _STATFS_BYTES = 120
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def find(path: bytes, base: bytes | None) -> tuple[bytes, int]:
-    """The base and the stripe's number (0 to 255) of ``path``. Raises ``OSError``."""
+class Place(NamedTuple):
+    """Where a path is locked: its base, its stripe (0 to 255); and its directory, as it was spelled."""
+
+    root: bytes
+    stripe: int
+    directory: bytes
+
+
+def find(path: bytes, base: bytes | None) -> Place:
+    """Where ``path`` is locked. Raises ``OSError``."""
     directory, device, inode, name = _place(path)
-    return base or _base_of(directory, device, inode), _stripe_of(device, inode, name)
+    return Place(base or _base_of(directory, device, inode), _stripe_of(device, inode, name), directory)
 
 
 def stripe_of(path: bytes) -> int:
@@ -66,6 +78,17 @@ def root_of(directory: bytes) -> bytes:
     """
     found = calls.stat(directory)
     return _base_of(directory, found.st_dev, found.st_ino)
+
+
+def bases_between(root: bytes, directory: bytes) -> list[bytes]:
+    """The bases further in than ``root``, down to ``directory``, that served it before there was one at ``root``.
+
+    Raises ``OSError``.
+    """
+    found = calls.stat(directory)
+    _, ancestors = _ancestors.__wrapped__(directory, found.st_dev, found.st_ino)
+    inside = root.rstrip(b"/") + b"/"
+    return [base for base, marker in ancestors if base.startswith(inside) and calls.access(marker, os.F_OK)]
 
 
 def is_network(f_type: int) -> bool:
@@ -91,15 +114,40 @@ def open_lock_file(path: bytes) -> int:
     """Open a lock file, making it and its directories where needed. One that we may only read serves too."""
     for _ in range(REOPENS_MAX):
         try:
-            return calls.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        except PermissionError as denied:
-            try:
-                return calls.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            except FileNotFoundError:
-                raise denied from None
+            return _open(path, os.O_RDWR)
+        except FileNotFoundError:
+            pass
+        except OSError as denied:
+            if denied.errno not in _DENIED:
+                raise
+            return _open(path, os.O_RDONLY)
+        try:
+            return _make_lock_file(path)
         except FileNotFoundError:
             _make_lock_directories(os.path.dirname(path))
+        except FileExistsError:
+            pass  # a neighbour was faster
     raise FileNotFoundError(errno.ENOENT, "removed again and again", path)
+
+
+def _open(path: bytes, flags: int) -> int:
+    return calls.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def _make_lock_file(path: bytes) -> int:
+    fd = _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    try:
+        share(fd, calls.stat(os.path.dirname(path)).st_mode)
+    except BaseException:
+        calls.close(fd)
+        raise
+    return fd
+
+
+def share(fd: int, directory_mode: int) -> None:
+    """Let those write to our new file who may make files in its directory, whatever our umask says."""
+    if writers := directory_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        calls.fchmod(fd, stat.S_IMODE(calls.fstat(fd).st_mode) | writers | writers << 1)
 
 
 def _make_lock_directories(locks: bytes) -> None:
@@ -122,6 +170,8 @@ def _place(path: bytes) -> tuple[bytes, int, int, bytes]:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     directory = directory or slash or b"."
     found = calls.stat(directory)
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), directory)
     return directory, found.st_dev, found.st_ino, name
 
 
@@ -136,9 +186,18 @@ def _base_of(directory: bytes, device: int, inode: int) -> bytes:
         real, ancestors = _ancestors.__wrapped__(directory, device, inode)
     access = calls.access
     for ancestor, marker in ancestors:
-        if access(marker, os.F_OK):
+        if access(marker, os.F_OK) and _serves_others(ancestor, marker):
             return ancestor
     return real
+
+
+def _serves_others(directory: bytes, marker: bytes) -> bool:
+    """Whether its ``.ringpool`` serves what lies deeper: else anybody could take all locks below /tmp for himself."""
+    try:
+        found = calls.stat(directory)
+        return not found.st_mode & stat.S_ISVTX or calls.stat(marker).st_uid in (found.st_uid, 0)
+    except FileNotFoundError:
+        return False
 
 
 def _leads_to(path: bytes, device: int, inode: int) -> bool:

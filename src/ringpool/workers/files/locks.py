@@ -32,6 +32,8 @@ What holds
 - On a network file system (NFS, SMB, ...) the lock is a ``filelock.SoftReadWriteLock``, because flock is emulated there
   or holds on one machine only. Who comes first is not promised to be first there, nor that a dead holder's lock is free
   before its lease has run out (90 s); an ``AsyncPathLock`` blocks its event loop for the file operations of each try.
+- A ``.ringpool`` that is made further out takes over what lies deeper. Who holds a lock at that moment excludes nobody
+  who comes later; who waits meets the others on the new file. So the outermost base is to have its ``.ringpool`` first.
 - A Ctrl-C anywhere in ``acquire`` or ``release`` leaves the lock free. One that comes as a ``with`` block ends, before
   ``release`` has begun, leaves it held: Python looks for signals there, and offers no way round it.
 - A signal handler must not take a lock that the code it interrupts may be taking.
@@ -47,14 +49,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, Self
 
 from ringpool.errors import FileOperationError, LockTimeoutError, RingpoolError
 from ringpool.workers.files import lockfiles, stripes, turns
 from ringpool.workers.files.lockfiles import root_of
-from ringpool.workers.files.naming import FilePath
+from ringpool.workers.files.naming import FilePath, encoded, unusable
 from ringpool.workers.files.oslayer import calls
 from ringpool.workers.files.stripes import MARK_BYTES_MAX, OutOfTimeError, Turn
 
@@ -80,10 +83,14 @@ class _Lock:
     ) -> None:
         if mode not in ("exclusive", "shared"):
             raise ValueError(f"mode {mode!r}: a lock is exclusive or shared")
-        self.path = os.fsencode(path)
+        if timeout_s is not None and math.isnan(timeout_s):
+            raise ValueError("timeout_s is no number: a wait for it would have no end")
+        self.path = encoded(path)
         self.mode: Mode = mode
-        self.base = None if base is None else os.path.abspath(os.fsencode(base))
+        self.base = None if base is None else os.path.abspath(encoded(base))
         self.timeout_s = timeout_s
+        if b"\0" in self.path or (self.base and b"\0" in self.base):
+            raise unusable(self.path, "it holds a NUL byte")
         self.turns: list[Turn] = []  # held, or on their way: entered before anything is taken
 
     @property
@@ -91,13 +98,20 @@ class _Lock:
         """The number of the path's stripe, 0 to 255."""
         return lockfiles.stripe_of(self.path)
 
+    def __reduce__(self) -> tuple[Callable[[], Self], tuple[()]]:
+        """A copy, in this process or another, is a lock on the same path that holds nothing."""
+        return functools.partial(type(self), self.path, self.mode, base=self.base, timeout_s=self.timeout_s), ()
+
     def _deadline_s(self, began_s: float) -> float | None:
         return None if self.timeout_s is None else began_s + self.timeout_s
 
     def _undo(self, turn: Turn) -> None:
-        """Whatever has become of ``turn``, nothing is left of it. May be done twice."""
+        """Whatever has become of ``turn``, nothing is left of it. May be done twice; raises no ``OSError``."""
         if turn.stripe is not None:
-            turn.stripe.leave(turn)
+            try:
+                turn.stripe.leave(turn)
+            except OSError:
+                turns.drop(turn.stripe, turn)
         if turn in self.turns:
             self.turns.remove(turn)
 
@@ -106,7 +120,7 @@ class _Lock:
         if isinstance(error, OutOfTimeError):
             raise LockTimeoutError(os.fsdecode(self.path), _holder_of(turn), time.monotonic() - began_s) from None
         if isinstance(error, OSError) and not isinstance(error, RingpoolError):
-            raise _operation_error(self.path, error) from error
+            raise _operation_error(self.path, "lock", error) from error
         raise error
 
     def _release(self, whose: Callable[[], object], kind: str) -> None:
@@ -115,9 +129,11 @@ class _Lock:
             self._leave(turn, whose(), kind)
         except RuntimeError:
             raise
-        except BaseException:  # a Ctrl-C, or an error of the kernel's: to its end, from what stands there
+        except BaseException as error:  # a Ctrl-C, or an error of the kernel's: to its end, from what stands there
             if turn is not None and turn.owner == whose():
                 self._undo(turn)
+            if isinstance(error, OSError):
+                raise _operation_error(self.path, "unlock", error) from error
             raise
 
     def _leave(self, turn: Turn | None, owner: object, kind: str) -> None:
@@ -177,7 +193,10 @@ class PathLock(_Lock):
             return
 
     def release(self) -> None:
-        """Release it once. Raises ``RuntimeError`` where this thread does not hold it."""
+        """Release it once. Raises ``RuntimeError`` where this thread does not hold it.
+
+        ``FileOperationError`` where the kernel refuses to unlock: it is free all the same, its descriptor closed.
+        """
         self._release(threading.get_ident, "thread")
 
     def __enter__(self) -> PathLock:
@@ -216,9 +235,9 @@ class AsyncPathLock(_Lock):
             self._fail(error, turn, began_s)
 
     async def _recover_root(self) -> None:
-        root, _ = lockfiles.find(self.path, self.base)
-        if not turns.is_recovered(root):
-            await asyncio.to_thread(turns.recover_root, root)
+        place = lockfiles.find(self.path, self.base)
+        if not turns.is_recovered(place):
+            await asyncio.to_thread(turns.recover, place)
 
     async def _finish(self, turn: Turn, deadline_s: float | None) -> None:
         loop = asyncio.get_running_loop()
@@ -237,7 +256,7 @@ class AsyncPathLock(_Lock):
             return
 
     def release(self) -> None:
-        """Release it once. Raises ``RuntimeError`` where this task does not hold it."""
+        """Release it once. Raises ``RuntimeError`` where this task does not hold it, else as ``PathLock.release``."""
         self._release(asyncio.current_task, "task")
 
     async def __aenter__(self) -> AsyncPathLock:
@@ -301,8 +320,12 @@ class LockSet:
     ) -> None:
         self.mode: Mode = mode
         self.timeout_s = timeout_s
-        self._wanted = [PathLock(path, mode, base=base) for path in paths]
+        self._wanted = [PathLock(path, mode, base=base, timeout_s=timeout_s) for path in paths]
         self.held: list[PathLock] = []
+
+    def __getstate__(self) -> dict[str, object]:
+        state: dict[str, object] = {**self.__dict__, "held": []}  # a copy holds nothing
+        return state
 
     @property
     def paths(self) -> list[bytes]:
@@ -320,7 +343,8 @@ class LockSet:
                 self.held.append(lock)
                 lock.acquire()
         except BaseException:
-            self._let_go_surely()
+            with suppress(FileOperationError):
+                self._let_go_surely()
             raise
 
     def _in_order(self) -> list[PathLock]:
@@ -328,15 +352,15 @@ class LockSet:
         ordered: dict[tuple[int, int, int], PathLock] = {}
         for lock in self._wanted:
             try:
-                root, stripe = lockfiles.find(lock.path, lock.base)
-                found = calls.stat(root)
+                place = lockfiles.find(lock.path, lock.base)
+                found = calls.stat(place.root)
             except OSError as error:
-                raise _operation_error(lock.path, error) from error
-            ordered.setdefault((found.st_dev, found.st_ino, stripe), lock)
+                raise _operation_error(lock.path, "lock", error) from error
+            ordered.setdefault((found.st_dev, found.st_ino, place.stripe), lock)
         return [lock for _, lock in sorted(ordered.items())]
 
     def release(self) -> None:
-        """Release all of them. Raises ``RuntimeError`` where this thread does not hold them."""
+        """Release all of them. Raises as ``PathLock.release`` does; after a ``FileOperationError`` all are free."""
         if not self.held:
             raise RuntimeError("a set of locks: released, but not locked")
         self._let_go_surely()
@@ -344,18 +368,24 @@ class LockSet:
     def _let_go_surely(self) -> None:
         try:
             self._let_go()
-        except RuntimeError:
+        except (RuntimeError, FileOperationError):
             raise
         except BaseException:  # a Ctrl-C: not one of them stays
             self._let_go()
             raise
 
     def _let_go(self) -> None:
+        failure: FileOperationError | None = None
         while self.held:
             lock = self.held[-1]
-            if lock.turns:
-                lock.release()
+            try:
+                if lock.turns:
+                    lock.release()
+            except FileOperationError as error:
+                failure = failure or error
             self.held.pop()
+        if failure is not None:
+            raise failure
 
     def mark(self, text: bytes) -> None:
         """Write ``text`` into the lock file of each stripe held: who gets one of them next has to recover it first.
@@ -379,7 +409,7 @@ class LockSet:
             try:
                 stripe.write_mark(text)
             except OSError as error:
-                raise _operation_error(lock.path, error) from error
+                raise _operation_error(lock.path, "mark the lock", error) from error
 
     def __enter__(self) -> LockSet:
         self.acquire()
@@ -391,11 +421,13 @@ class LockSet:
         self.release()
 
 
-def _operation_error(path: bytes, error: OSError) -> FileOperationError:
+def _operation_error(path: bytes, operation: str, error: OSError) -> FileOperationError:
+    if isinstance(error, FileOperationError):
+        return error
     reason = error.strerror or str(error)
     if error.filename is not None:
         reason = f"{reason} ({os.fsdecode(error.filename)})"
-    return FileOperationError(os.fsdecode(path), "lock", error.errno or errno.EIO, reason)
+    return FileOperationError(os.fsdecode(path), operation, error.errno or errno.EIO, reason)
 
 
 def _holder_of(turn: Turn) -> str:

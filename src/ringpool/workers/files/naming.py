@@ -94,9 +94,9 @@ def unique_name(directory: FilePath, prefix: str | bytes = b"", suffix: str | by
     the name for the caller, who may write to it in any way. Raises ``PathNameError`` (prefix and suffix make no name)
     and ``FileOperationError`` (it cannot be made).
     """
-    start, end = os.path.join(os.fsencode(directory), os.fsencode(prefix)), os.fsencode(suffix)
+    start, end = os.path.join(encoded(directory), encoded(prefix)), encoded(suffix)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    if b"/" in os.fsencode(prefix) + end:
+    if b"/" in encoded(prefix) + end:
         raise unusable(start + end, "a prefix or suffix has no slash")
     try:
         for _ in range(TRIES_MAX):
@@ -130,6 +130,15 @@ def content_name(content: bytes | bytearray | memoryview | SupportsRead, suffix:
 def digest_name(digest: bytes, suffix: str = "") -> str:
     """``content_name`` of what has that digest, for whoever has computed it on the way."""
     return f"{digest[:1].hex()}/{digest.hex()}{suffix}"
+
+
+def encoded(path: FilePath) -> bytes:
+    """``path`` as the kernel takes it. Raises ``PathNameError`` for text that stands for no bytes: a lone surrogate."""
+    try:
+        return os.fsencode(path)
+    except UnicodeEncodeError:
+        shown = str(path).encode("utf-8", "backslashreplace").decode()
+        raise PathNameError(shown, "use the name", errno.EILSEQ, os.strerror(errno.EILSEQ)) from None
 
 
 def check_path(path: bytes) -> None:

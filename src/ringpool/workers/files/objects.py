@@ -24,7 +24,7 @@ from ringpool.errors import ContentCorruptError, FileMissingError, FileOperation
 from ringpool.workers.files.contained import Contained
 from ringpool.workers.files.durability import Durability, close_quietly, sync
 from ringpool.workers.files.finding import find
-from ringpool.workers.files.naming import check_path, digest_name, random_staging_name
+from ringpool.workers.files.naming import check_path, digest_name, encoded, random_staging_name
 from ringpool.workers.files.oslayer import calls, write_all
 
 DIGEST_BYTES = 32
@@ -197,7 +197,7 @@ class Objects:
                 yield name
 
     def _shown(self, path: str) -> bytes:
-        return os.path.join(self._contained.base, os.fsencode(path))
+        return os.path.join(self._contained.base, encoded(path))
 
     def _corrupt(self, path: str, reason: str) -> ContentCorruptError:
         return ContentCorruptError(os.fsdecode(self._shown(path)), "verify", errno.EBADMSG, reason)
@@ -257,7 +257,7 @@ def _pieces(source: Source) -> Iterator[bytes | memoryview]:
         view = view.cast("B") if view.c_contiguous and view.nbytes else memoryview(view.tobytes())
         return (view[begin : begin + PIECE_BYTES] for begin in range(0, len(view), PIECE_BYTES))
     if isinstance(source, os.PathLike):
-        return _file_pieces(os.fsencode(source))
+        return _file_pieces(encoded(source))
     if callable(getattr(source, "read", None)):
         return _stream_pieces(source)
     kind = type(source).__name__

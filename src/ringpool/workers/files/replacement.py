@@ -63,6 +63,7 @@ class Replacement:
         within: int | None = None,
     ) -> None:
         """Open the directory, look at what stands there, create the temporary file. A link is followed once."""
+        check_choices(symlinks, hard_links)
         self.level = level
         self.mode = mode  # the new file's, exactly; None: see atomic_write
         self.exclusive = exclusive
@@ -74,7 +75,7 @@ class Replacement:
             if exclusive:
                 raise refused(self.path, errno.EEXIST)
             if hard_links == "refuse" and found.st_nlink > 1:
-                raise refused(self.path, errno.EMLINK, "it has other hard links, which would keep the old content")
+                raise linked_elsewhere(self.path)
         self.replaced = found  # what stands there
         self.step = "create the temporary file"
         # 0666: the umask and a default ACL apply. 0600: nobody else may read it before it has its owner and mode.
@@ -214,6 +215,19 @@ class Replacement:
     def _reached_by(self) -> bytes:
         """A path that leads to what is replaced, for the calls that take no directory."""
         return self.path if self.within is None else b"/proc/self/fd/%d/%b" % (self.dir_fd, self.name)
+
+
+def linked_elsewhere(path: bytes) -> FileOperationError:
+    """The error of a file with several hard links, where they are refused; to be raised."""
+    return refused(path, errno.EMLINK, "it has other hard links, which would keep the old content")
+
+
+def check_choices(symlinks: str, hard_links: str) -> None:
+    """Raise ``ValueError`` for a word that stands for nothing: a misspelt ``refuse`` must not mean ``follow``."""
+    if symlinks not in ("follow", "replace", "refuse"):
+        raise ValueError(f"symlinks is one of 'follow', 'replace', 'refuse', not {symlinks!r}")
+    if hard_links not in ("split", "refuse"):
+        raise ValueError(f"hard_links is one of 'split', 'refuse', not {hard_links!r}")
 
 
 def octets(content: bytes | bytearray | memoryview | str) -> bytes | memoryview:

@@ -55,7 +55,7 @@ def resource_stats() -> ResourceStats:
         descriptors_open=_descriptors_open(descriptors_max or 0),
         descriptors_max=descriptors_max,
         lock_files_open=turns.lock_files_open(),
-        lock_files_max=turns.DESCRIPTORS_MAX,
+        lock_files_max=turns.descriptors_max(),
         threads=threading.active_count(),
         rss_bytes=rss_bytes,
         rss_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,

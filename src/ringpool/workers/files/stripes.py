@@ -40,7 +40,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from filelock import SoftReadWriteLock, Timeout
+from filelock import Timeout
 
 from ringpool.errors import LockUpgradeError
 from ringpool.workers.files import journal, tickets
@@ -73,6 +73,7 @@ class Turn:
     is_waiting = False
     free_since_s = 0.0  # at every look since then the lock was free, and not its turn; 0: not so
     is_marked = False  # it holds, and has to recover what a dead transaction left
+    place: tuple[bytes, int] = b"", 0  # its base and stripe, as they were found on its arrival
 
     def __init__(self, owner: object, path: bytes, exclusive: bool) -> None:
         self.owner = owner
@@ -298,6 +299,15 @@ class Stripe:
         elif foreign is not None and not (if_shared and foreign[1]):
             tickets.ring(self.tickets.bell_name(foreign[0]))
 
+    def forget(self, turn: Turn) -> None:
+        """What ``leave`` is to do of it without the kernel, which has refused."""
+        self.holds.pop(turn, None)
+        if turn in self.queue:
+            self.queue.remove(turn)
+        if turn.bell is not None:
+            turn.bell.close()
+        turn.is_waiting = False
+
     def close(self) -> None:
         """Close the descriptor, which nobody of this process needs any more."""
         retired.discard(self)
@@ -370,6 +380,8 @@ class SoftStripe(Stripe):
 
     def __init__(self, root: bytes, path: bytes, fd: int) -> None:
         super().__init__(root, path, fd)
+        from filelock import SoftReadWriteLock  # here: few need it, and with asyncio it takes 40 ms to import
+
         self.tickets = NoTickets(fd, self.device, self.inode)
         self._soft = SoftReadWriteLock(os.fsdecode(path), is_singleton=False)
 

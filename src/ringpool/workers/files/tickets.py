@@ -32,6 +32,7 @@ by an event loop, and would wait for a stopped process for ever. Source: fcntl_l
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import select
 import socket
@@ -184,11 +185,14 @@ def ring(name: bytes, word: bytes = b"!") -> None:
 
 
 def close_ringer() -> None:
-    """In the child of a fork: the socket is the parent's."""
+    """In the child of a fork, where the socket is the parent's; and at the end."""
     global _ringer
     if _ringer is not None:
         _ringer.close()
         _ringer = None
+
+
+atexit.register(close_ringer)
 
 
 def next_ticket(last: int) -> int:

@@ -57,7 +57,7 @@ from ringpool.workers.files.journal import (
     read_all,
 )
 from ringpool.workers.files.locks import LockSet, root_of
-from ringpool.workers.files.naming import FilePath
+from ringpool.workers.files.naming import FilePath, encoded
 from ringpool.workers.files.operations import (
     Delete,
     File,
@@ -103,7 +103,7 @@ class FileTransaction:
         level = Durability(durability)
         if level not in (Durability.FULL, Durability.ATOMIC):
             raise ValueError(f"a transaction is of durability 'full' or 'atomic', not {level.value!r}")
-        self.base = os.path.realpath(os.fsencode(base))
+        self.base = os.path.realpath(encoded(base))
         self.timeout_s = timeout_s
         self.durability = level
         self._state = _State.OPEN
@@ -268,11 +268,14 @@ class FileTransaction:
         if not isinstance(error, OSError):
             if is_committed:
                 error.add_note("the transaction is committed")
-        elif not isinstance(error, RingpoolError):  # of the locks
+        elif type(error) is FileOperationError or not isinstance(error, RingpoolError):  # of the locks
+            path, operation = (
+                (error.path, error.operation) if isinstance(error, FileOperationError) else (self._shown(b""), "lock")
+            )
+            number, reason = error.errno or errno.EIO, error.strerror or str(error)
             if is_committed:
-                reason = error.strerror or str(error)
-                return CommittedWithErrors(self._shown(b""), "unlock", error.errno or errno.EIO, reason, True)
-            return self._failed(b"", "lock", error)
+                return CommittedWithErrors(path, operation, number, reason, True)
+            return TransactionError(path, operation, number, reason)
         return error
 
     def _root(self) -> bytes:
@@ -307,10 +310,14 @@ def snapshot(
     """
     asked = list(paths)
     if base is None:
-        root, places = None, [os.fsencode(path) for path in asked]
+        root, places = None, [encoded(path) for path in asked]
     else:
-        real = os.path.realpath(os.fsencode(base))
-        root = root_of(real)
+        real = os.path.realpath(encoded(base))
+        try:
+            root = root_of(real)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise FileOperationError(os.fsdecode(real), "read below it", error.errno or errno.EIO, reason) from error
         places = [os.path.join(real, _contained(real, path)) for path in asked]
     contents: dict[AnyPath, bytes] = {}
     with LockSet(places, "shared", base=root, timeout_s=timeout_s):

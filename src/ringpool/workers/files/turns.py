@@ -11,35 +11,39 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Generator
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from ringpool.workers.files import journal, lockfiles, stripes, tickets
+from ringpool.workers.files.lockfiles import Place
 from ringpool.workers.files.stripes import OutOfTimeError, SoftStripe, StaleError, Stripe, Turn
 
-DESCRIPTORS_MAX = 64
-ROOTS_REMEMBERED_MAX = 4096
+DESCRIPTORS_MAX = 64  # and a quarter of what the process may have open
+DIRECTORIES_REMEMBERED_MAX = 4096
 WITHOUT_BELL_S = 0.005
 
 _stripes: OrderedDict[tuple[bytes, int], Stripe] = OrderedDict()  # the least recently used first
-_recovered: set[bytes] = set()  # the bases that this process has looked at for dead transactions
+_looked_at: set[tuple[bytes, bytes]] = set()  # base and directory, or base alone: no dead transactions were left
 
 
 def arrive(turn: Turn, base: bytes | None, *, may_wait: bool) -> bool:
     """Whether ``turn`` holds the stripe of its path; otherwise it waits there, if it may. Raises ``OSError``."""
     for _ in range(lockfiles.REOPENS_MAX):
-        root, number = lockfiles.find(turn.path, base)
-        if root not in _recovered:
-            recover_root(root)
+        place = lockfiles.find(turn.path, base)
+        if not is_recovered(place):
+            recover(place)
+        turn.place = root, number = place.root, place.stripe
         with stripes.mutex:
             stripe = _stripes.get((root, number))
             if stripe is None:
                 stripe = _open(root, number)
                 # This may have made the first .ringpool here, while a neighbour made one further out.
-                if base is None and lockfiles.find(turn.path, None)[0] != root:
+                if base is None and lockfiles.find(turn.path, None).root != root:
                     continue
             else:
                 _stripes.move_to_end((root, number))
@@ -57,39 +61,63 @@ def lock_files_open() -> int:
         return len({*_stripes.values(), *stripes.retired})
 
 
-def is_recovered(root: bytes) -> bool:
-    """Whether ``recover_root`` has nothing to do."""
-    return root in _recovered
+def descriptors_max() -> int:
+    """How many lock files that are neither held nor awaited stay open."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return DESCRIPTORS_MAX if allowed == resource.RLIM_INFINITY else max(1, min(DESCRIPTORS_MAX, allowed // 4))
 
 
-def recover_root(root: bytes) -> None:
-    """Finish what died transactions left below a base, the first time that this process comes there.
+def is_recovered(place: Place) -> bool:
+    """Whether ``recover`` has nothing to do."""
+    return (place.root, place.directory) in _looked_at
 
-    Marks tell of them as well, but are not durable.
+
+def recover(place: Place) -> None:
+    """Finish what died transactions left there, the first time that this process comes to that directory.
+
+    Marks tell of them as well, but are not durable, and those of a base further in are seen by nobody any more. Raises
+    ``OSError``.
     """
-    journal.recover_root(root)
-    if len(_recovered) >= ROOTS_REMEMBERED_MAX:
-        _recovered.clear()
-    _recovered.add(root)
+    if len(_looked_at) >= DIRECTORIES_REMEMBERED_MAX:
+        _looked_at.clear()
+    for base in (place.root, *lockfiles.bases_between(place.root, place.directory)):
+        if (base, b"") not in _looked_at:
+            journal.recover_root(base)
+            _looked_at.add((base, b""))
+    _looked_at.add((place.root, place.directory))
 
 
 def _open(root: bytes, number: int) -> Stripe:
     path = lockfiles.lock_file(root, number)
-    fd = lockfiles.open_lock_file(path)
+    try:
+        fd = lockfiles.open_lock_file(path)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        _close_idle(0)
+        fd = lockfiles.open_lock_file(path)
     kind = SoftStripe if lockfiles.is_network(lockfiles.file_system_of(fd)) else Stripe
     opened = kind(root, path, fd)
-    for stripe in _stripes.values():
-        if (stripe.inode, stripe.device) == (opened.inode, opened.device):  # another spelling of the base
+    for stripe in (*_stripes.values(), *stripes.retired):
+        if (stripe.inode, stripe.device) == (opened.inode, opened.device):  # another spelling of the base, or renamed
             opened.close()
             opened = stripe
             opened.path = path
+            opened.is_listed = True
+            stripes.retired.discard(opened)
             break
+    _close_idle(descriptors_max() - 1)
     _stripes[root, number] = opened
-    if len(_stripes) > DESCRIPTORS_MAX:
-        for key, stripe in [*_stripes.items()][: len(_stripes) - 1]:
-            if not stripe.holds and not stripe.queue and len(_stripes) > DESCRIPTORS_MAX and key in _stripes:
-                _unlist(stripe)
     return opened
+
+
+def _close_idle(left_max: int) -> None:
+    """Close lock files that are neither held nor awaited, until at most so many, of all, are left."""
+    for key, stripe in [*_stripes.items()]:
+        if len(_stripes) <= left_max:
+            return
+        if not stripe.holds and not stripe.queue and key in _stripes:
+            _unlist(stripe)
 
 
 def _unlist(stripe: Stripe) -> None:
@@ -100,6 +128,15 @@ def _unlist(stripe: Stripe) -> None:
         stripes.retired.add(stripe)
     else:
         stripe.close()
+
+
+def drop(stripe: Stripe, turn: Turn) -> None:
+    """The kernel refuses to unlock for ``turn``. To close the descriptor frees it in any case. Raises nothing."""
+    with stripes.mutex:
+        stripe.forget(turn)
+        if stripe.is_listed:
+            with suppress(OSError):
+                _unlist(stripe)
 
 
 def _retire(stripe: Stripe, turn: Turn) -> None:
@@ -144,18 +181,22 @@ def finish(
         if turn.is_marked:
             yield None
         with stripes.mutex:
-            if turn in stripe.holds:
-                return
+            is_held, is_stale, is_first = turn in stripe.holds, False, False
             try:
-                if turn.is_waiting and stripe.look(turn, rung=rung):
-                    continue
-                if turn.is_waiting and stripe.hang_bell(turn):
+                if not is_held and turn.is_waiting and (stripe.look(turn, rung=rung) or stripe.hang_bell(turn)):
                     continue
                 is_first = stripe.queue[:1] == [turn]
             except StaleError:
                 _retire(stripe, turn)
-                arrive(turn, base, may_wait=True)
-                continue
+                is_stale = True
+        if is_held and not is_stale:
+            if lockfiles.find(turn.path, base)[:2] == turn.place:
+                return
+            stripe.leave(turn)  # a .ringpool was made further out, or the directory replaced, while it waited
+            is_stale = True
+        if is_stale:
+            arrive(turn, base, may_wait=True)
+            continue
         pause_s = idle_s if not is_first else stripe.look_s if turn.bell is not None else WITHOUT_BELL_S
         if deadline_s is not None:
             left_s = deadline_s - time.monotonic()

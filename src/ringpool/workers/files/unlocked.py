@@ -23,7 +23,7 @@ from ringpool.workers.files.atomic import atomic_open, atomic_write
 from ringpool.workers.files.contained import Contained
 from ringpool.workers.files.durability import Durability, close_quietly, sync
 from ringpool.workers.files.finding import is_internal
-from ringpool.workers.files.naming import FilePath
+from ringpool.workers.files.naming import FilePath, encoded
 from ringpool.workers.files.oslayer import calls, write_all
 
 COPY_BYTES = 1 << 20  # at once
@@ -152,7 +152,7 @@ class Unlocked:
 
     def shown(self, path: FilePath) -> bytes:
         """The absolute path, for messages; nothing of it is checked."""
-        return os.path.join(self.contained.base, os.fsencode(path))
+        return os.path.join(self.contained.base, encoded(path))
 
     def make_parent(self, path: FilePath, *, create: bool) -> None:
         """Make the directory of ``path``, or see that it is there: else ``FileMissingError``."""

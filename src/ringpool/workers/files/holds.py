@@ -1,0 +1,63 @@
+"""Holds: files that this process has locked with flock, by which others tell the living from the dead.
+
+    take --> open, entered, locked --> let_go        the kernel lets go of a dead process's
+                    |
+                 a fork: the child closes its copies, and unlocks nothing
+
+A transaction holds its id, a recovery that of the dead one and, while it looks through all, their directory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+from contextlib import suppress
+
+from ringpool.workers.files.durability import close_quietly
+from ringpool.workers.files.oslayer import calls
+
+_held: set[int] = set()
+_guard = threading.RLock()  # no fork between opening a descriptor and its entry; re-entrant: signal handlers may fork
+
+
+def take(dir_fd: int, name: bytes, flags: int) -> int | None:
+    """The open and locked file ``name`` of a directory; None where it was removed meanwhile.
+
+    Raises ``OSError``: ``BlockingIOError`` where another has it.
+    """
+    with _guard:
+        fd = calls.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o666, dir_fd=dir_fd)
+        _held.add(fd)
+    try:
+        calls.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if calls.fstat(fd).st_nlink:
+            return fd
+    except BaseException:
+        let_go(fd)
+        raise
+    let_go(fd)
+    return None
+
+
+def let_go(fd: int) -> None:
+    """Unlock and close it. Raises no ``OSError``."""
+    with _guard:
+        if fd not in _held:
+            return  # in the child of a fork, which has closed it
+        _held.discard(fd)
+        with suppress(OSError):
+            calls.flock(fd, fcntl.LOCK_UN)  # closing is not enough while a child that has just been forked has a copy
+        close_quietly(fd)
+
+
+def _forget() -> None:
+    """In the child of a fork: what is held is the parent's."""
+    global _guard
+    for fd in _held:
+        close_quietly(fd)
+    _held.clear()
+    _guard = threading.RLock()
+
+
+os.register_at_fork(before=lambda: _guard.acquire(), after_in_parent=lambda: _guard.release(), after_in_child=_forget)
