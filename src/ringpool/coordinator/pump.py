@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 IDLE_WAIT_S = 0.1
 STOP_TIMEOUT_S = 1.0
-COLLECT_EVERY_S = 0.008  # how long results may wait for company, while the workers have more to do ...
-CROWD = 4  # ... and so many arrive in that time
+COLLECT_EVERY_S = 0.016  # how long results may wait for company, while the workers have more to do ...
+CROWD = 8  # ... and so many arrive in that time
 TAKE_BACK_AFTER_S = 0.02  # a claim of several tasks that has not moved for so long is broken up
 SPINS = 60  # looks for results before the pump sleeps, about 100 us, where few tasks are under way
 PUBLISH_MAX = 256
