@@ -194,6 +194,18 @@ def fail(src: Path, *, how: str) -> None:
             raise AssertionError(how)
 
 
+def fail_until(src: Path, dst: Path | None = None, *, attempts: int) -> int:
+    """Fail so many times; each leaves a line in ``src``. The number of the attempt that succeeds."""
+    with src.open("a") as lines:
+        lines.write("x\n")
+    n = len(src.read_text().splitlines())
+    if n <= attempts:
+        raise ConnectionError(f"attempt {n}")
+    if dst is not None:
+        dst.write_text(str(n))
+    return n
+
+
 def fail_if_marked(src: Path) -> str:
     """Fails where the input says so."""
     if src.read_text() == "fail":

@@ -141,6 +141,9 @@ def everything_by_keyword(**all_of_it: Any) -> None: ...
 def text_paths(src: str, dst: str) -> None: ...
 
 
+def keyword_dst(src: Path, *, dst: Path) -> None: ...
+
+
 def text_or_byte_paths(src: str | bytes, dst: Optional[str]) -> None: ...  # noqa: UP045
 
 
@@ -332,6 +335,11 @@ def test_a_second_positional_only_parameter_is_refused_unless_it_may_be_left_out
     assert signature(optional_positional).fields == set()
     with pytest.raises(ParameterError, match="other is positional only"):
         signature(two_positional)
+
+
+def test_an_output_by_keyword_is_refused() -> None:
+    with pytest.raises(ParameterError, match="its dst is keyword only"):
+        signature(keyword_dst)
 
 
 @pytest.mark.parametrize("function", [any_arguments, len, os.path.getsize])

@@ -43,6 +43,7 @@ from ringpool.shm.layout import INLINE_BYTES, Encoding
 from ringpool.workers import tasks
 from ringpool.workers.files.atomic import Durability
 from ringpool.workers.process import WorkerArguments
+from ringpool.workers.retry import RetryPolicy
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -166,15 +167,18 @@ class Coordinator:
         dst: Path | None = None,
         *,
         params: Mapping[str, Any] | None = None,
+        retry: RetryPolicy | None = None,
     ) -> TaskFuture:
         """Queue ``fn(src, **params)``, or ``fn(src, dst, **params)`` with an output; its future, with ``task_id``.
 
-        ``fn`` is a function of a module's top level, or ``"module:qualname"``. Raises at once, with nothing queued:
+        ``fn`` is a function of a module's top level, or ``"module:qualname"``. A call that raises is tried again by
+        its worker as ``retry`` says (None: not at all); a worker's death is another matter, see ``attempts_max``.
+        Raises at once, with nothing queued:
         ``UnknownFunctionError``, ``ParameterError``, ``InputMissingError``, ``SharedMemoryFullError``,
         ``CoordinatorClosedError``, or what broke the pool.
         """
         self._check_open()
-        function = self._function(fn, {})
+        function = self._function(fn, {}, retry)
         name, signature = function.name, function.signature
         _check_output(function, has_output=dst is not None)
         own = tasks.validate(name, signature, params or {})
@@ -198,14 +202,16 @@ class Coordinator:
         output: Callable[[Any], Path] | None = None,
         params: Mapping[str, Any] | None = None,
         window: int | None = None,
+        retry: RetryPolicy | None = None,
     ) -> FileRun:
         """Run ``fn`` over ``inputs``; an iterator of ``FileResult``s, in the order in which they end.
 
         ``inputs`` are paths, or ``FileTask``s with their outputs; they are drawn as results are taken, at most
         ``window`` (default: the slots of the ring) ahead. ``output`` gives the output of an input that comes without.
         An iterator that itself waits until results have been taken needs ``window=1``.
-        A task that fails is a result with an ``error``; the run goes on. Function and parameters are checked here, at
-        once; that two tasks under way have one output is an ``OutputCollisionError`` when the second is drawn.
+        A task that fails, after what ``retry`` allows, is a result with an ``error``; the run goes on. Function and
+        parameters are checked here, at once; that two tasks under way have one output is an ``OutputCollisionError``
+        when the second is drawn.
         """
         self._check_open()
         tasks.require(*tasks.describe(fn), params or {})
@@ -213,7 +219,7 @@ class Coordinator:
             raise TypeError(f"inputs must be an iterable of paths, not one path ({inputs!r}); put it into a list")
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, not {window}")
-        function = self._function(fn, params or {})
+        function = self._function(fn, params or {}, retry)
         inbox = RunInbox(lambda: self._release(function))
         tickets = self._tickets(function, iter(inputs), output, inbox)
         return FileRun(self._pump, inbox, tickets, window or self._segment.header.slots, self._check_open)
@@ -343,12 +349,15 @@ class Coordinator:
         if self._closing:
             raise CoordinatorClosedError
 
-    def _function(self, fn: tasks.TaskFunction | str, shared: Mapping[str, Any]) -> _Function:
+    def _function(
+        self, fn: tasks.TaskFunction | str, shared: Mapping[str, Any], retry: RetryPolicy | None
+    ) -> _Function:
         """Register a function with what all its tasks share; ``_release`` it after the last of them."""
         name, signature = tasks.describe(fn)
         tasks.require_importable_main(name)
         packed = tasks.pack_parameters(name, tasks.validate(name, signature, shared))
-        spec = tasks.encode_spec(tasks.FunctionSpec(name, packed, self._durability))
+        policy = tasks.pack_policy(name, retry)
+        spec = tasks.encode_spec(tasks.FunctionSpec(name, packed, self._durability, policy))
         with self._lock:
             found = self._functions.get(spec)
             if found is None:

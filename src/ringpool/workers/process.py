@@ -165,7 +165,7 @@ class Worker:
         call = tasks.resolve(spec.name)
         signature = tasks.signature_of(call, spec.name)
         bound = BoundFunction(
-            call,
+            tasks.with_retries(call, spec.retry),
             signature.source_type,
             signature.target_type,
             tasks.unpack_parameters(spec.parameters),

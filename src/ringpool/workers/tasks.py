@@ -26,17 +26,21 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ringpool.errors import ParameterError, UnknownFunctionError
+from ringpool.workers.retry import RetryPolicy, retrying
 
 TaskFunction = Callable[..., Any]
 _EMPTY = inspect.Parameter.empty
 
 
 class FunctionSpec(msgspec.Struct, frozen=True, array_like=True):
-    """What a worker needs to run tasks of one function: its name, pickled shared parameters, level of durability."""
+    """What a worker needs to run tasks of one function: its name, pickled shared parameters, level of durability, and
+    a pickled ``RetryPolicy`` where failed calls are to be tried again.
+    """
 
     name: str
     parameters: bytes
     durability: str
+    retry: bytes = b""
 
 
 class FilePayload(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -143,6 +147,10 @@ def signature_of(function: TaskFunction, name: str) -> Signature:
         raise ParameterError(name, "it takes no positional argument; the first one is the path of the input")
     hints = _hints(function)
     dst = next((p for p in parameters[1:] if p.name == "dst"), None)
+    if dst is not None and dst.kind is inspect.Parameter.KEYWORD_ONLY:
+        raise ParameterError(
+            name, "its dst is keyword only; the output's path is passed by position, after the input's"
+        )
     rest = [p for p in parameters[1:] if p is not dst]
     keywords = _keywords(name, rest)
     return Signature(
@@ -259,6 +267,23 @@ def pack_parameters(name: str, parameters: Mapping[str, Any]) -> bytes:
         return pickle.dumps(dict(parameters), 5)
     except Exception as error:
         raise ParameterError(name, f"a parameter cannot be pickled: {type(error).__name__}: {error}") from error
+
+
+def pack_policy(name: str, policy: RetryPolicy | None) -> bytes:
+    """A policy as bytes; empty for none. Raises ``ParameterError`` where it cannot travel, ``TypeError``."""
+    if policy is None:
+        return b""
+    if not isinstance(policy, RetryPolicy):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"retry must be a RetryPolicy or None, not {policy!r}")
+    try:
+        return pickle.dumps(policy, 5)
+    except Exception as error:
+        raise ParameterError(name, f"its retry policy cannot be pickled: {type(error).__name__}: {error}") from error
+
+
+def with_retries(call: TaskFunction, packed: bytes) -> TaskFunction:
+    """``call``, tried again as a packed policy says; itself for none."""
+    return retrying(pickle.loads(packed))(call) if packed else call
 
 
 def unpack_parameters(packed: bytes | None) -> dict[str, Any]:
