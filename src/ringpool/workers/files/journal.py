@@ -154,9 +154,11 @@ class Journal:
         try:
             share(self._id_fd, calls.fstat(self.txn_fd).st_mode)
         except BaseException:
-            with suppress(OSError):
-                self.discard()
-            holds.let_go(self._id_fd)
+            try:
+                with suppress(OSError):
+                    self.discard()
+            finally:
+                holds.let_go(self._id_fd)  # whatever comes in between: an id that stays held is never recovered
             raise
         return self
 
