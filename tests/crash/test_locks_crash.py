@@ -325,6 +325,11 @@ def let_go(lock: PathLock) -> None:
         lock.release()
 
 
+@pytest.mark.skipif(
+    sys.version_info[:2] == (3, 12),
+    reason="CPython 3.12.1 dies of SIGSEGV in its collector after a trace function has raised in a generator; "
+    "interrupts by real signals are tested below",
+)
 @pytest.mark.parametrize("stride", [pytest.param(4, id="sample"), pytest.param(1, id="full", marks=pytest.mark.crash)])
 @pytest.mark.parametrize("action", [alone, twice, shared, waits, gives_up, a_set, recovers])
 def test_interrupted_anywhere_nothing_is_held_that_nobody_knows_of(
