@@ -273,7 +273,7 @@ def pack_policy(name: str, policy: RetryPolicy | None) -> bytes:
     """A policy as bytes; empty for none. Raises ``ParameterError`` where it cannot travel, ``TypeError``."""
     if policy is None:
         return b""
-    if not isinstance(policy, RetryPolicy):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(policy, RetryPolicy):  # pyright: ignore[reportUnnecessaryIsInstance]  (a caller may not check types)
         raise TypeError(f"retry must be a RetryPolicy or None, not {policy!r}")
     try:
         return pickle.dumps(policy, 5)

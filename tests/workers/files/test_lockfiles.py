@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,58 @@ from ringpool.workers.files.locks import PathLock
 from ringpool.workers.files.oslayer import intercepted
 
 # ---- one file, one lock file -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Readme.TXT", "README.txt"),
+        ("stra\u00dfe", "STRASSE"),
+        ("\u00c9t\u00e9", "e\u0301te\u0301"),
+        ("\udcffA", "\udcffa"),
+    ],
+)
+def test_spellings_that_differ_in_case_are_one_lock(tmp_path: Path, one: str, other: str) -> None:
+    """Mistake 28: where a directory ignores case they are one file; a table of locks by path has two."""
+    assert len({os.path.realpath(tmp_path / one), os.path.realpath(tmp_path / other)}) == 2, "the naive way sees two"
+    assert PathLock(tmp_path / one).stripe == PathLock(tmp_path / other).stripe
+    with Child(hold, tmp_path / one) as child:
+        child.wait_for("held")
+        with pytest.raises(LockTimeoutError):
+            PathLock(tmp_path / other, timeout_s=0).acquire()
+
+
+def test_a_bind_mount_leads_to_the_same_lock(tmp_path: Path) -> None:
+    """Mistake 28: a lock by real path makes two of them, and so does one by the path as it was given."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "bound").mkdir()
+    program = (
+        "import sys; from ringpool import PathLock; from ringpool.errors import LockTimeoutError\n"
+        "with PathLock(sys.argv[1]):\n"
+        "    pass\n"
+        "print('free', flush=True); sys.stdin.readline()\n"
+        "try:\n"
+        "    PathLock(sys.argv[1], timeout_s=0).acquire()\n"
+        "except LockTimeoutError:\n"
+        "    print('held')\n"
+    )
+    mount = 'mount --bind "$1" "$2" && exec "$3" -c "$4" "$2/a"'
+    arguments = [tmp_path / "real", tmp_path / "bound", sys.executable, program]
+    child = subprocess.Popen(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    if child.stdout.readline() != "free\n":
+        pytest.skip(f"no bind mount here: {child.communicate()[1]}")
+    with PathLock(tmp_path / "real/a"):
+        told, _ = child.communicate("\n", timeout=30)
+    assert told == "held\n"
+    assert os.path.realpath(tmp_path / "bound/a") != os.path.realpath(tmp_path / "real/a"), "the naive way sees two"
 
 
 def test_the_spellings_of_a_file_are_one_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

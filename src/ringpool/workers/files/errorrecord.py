@@ -20,7 +20,7 @@ import struct
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 from zlib import crc32
 
 import msgspec
@@ -141,7 +141,7 @@ def _trace(error: BaseException) -> str:
 
 def _path_bytes(path: object) -> bytes:
     try:
-        return os.fsencode(path)  # type: ignore[arg-type]
+        return os.fsencode(cast("str", path))  # which it may not be: then fsencode says so
     except (TypeError, UnicodeEncodeError):  # no path; or a surrogate that stands for no byte
         return b"" if path is None else _words(path).encode()
 
@@ -149,7 +149,7 @@ def _path_bytes(path: object) -> bytes:
 def _scalar(value: object) -> tuple[Scalar, bool]:
     """What is kept of a value of the context, and whether that is all of it."""
     if value is None or type(value) in (bool, float) or (type(value) is int and -(1 << 63) <= value < 1 << 63):
-        return value, True  # type: ignore[return-value]
+        return cast("Scalar", value), True  # the types that were just compared
     whole = value if isinstance(value, bytes) else _words(value)
     return whole[:_CONTEXT_CHARACTERS_MAX], len(whole) <= _CONTEXT_CHARACTERS_MAX
 

@@ -404,7 +404,7 @@ def _tries() -> Generator[bool]:
     wait_s = WAIT_MIN_S
     while time.monotonic() <= deadline_s:
         yield False
-        time.sleep(wait_s)
+        time.sleep(wait_s)  # flock wakes only who blocks in it, and that cannot be ended at a deadline
         wait_s = min(2 * wait_s, WAIT_MAX_S)
     yield True
 

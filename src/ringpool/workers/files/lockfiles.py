@@ -23,6 +23,7 @@ import struct
 from contextlib import suppress
 from hashlib import blake2b
 from typing import NamedTuple
+from unicodedata import normalize
 
 from ringpool.workers.files.oslayer import calls
 
@@ -176,7 +177,19 @@ def _place(path: bytes) -> tuple[bytes, int, int, bytes]:
 
 
 def _stripe_of(device: int, inode: int, name: bytes) -> int:
-    return blake2b(_identity.pack(device, inode) + name, digest_size=1).digest()[0]
+    return blake2b(_identity.pack(device, inode) + _folded(name), digest_size=1).digest()[0]
+
+
+def _folded(name: bytes) -> bytes:
+    """``name`` as every spelling of it is folded by a directory that ignores case: one file, one stripe.
+
+    Folded everywhere, since two files that differ in case only may share a stripe as any two may. Source: the kernel
+    compares by NFD and case folding (Documentation/filesystems/ext4/directory.rst).
+    """
+    if name.isascii():
+        return name.lower()
+    text = name.decode("utf-8", "surrogateescape")
+    return normalize("NFD", normalize("NFD", text).casefold()).encode("utf-8", "surrogateescape")
 
 
 def _base_of(directory: bytes, device: int, inode: int) -> bytes:

@@ -388,6 +388,7 @@ class SoftStripe(Stripe):
     def _lock(self, exclusive: bool) -> bool:
         self._unlock()
         try:
+            # ignored twice: filelock leaves parts of these signatures without types
             if exclusive:
                 self._soft.acquire_write(0)  # pyright: ignore[reportUnknownMemberType]
             else:
