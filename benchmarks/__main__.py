@@ -4,6 +4,9 @@ bench_dispatch   ring files trip memory real end   what it costs to hand out tas
 bench_atomic     write batch                       what a whole file costs, and a durable one
 bench_locks      locks                             pairs, fairness, deaths
 bench_status     status                            the status table
+bench_pools      pools: pools-submit pools-map     RingPoolExecutor beside the pools that people use
+                 pools-trip pools-files pools-cpu
+                 pools-memory pools-start pools-deaths
 measure          turns, ratios, verdicts; the machine; the raw figures as JSON
 """
 
@@ -16,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import bench_atomic, bench_dispatch, bench_locks, bench_status, measure
+from benchmarks import bench_atomic, bench_dispatch, bench_locks, bench_pools, bench_status, measure
 from benchmarks.measure import Case
 
 CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
@@ -24,23 +27,28 @@ CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     **bench_atomic.CASES,
     **bench_locks.CASES,
     **bench_status.CASES,
+    **bench_pools.CASES,
 }
+GROUPS = {"pools": tuple(bench_pools.CASES)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: measure, print, and keep. Returns 0, whatever the verdicts are: they are for people."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all where none is named")
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=f"of {', '.join([*CASES, *GROUPS])}; all where none is named"
+    )
     parser.add_argument("--quick", action="store_true", help=f"{measure.QUICK_ROUNDS} rounds of less work")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw figures there")
     chosen = parser.parse_args(arguments)
-    unknown = [name for name in chosen.cases if name not in CASES]
+    names = [name for chosen_name in chosen.cases for name in GROUPS.get(chosen_name, (chosen_name,))] or [*CASES]
+    unknown = [name for name in names if name not in CASES]
     if unknown:
-        parser.error(f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}")
+        parser.error(f"no such case: {', '.join(unknown)}; there are {', '.join([*CASES, *GROUPS])}")
     machine = measure.describe_machine("ringpool")
     measure.print_machine(machine, measure.QUICK_ROUNDS if chosen.quick else measure.ROUNDS)
     cases: list[Case] = []
-    for case in itertools.chain.from_iterable(CASES[name](chosen.quick) for name in chosen.cases or CASES):
+    for case in itertools.chain.from_iterable(CASES[name](chosen.quick) for name in names):
         if measure.source_digest("ringpool") != machine["source"]:
             print("\nThe source has changed since the start: what follows is void. Measure again, on a copy.")
             case = case._replace(is_stale=True)

@@ -40,7 +40,7 @@ from benchmarks import measure
 from benchmarks.measure import Case, Claim, at_least, at_most
 
 from ringpool import Coordinator
-from ringpool.coordinator.coordinator import SPINS
+from ringpool.coordinator.pool import SPINS
 from ringpool.coordinator.pump import COLLECT_EVERY_S
 from ringpool.shm import segment
 from ringpool.shm.claims import WorkerEnd

@@ -16,9 +16,21 @@ if TYPE_CHECKING:
         CoordinatorStats as CoordinatorStats,
         FileTask as FileTask,
     )
-    from ringpool.coordinator.futures import (
+    from ringpool.coordinator.engines import (
+        register_joblib_backend as register_joblib_backend,
+    )
+    from ringpool.coordinator.executor import (
+        ExecutorStats as ExecutorStats,
+        ExecutorView as ExecutorView,
+        RingPoolExecutor as RingPoolExecutor,
+        TaskOptions as TaskOptions,
+        WorkerExit as WorkerExit,
+    )
+    from ringpool.coordinator.filerun import (
         FileResult as FileResult,
         FileRun as FileRun,
+    )
+    from ringpool.coordinator.futures import (
         TaskFuture as TaskFuture,
     )
     from ringpool.errors import (
@@ -96,7 +108,10 @@ _HOMES = {
     name: home
     for home, names in {
         "coordinator.coordinator": "Coordinator CoordinatorStats FileTask",
-        "coordinator.futures": "FileResult FileRun TaskFuture",
+        "coordinator.engines": "register_joblib_backend",
+        "coordinator.executor": "ExecutorStats ExecutorView RingPoolExecutor TaskOptions WorkerExit",
+        "coordinator.filerun": "FileResult FileRun",
+        "coordinator.futures": "TaskFuture",
         "errors": (
             "AtomicWriteError BatchWriteError CommittedWithErrors DurabilityError FileMissingError "
             "FileOperationError LockTimeoutError RingpoolError StatusTimeoutError TransactionConflictError "

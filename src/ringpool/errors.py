@@ -18,12 +18,16 @@
       OutputPatternError         a pattern for outputs cannot be used
       OutputMissingError         a task function ended without writing its output
       WorkerDiedError            the worker died while it ran this task (also a BrokenProcessPool)
+        MemoryLimitError           it was killed, because it held more memory than it may
+      TaskTimeoutError           the task ran longer than it may, and its worker was killed (also a TimeoutError)
       TaskInDoubtError           the worker died while it committed, and the disk does not tell how far it got
       RemoteError                a worker's exception that cannot travel between processes, in words
-      ResultTransportError       a value that cannot travel between processes
+      ArgumentTransportError     a call's arguments cannot be rebuilt in the worker (also a BrokenProcessPool)
+      ResultTransportError       a result that cannot travel between processes (also a BrokenProcessPool)
       PoolError                  the pool as a whole
         CoordinatorClosedError     it is closed
-        CrashLoopError             workers die before they take a first task
+        CrashLoopError             workers die before they take a first task (also a BrokenProcessPool)
+        InitializerError           the pool's initializer raised in a worker (also a BrokenProcessPool)
         MainModuleError            a worker came to it while it imported the program's main module
         WrongProcessError          it was made by another process, before a fork
         WrongThreadError           it cannot be closed in a future's callback
@@ -258,8 +262,63 @@ class WorkerDiedError(RingpoolError, BrokenProcessPool):
             how = f"exited with status {self.exitcode}"
         else:
             how = "died"
-        times = "once" if self.deaths == 1 else f"{self.deaths} times"
-        return f"worker {self.pid} {how} while it ran {self.task} (a worker died in this task {times})"
+        return f"worker {self.pid} {how} while it ran {self.task} (a worker died in this task {_times(self.deaths)})"
+
+
+class MemoryLimitError(WorkerDiedError):
+    """The worker held more memory than the pool's ``memory_limit`` while it ran this task, and was killed.
+
+    Attributes: those of ``WorkerDiedError``, and ``limit_bytes`` (int) of memory that is the worker's own,
+    ``peak_rss_bytes`` (int): the largest resident size that the kernel saw in the worker's life, shared pages and
+    mapped files included.
+    """
+
+    def __init__(
+        self,
+        signal: int | None,
+        exitcode: int | None,
+        pid: int,
+        task: str,
+        deaths: int,
+        limit_bytes: int,
+        peak_rss_bytes: int,
+    ) -> None:
+        super().__init__(signal, exitcode, pid, task, deaths)
+        self.args = (*self.args, limit_bytes, peak_rss_bytes)
+        self.limit_bytes = limit_bytes
+        self.peak_rss_bytes = peak_rss_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"worker {self.pid} was killed while it ran {self.task}: it held more than the {self.limit_bytes:,} bytes "
+            f"of memory_limit (peak RSS {self.peak_rss_bytes:,}); raise the limit, or give the task less at a time "
+            f"(a worker died in this task {_times(self.deaths)})"
+        )
+
+
+class TaskTimeoutError(RingpoolError, TimeoutError):
+    """The task ran longer than its timeout, as often as it may be tried. Its worker was killed; no other was harmed.
+
+    Attributes: ``timeout_s`` (float), ``task`` (str, what was running), ``pid`` (int, of the last worker that was
+    killed), ``deaths`` (int, how many workers died in it).
+    """
+
+    def __init__(self, timeout_s: float, task: str, pid: int, deaths: int) -> None:
+        RingpoolError.__init__(self, timeout_s, task, pid, deaths)
+        self.timeout_s = timeout_s
+        self.task = task
+        self.pid = pid
+        self.deaths = deaths
+
+    def __str__(self) -> str:
+        return (
+            f"{self.task}: not done after {self.timeout_s:.3g} s, so its worker {self.pid} was killed; give it a "
+            f"longer timeout, or find out what it waits for (a worker died in this task {_times(self.deaths)})"
+        )
+
+
+def _times(n: int) -> str:
+    return "once" if n == 1 else f"{n} times"
 
 
 class TaskInDoubtError(RingpoolError):
@@ -296,8 +355,26 @@ class RemoteError(RingpoolError):
         return f"{self.type_name}: {self.message} (the exception itself cannot travel between processes)"
 
 
-class ResultTransportError(RingpoolError):
+class ArgumentTransportError(RingpoolError, BrokenProcessPool):
+    """A call was not made: what was sent for it cannot be rebuilt in the worker.
+
+    A ``BrokenProcessPool``, because ``ProcessPoolExecutor`` breaks at that. Attributes: ``type_name`` (str, of the
+    exception), ``reason`` (str, its message).
+    """
+
+    def __init__(self, type_name: str, reason: str) -> None:
+        super().__init__(type_name, reason)
+        self.type_name = type_name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the call's arguments cannot be rebuilt in the worker: {self.type_name}: {self.reason}"
+
+
+class ResultTransportError(RingpoolError, BrokenProcessPool):
     """A task ended well, and its return value cannot travel: pickle refuses it, or it cannot be rebuilt here.
+
+    A ``BrokenProcessPool``, because ``ProcessPoolExecutor`` breaks at what it cannot rebuild.
 
     Attributes: ``type_name`` (str, of the value), ``reason`` (str).
     """
@@ -328,7 +405,7 @@ class CoordinatorClosedError(PoolError):
         return "the coordinator is closed; make a new one to run more tasks"
 
 
-class CrashLoopError(PoolError):
+class CrashLoopError(PoolError, BrokenProcessPool):
     """Workers die before they take a first task, one after the other: replacing them would never end.
 
     Attributes: ``deaths`` (int, in a row), ``signal`` (int or None) and ``exitcode`` (int or None) of the last one.
@@ -347,6 +424,21 @@ class CrashLoopError(PoolError):
             "What they printed on standard error says why; often the main module cannot be imported by a worker "
             '(guard its top-level code with `if __name__ == "__main__":`)'
         )
+
+
+class InitializerError(PoolError, BrokenProcessPool):
+    """The pool's initializer raised in a worker, and so no worker can run a task.
+
+    Attributes: ``message`` (str, the exception in a line), ``traceback`` (str, of the worker).
+    """
+
+    def __init__(self, message: str, traceback: str) -> None:
+        super().__init__(message, traceback)
+        self.message = message
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        return f"the initializer raised in a worker: {self.message}\n\n{self.traceback}"
 
 
 class MainModuleError(PoolError):

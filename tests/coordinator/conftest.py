@@ -21,7 +21,7 @@ from tests.coordinator.program import Program, shared_memory_of, wait_until
 
 from ringpool import Coordinator
 
-_FUNCTION = re.compile(r"(.*)\.f\d+")
+_STAYS = re.compile(r"(.*)\.(f\d+|v)")  # functions and the arena, of a pool that stays
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +33,13 @@ def pool() -> Iterator[Coordinator]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    if "pool" in request.fixturenames:
-        request.getfixturevalue("pool")  # it was there before the test, and stays
+    for shared in {"pool", "executor"} & set(request.fixturenames):
+        request.getfixturevalue(shared)  # it was there before the test, and stays
     before = shared_memory_of(os.getpid())
 
     def left() -> set[str]:
         found = shared_memory_of(os.getpid()) - before
-        return {name for name in found if not ((match := _FUNCTION.fullmatch(name)) and match[1] in before)}
+        return {name for name in found if not ((match := _STAYS.fullmatch(name)) and match[1] in before)}
 
     yield
     wait_until(lambda: not left(), "an empty /dev/shm")

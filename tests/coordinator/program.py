@@ -37,7 +37,7 @@ def say(*words):
 
 def wait():
     while True:
-        signal.pause()
+        select.select([], [], [], 0.05)  # pause() may miss a signal that comes right before it
 
 """
 

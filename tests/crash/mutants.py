@@ -103,7 +103,7 @@ MUTANTS = [
     Mutant(
         "a start does not look whether it was taken back",
         "taken back",
-        (Change("claims.py", "if words[self._revoke] == self.claim_sequence:", "if False:"),),
+        (Change("claims.py", "if words[revoke] == self.claim_sequence:", "if False:"),),
     ),
     Mutant(
         "a start that was refused is still called running",
@@ -197,11 +197,13 @@ def plant(mutant: Mutant, directory: Path) -> None:
         (copy / "shm" / file).write_text(changed)
 
 
-def caught(directory: Path, hunt: str) -> str:
-    """What ``hunt`` finds wrong with the package in ``directory``, in its words; "" where there is nothing."""
+def caught(directory: Path, hunt: str, module: str = "tests.crash.mutants") -> str:
+    """What ``hunt`` of ``module`` finds wrong with the package in ``directory``, in its words; "" where there is
+    nothing.
+    """
     path = os.pathsep.join([str(directory), *(each or os.getcwd() for each in sys.path)])
     environment = os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "tests.crash.mutants", str(directory), hunt]
+    command = [sys.executable, "-m", module, str(directory), hunt]
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -243,11 +245,11 @@ HUNTS: dict[str, Callable[[], object]] = {
 }
 
 
-def main(directory: str, hunt: str) -> int:
+def main(directory: str, hunt: Callable[[], object]) -> int:
     """Run ``hunt``; the exit status says whether it caught something."""
     assert PACKAGE.is_relative_to(directory), f"{PACKAGE} is hunted, and not the copy in {directory}"
     try:
-        HUNTS[hunt]()
+        hunt()
     except (AssertionError, RingpoolError) as error:
         print(f"caught: {type(error).__name__}: {error}")
         return EXIT_CAUGHT
@@ -255,4 +257,4 @@ def main(directory: str, hunt: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1], HUNTS[sys.argv[2]]))

@@ -148,6 +148,7 @@ def start_in_steps(world: World, worker: WorkerEnd, entry: int, stage: Stage, at
             stage.wait()
 
     worker._start_contested = start_contested
+    worker.start = worker._start()  # which looks it up once
     stage.wait()
     with Bytecodes(act):
         started = world.begin(worker, entry)

@@ -31,6 +31,8 @@ CONSTANTS = (
     "STATUS_BITS",
     "LENGTH_BITS",
     "CLAIM_SHIFT",
+    "VECTOR_ITEMS_AT",
+    "CHUNK_BYTES",
 )
 
 
@@ -73,7 +75,7 @@ def rows_of(form: struct.Struct, names: tuple[str, ...], at: int = 0) -> list[Ro
 
 
 def test_the_table_has_all_its_sections() -> None:
-    assert list(table()) == ["HEADER", "FIXED", "COORDINATOR", "CURSORS", "WORKER", "TASK", "RESULT"]
+    assert list(table()) == ["HEADER", "FIXED", "COORDINATOR", "CURSORS", "WORKER", "TASK", "RESULT", "VECTOR"]
 
 
 def test_the_header_is_as_the_table_says() -> None:
@@ -128,7 +130,7 @@ def test_a_workers_entry_is_as_the_table_says() -> None:
 
 def test_a_task_record_is_as_the_table_says() -> None:
     *head, payload = table()["TASK"]
-    names = ("entry", "function", "length", "blob", "key", "cancel", "blame")
+    names = ("entry", "function", "length", "blob", "form", "cancel", "blame")
     assert head == rows_of(layout.TASK, names)
     assert head[1:-1] == rows_of(layout.TASK_READ, names[1:-1], head[1].at)
     assert (head[5].at, head[6].at) == (layout.TASK_CANCEL_AT, layout.TASK_BLAME_AT)
@@ -142,6 +144,18 @@ def test_a_result_record_is_as_the_table_says() -> None:
     assert head == rows_of(layout.RESULT, names, 8)
     assert head[:4] == rows_of(layout.RESULT_HEAD, names[:4], 8)
     assert payload == (layout.PAYLOAD_AT, f"{layout.INLINE_BYTES}s", "payload")
+
+
+def test_a_vectors_head_is_as_the_table_says() -> None:
+    indices = {
+        "progress": layout.V_PROGRESS,
+        "limit": layout.V_LIMIT,
+        "prefix": layout.V_PREFIX,
+        "prefix_items": layout.V_PREFIX_ITEMS,
+    }
+    assert table()["VECTOR"] == [(8 * index, "Q", name) for name, index in indices.items()]
+    assert table()["VECTOR"] == rows_of(layout.VECTOR, tuple(indices))
+    assert layout.VECTOR.size <= layout.VECTOR_ITEMS_AT < layout.CHUNK_BYTES
 
 
 def test_a_record_holds_its_head_and_its_payload_and_no_more() -> None:
@@ -244,7 +258,7 @@ def test_every_status_has_its_steps_and_only_an_unfinished_one_goes_on() -> None
 # ---- the format's identity -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["HEADER", "CURSORS", "WORKER", "TASK", "RESULT"])
+@pytest.mark.parametrize("name", ["HEADER", "CURSORS", "WORKER", "TASK", "RESULT", "VECTOR"])
 def test_a_changed_struct_is_another_format(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     former: struct.Struct = getattr(layout, name)
     monkeypatch.setattr(layout, name, struct.Struct(former.format + "Q"))

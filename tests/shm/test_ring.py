@@ -116,10 +116,10 @@ class RingMachine(RuleBasedStateMachine):
 
     # ---- steps of the coordinator
 
-    @rule(n=st.integers(1, 6), length=st.sampled_from([0, 1, 7, 200, INLINE_BYTES]), key=st.integers(0, 2**64 - 1))
-    def publish(self, n: int, length: int, key: int) -> None:
+    @rule(n=st.integers(1, 6), length=st.sampled_from([0, 1, 7, 200, INLINE_BYTES]), form=st.integers(0, 2**64 - 1))
+    def publish(self, n: int, length: int, form: int) -> None:
         n = min(n, len(self.free), SEQUENCES_MAX - self.published)
-        tasks = [Task(i + 1, bytes([i + 1]) * length, blob=i, key=key ^ i) for i in range(n)]
+        tasks = [Task(i + 1, bytes([i + 1]) * length, blob=i, form=form ^ i) for i in range(n)]
         slots = self.coordinator.publish(tasks)
         assert len(set(slots)) == len(slots) == n
         assert set(slots) <= self.free
@@ -216,7 +216,7 @@ class RingMachine(RuleBasedStateMachine):
         worker.last_started = entry
         sequence = layout.sequence_of(entry)
         task, is_cancelled = self.tasks[sequence], sequence in self.cancelled
-        assert worker.results.read_task(entry) == (task.function, task.payload, task.blob, task.key, is_cancelled)
+        assert worker.results.read_task(entry) == (task.function, task.payload, task.blob, task.form, is_cancelled)
         if is_cancelled:
             worker.results.post(entry, Status.CANCELLED, 0, b"", 0)
             self.results[entry] = self.record(worker, entry, Status.CANCELLED, b"", 0, 0)

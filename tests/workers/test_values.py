@@ -301,7 +301,7 @@ def test_an_exception_arrives_as_itself_with_the_traceback_of_the_worker(error: 
     if not isinstance(error, ExceptionGroup):
         assert found.args == error.args
     assert isinstance(found.__cause__, RemoteTraceback)
-    assert str(found.__cause__).startswith("\n\nin the worker:\n")
+    assert str(found.__cause__).startswith('\n"""\n')
     assert "Traceback (most recent call last)" in str(found.__cause__)
     assert "in arrive" in str(found.__cause__)
 

@@ -1,23 +1,13 @@
 """The coordinator: a pool of worker processes for file tasks, and the public face of all this.
 
-caller --submit_file_task, run_file_tasks--> Pump (thread) <--ring--> workers
-                                             Supervisor (thread) --processes--> workers
-
-open --close()--> draining --idle--> closed        nothing is left in /dev/shm, no process, no thread
-  |                  |
-  +--close(cancel)---+ what no worker has is cancelled first
-  +--Ctrl-C, SIGTERM, exit of the program after an error--> workers are killed at once --> closed
+caller --submit_file_task, run_file_tasks--> Pool: Pump <--ring--> workers
 """
 
 from __future__ import annotations
 
-import atexit
 import itertools
-import multiprocessing
 import os
 import re
-import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.context import BaseContext
 from types import TracebackType
@@ -25,36 +15,21 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ringpool.coordinator import signals
-from ringpool.coordinator.futures import FileResult, FileRun, RunInbox, TaskBoard, TaskFuture
-from ringpool.coordinator.pump import Pump, Ticket
-from ringpool.coordinator.supervisor import Supervisor
-from ringpool.errors import (
-    CoordinatorClosedError,
-    InputMissingError,
-    MainModuleError,
-    ParameterError,
-    WrongProcessError,
-    WrongThreadError,
-)
-from ringpool.shm import blobs, layout, segment
-from ringpool.shm.dispatch import CoordinatorEnd, Task
+from ringpool.coordinator.filerun import FileResult, FileRun, RunInbox
+from ringpool.coordinator.futures import TaskBoard, TaskFuture
+from ringpool.coordinator.pool import Pool
+from ringpool.coordinator.tickets import Ticket
+from ringpool.errors import InputMissingError, ParameterError
+from ringpool.shm import blobs, layout
+from ringpool.shm.dispatch import Task
 from ringpool.shm.layout import INLINE_BYTES, Encoding
-from ringpool.workers import tasks
+from ringpool.workers import tasks, values
 from ringpool.workers.files.atomic import Durability
-from ringpool.workers.process import WorkerArguments
 from ringpool.workers.retry import RetryPolicy
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
-START_METHOD = "forkserver"
-ABORT_TIMEOUT_S = 1.0
-STOP_TIMEOUT_S = 5.0
-SPINS = 500  # looks for work before a worker sleeps: about 250 us in all, during which whoever needs the core has it
 _DETOURS = re.compile(rb"/(\.?/)+")  # out//x and out/./x are out/x; out/a/../x need not be, where a is a link
-_PRELOAD = ["__main__", "ringpool.workers.process"]
-
-_open: set[Coordinator] = set()  # not weak: one that its program has lost sight of is closed at exit as well
 
 
 class FileTask(NamedTuple):
@@ -118,45 +93,13 @@ class Coordinator:
         n_workers = min(cores, layout.WORKERS_MAX) if workers is None else workers
         if not 1 <= attempts_max <= layout.ATTEMPT_MAX:
             raise ValueError(f"attempts_max must be from 1 to {layout.ATTEMPT_MAX}, not {attempts_max}")
-        if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
-            raise MainModuleError
         self._durability = Durability(durability)
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._closing = False
-        self._closed = False
+        self._attempts_max = attempts_max
         self._task_ids = itertools.count(1)
-        self._blob_ids = itertools.count(1)
-        self._function_ids = itertools.count(1)
         self._functions: dict[bytes, _Function] = {}
         self._board = TaskBoard()
-        context = _context(mp_context)
-        segment.reclaim_dead()
-        self._signals_installed = False
-        self._segment = segment.create(ring_slots, n_workers, claims_max)
-        name = self._segment.name
-        try:
-            self._end = CoordinatorEnd(self._segment)
-            self._pump = pump = Pump(self._end, attempts_max)
-            self._supervisor = Supervisor(
-                context,
-                lambda w: WorkerArguments(name, w, claims_max, SPINS),
-                n_workers,
-                pump.on_death,
-                pump.on_failure,
-            )
-        except BaseException:
-            segment.unlink(name)
-            raise
-        try:
-            _open.add(self)
-            self._signals_installed = True
-            signals.install()
-            self._pump.begin(self._supervisor)
-            self._supervisor.begin()
-        except BaseException:
-            self._abort()
-            raise
+        self._pool = Pool(n_workers, mp_context, slots=ring_slots, claims_max=claims_max)
+        self._pump = self._pool.pump
 
     # ---- tasks
 
@@ -177,7 +120,7 @@ class Coordinator:
         ``UnknownFunctionError``, ``ParameterError``, ``InputMissingError``, ``SharedMemoryFullError``,
         ``CoordinatorClosedError``, or what broke the pool.
         """
-        self._check_open()
+        self._pool.check_open()
         function = self._function(fn, {}, retry)
         name, signature = function.name, function.signature
         _check_output(function, has_output=dst is not None)
@@ -186,11 +129,12 @@ class Coordinator:
         source, target = _absolute(src), None if dst is None else _absolute(dst)
         if not src or not os.path.exists(source):
             raise InputMissingError(os.fsdecode(source) if src else "''")
-        payload = tasks.FilePayload(source, target, tasks.pack_parameters(name, own) or None)
+        payload = tasks.encode_payload(tasks.FilePayload(source, target, tasks.pack_parameters(name, own) or None))
         future = TaskFuture(next(self._task_ids), self._pump, self._board)
-        future.ticket = Ticket(self._task(function.id, payload, future.task_id), future, src, dst)
+        task = self._pool.task(function.id, values.Encoded(Encoding.MSGPACK, payload))
+        future.ticket = ticket = Ticket(task, future, src, dst, attempts_max=self._attempts_max)
         self._board.add(future)
-        self._pump.queue(future.ticket)
+        self._pump.queue(ticket)
         self._pump.wake()
         return future
 
@@ -213,7 +157,7 @@ class Coordinator:
         parameters are checked here, at once; that two tasks under way have one output is an ``OutputCollisionError``
         when the second is drawn.
         """
-        self._check_open()
+        self._pool.check_open()
         tasks.require(*tasks.describe(fn), params or {})
         if isinstance(inputs, str | bytes | os.PathLike):
             raise TypeError(f"inputs must be an iterable of paths, not one path ({inputs!r}); put it into a list")
@@ -222,7 +166,7 @@ class Coordinator:
         function = self._function(fn, params or {}, retry)
         inbox = RunInbox(lambda: self._release(function))
         tickets = self._tickets(function, iter(inputs), output, inbox)
-        return FileRun(self._pump, inbox, tickets, window or self._segment.header.slots, self._check_open)
+        return FileRun(self._pump, inbox, tickets, window or self._pool.slots, self._pool.check_open)
 
     def wait_for_task_result(self, task_id: int, timeout: float | None = None) -> Any:
         """The result of the task that ``submit_file_task`` gave that id; raises what the task raised.
@@ -243,21 +187,21 @@ class Coordinator:
     @property
     def worker_pids(self) -> tuple[int, ...]:
         """The pids of the living workers."""
-        return self._supervisor.pids
+        return self._pool.supervisor.pids
 
     def stats(self) -> CoordinatorStats:
         """Counts, as they are now."""
         queued, in_ring = self._pump.in_flight
         pump = self._pump
         return CoordinatorStats(
-            len(self._supervisor.pids),
+            len(self._pool.supervisor.pids),
             queued,
             in_ring,
             pump.n_completed,
             pump.n_failed,
-            pump.n_deaths,
-            pump.n_retried,
-            pump.n_taken_back,
+            pump.staff.n_deaths,
+            pump.staff.n_retried,
+            pump.balance.n_taken_back,
         )
 
     # ---- the end
@@ -268,63 +212,7 @@ class Coordinator:
         Ctrl-C while it waits kills the workers. Safe to call twice, and from any thread; in a
         future's callback, which it would have to wait for, it raises ``WrongThreadError``.
         """
-        if self._closed or os.getpid() != self._pid:
-            return
-        if self._pump.is_current_thread:
-            raise WrongThreadError
-        self._closing = True
-        try:
-            if cancel:
-                self._drop_unstarted()
-            self._pump.wait_idle()
-            self._end_workers(STOP_TIMEOUT_S)
-            self._finish()
-        except BaseException:
-            self._abort()
-            raise
-
-    def _drop_unstarted(self) -> None:
-        try:
-            dropped: list[Ticket] = self._pump.call(self._pump.cancel_all) or []
-        except CoordinatorClosedError:
-            return
-        for ticket in dropped:
-            ticket.sink.drop(ticket)
-        for sink in {ticket.sink for ticket in dropped}:
-            sink.settle()
-
-    def _end_workers(self, timeout_s: float) -> None:
-        self._pump.expect_exits()
-        with self._lock:
-            if self._closed:  # by another thread, meanwhile
-                return
-            self._end.stop_workers()
-        self._supervisor.join(timeout_s)
-
-    def _abort(self) -> None:
-        """Kill everything now; what was queued or running fails with ``CoordinatorClosedError``."""
-        if self._closed or os.getpid() != self._pid:
-            return
-        self._closing = True
-        self._pump.expect_exits()
-        self._supervisor.kill_all()
-        self._supervisor.join(ABORT_TIMEOUT_S)
-        self._finish()
-
-    def _finish(self) -> None:
-        """Each step may be done again: Ctrl-C may come in the middle, and then another way of closing begins anew."""
-        try:
-            stopped = self._pump.stop()
-            if self._signals_installed:
-                self._signals_installed = False
-                signals.uninstall()
-        finally:
-            segment.unlink(self._segment.name)
-        with self._lock:
-            if stopped and not self._closed:
-                self._end.close()
-            self._closed = True
-        _open.discard(self)
+        self._pool.close(cancel=cancel)
 
     def __enter__(self) -> Coordinator:
         return self
@@ -333,21 +221,13 @@ class Coordinator:
         self, kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
         if kind is None:
-            self.close()
+            self._pool.close()
         elif issubclass(kind, Exception):
-            self.close(cancel=True)
+            self._pool.close(cancel=True)
         else:
-            self._abort()
+            self._pool.abort()
 
     # ---- details
-
-    def _check_open(self) -> None:
-        if os.getpid() != self._pid:
-            raise WrongProcessError(self._pid, os.getpid())
-        if self._pump.broken is not None:
-            raise self._pump.broken
-        if self._closing:
-            raise CoordinatorClosedError
 
     def _function(
         self, fn: tasks.TaskFunction | str, shared: Mapping[str, Any], retry: RetryPolicy | None
@@ -358,33 +238,22 @@ class Coordinator:
         packed = tasks.pack_parameters(name, tasks.validate(name, signature, shared))
         policy = tasks.pack_policy(name, retry)
         spec = tasks.encode_spec(tasks.FunctionSpec(name, packed, self._durability, policy))
-        with self._lock:
+        with self._pool.lock:
             found = self._functions.get(spec)
             if found is None:
-                found = _Function(next(self._function_ids), name, signature, spec, shared=bool(packed))
-                blobs.write(blobs.function_name(self._segment.name, found.id), Encoding.MSGPACK, spec)
+                found = _Function(next(self._pool.function_ids), name, signature, spec, shared=bool(packed))
+                blobs.write(blobs.function_name(self._pool.name, found.id), Encoding.MSGPACK, spec)
                 self._functions[spec] = found
             found.users += 1
         return found
 
     def _release(self, function: _Function) -> None:
         """A run has ended. One with parameters takes its function's blob along; plain functions stay registered."""
-        with self._lock:
+        with self._pool.lock:
             function.users -= 1
-            if function.shared and not function.users and not self._closed:
+            if function.shared and not function.users and not self._pool.closed:
                 del self._functions[function.spec]
-                blobs.unlink(blobs.function_name(self._segment.name, function.id))
-
-    def _task(self, function: int, payload: tasks.FilePayload, key: int) -> Task:
-        encoded = tasks.encode_payload(payload)
-        if len(encoded) <= INLINE_BYTES:
-            return Task(function, encoded, 0, key)
-        return self._task_of_blob(function, encoded, key)
-
-    def _task_of_blob(self, function: int, encoded: bytes, key: int = 0) -> Task:
-        blob = next(self._blob_ids)
-        blobs.write(blobs.payload_name(self._segment.name, blob), Encoding.MSGPACK, encoded)
-        return Task(function, b"", blob, key)
+                blobs.unlink(blobs.function_name(self._pool.name, function.id))
 
     def _tickets(
         self,
@@ -396,7 +265,7 @@ class Coordinator:
         """A ticket for each input. The loop in which a run spends its time: what can be known before it, is."""
         directory = os.getcwdb()
         may_lack_output, may_have_output = _outputs_allowed(function)
-        function_id = function.id
+        function_id, attempts_max = function.id, self._attempts_max
         for item in inputs:
             src, dst = item if isinstance(item, FileTask) else (item, None)
             if dst is None and output is not None:
@@ -414,23 +283,11 @@ class Coordinator:
             if not raw.startswith(b"/"):
                 raw = os.path.join(directory, raw)
             encoded = tasks.encode_payload(tasks.FilePayload(raw, target))
-            task = (
-                Task(function_id, encoded) if len(encoded) <= INLINE_BYTES else self._task_of_blob(function_id, encoded)
-            )
-            yield Ticket(task, inbox, src, dst, target)
-
-
-def _context(chosen: str | BaseContext | None) -> BaseContext:
-    context = chosen if isinstance(chosen, BaseContext) else multiprocessing.get_context(chosen or START_METHOD)
-    if context.get_start_method() == "forkserver":
-        from multiprocessing import forkserver
-
-        server = forkserver._forkserver  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage, reportUnknownMemberType, reportUnknownVariableType]
-        if getattr(server, "_preload_modules", None) == [
-            "__main__"
-        ]:  # the default: the program has not asked for its own
-            context.set_forkserver_preload(_PRELOAD)
-    return context
+            if len(encoded) <= INLINE_BYTES:
+                task = Task(function_id, encoded)
+            else:
+                task = self._pool.task(function_id, values.Encoded(Encoding.MSGPACK, encoded))
+            yield Ticket(task, inbox, src, dst, target, attempts_max=attempts_max)
 
 
 def _absolute(path: Path, directory: bytes | None = None) -> bytes:
@@ -452,17 +309,5 @@ def _check_output(function: _Function, *, has_output: bool) -> None:
     if not has_output and not may_lack:
         raise ParameterError(function.name, "it has a parameter dst, and the task has no output")
 
-
-def _close_all() -> None:
-    """At exit: drain what is left open; or kill it, where the program ends by an error."""
-    failed = hasattr(sys, "last_type") or signals.ended()
-    for coordinator in list(_open):
-        if failed:
-            coordinator._abort()  # pyright: ignore[reportPrivateUsage]
-        else:
-            coordinator.close()
-
-
-atexit.register(_close_all)
 
 __all__ = ["Coordinator", "CoordinatorStats", "FileResult", "FileRun", "FileTask", "TaskFuture"]

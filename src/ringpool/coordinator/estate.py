@@ -10,37 +10,62 @@ Used by the pump's thread alone, and only after the worker's proven death.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import msgspec
 
 from ringpool.coordinator import recovery
+from ringpool.coordinator.limits import Condemned
 from ringpool.coordinator.recovery import Action, Disk, Where
 from ringpool.coordinator.supervisor import Death
+from ringpool.coordinator.tickets import Ticket
+from ringpool.errors import CrashLoopError, InitializerError, RingpoolError
 from ringpool.shm import blobs, layout
 from ringpool.shm.dispatch import ClaimedTask, CoordinatorEnd
-from ringpool.shm.layout import Status
+from ringpool.shm.layout import Form, Status
 from ringpool.workers import tasks
 from ringpool.workers.files import output
 from ringpool.workers.files.target import resolve_target
-from ringpool.workers.process import staged_path
+from ringpool.workers.filetasks import staged_path
+from ringpool.workers.process import EXIT_INITIALIZER, EXIT_WORN_OUT
+
+
+class Estate(NamedTuple):
+    """What a death means: so many tasks are tried again; what it was for (``WorkerExit``); why the pool is broken."""
+
+    n_retried: int
+    reason: str
+    broken: RingpoolError | None
 
 
 class Estates:
-    """Settles the dead workers of one ring; ``attempts_max``: how often a task is started whose workers die in it."""
+    """Settles the dead workers of one ring; ``ticket_of`` gives the ticket of an entry, or None; ``why`` tells what a
+    worker was killed for, where we did.
+    """
 
-    def __init__(self, end: CoordinatorEnd, attempts_max: int) -> None:
+    def __init__(
+        self,
+        end: CoordinatorEnd,
+        ticket_of: Callable[[int], Ticket | None],
+        why: Callable[[int], Condemned | None],
+    ) -> None:
         self.n_barren = 0  # deaths before a first claim, with no claim of anybody in between
         self._end = end
-        self._attempts_max = attempts_max
+        self._ticket_of = ticket_of
+        self._why = why
         self._segment = end.ring.segment.name
         self._token = end.ring.segment.header.uuid.hex()[:16]
         self._claims_seen = -1
 
-    def settle(self, death: Death) -> tuple[int, bool]:
-        """Settle what the worker held; how many tasks are tried again, and whether workers die like flies."""
+    def settle(self, death: Death) -> Estate:
+        """Settle what the worker held; what that means for the pool."""
+        condemned = self._why(death.index)
         done: list[int] = []
         again: list[int] = []
         blamed: list[int] = []
-        for claim in self._end.claims_of_dead(death.index):
+        claims = self._end.claims_of_dead(death.index)
+        for claim in claims:
             action = self._decide(claim)
             if action is Action.REQUEUE:
                 again.append(claim.entry)
@@ -53,14 +78,28 @@ class Estates:
             if action is Action.FINISH:
                 self._end.post_for_dead(claim.entry, Status.OK)
             elif action is Action.FAIL:
-                facts = (death.signal, death.exitcode, death.pid, claim.deaths + 1)
+                facts: tuple[Any, ...] = (death.signal, death.exitcode, death.pid, claim.deaths + 1)
+                if condemned is not None and claim.entry == condemned.entry:
+                    facts += (condemned.reason, condemned.limit, condemned.peak_rss_bytes)
                 self._end.post_for_dead(claim.entry, Status.DIED, msgspec.msgpack.encode(facts))
             elif action is Action.DOUBT:
                 self._end.post_for_dead(claim.entry, Status.IN_DOUBT)
             done.append(claim.entry)
         failed_to_start = self._end.failed_to_start(death.index)
         self._end.settle(death.index, done, again, blamed)
-        return len(blamed), self._is_crash_loop(failed_to_start)
+        recycled = death.exitcode == EXIT_WORN_OUT or (death.exitcode == 0 and not claims)
+        reason = "recycled" if recycled else "died"
+        if condemned is not None:
+            reason = condemned.reason
+        return Estate(len(blamed), reason, self._broken(death, failed_to_start))
+
+    def _broken(self, death: Death, failed_to_start: bool) -> RingpoolError | None:
+        if death.exitcode == EXIT_INITIALIZER:
+            _, body, _ = blobs.read(blobs.initializer_name(self._segment, death.index))
+            return InitializerError(*msgspec.msgpack.decode(body))
+        if self._is_crash_loop(failed_to_start):
+            return CrashLoopError(self.n_barren, death.signal, death.exitcode)
+        return None
 
     def _decide(self, claim: ClaimedTask) -> Action:
         disk = Disk.UNKNOWN
@@ -76,21 +115,29 @@ class Estates:
             result=claim.status,
             started=claim.started,
             disk=disk,
-            may_retry=claim.deaths + 1 < self._attempts_max,
+            may_retry=self._may_retry(claim),
         )
+
+    def _may_retry(self, claim: ClaimedTask) -> bool:
+        """A vector never: what was not run of it is queued anew. Nor what nobody waits for: the pool is broken."""
+        ticket = self._ticket_of(claim.entry)
+        return ticket is not None and ticket.part is None and claim.deaths + 1 < ticket.attempts_max
 
     def _tidy(self, claim: ClaimedTask, action: Action) -> None:
         """Remove what the dead attempt left: its staged output, and its half-written result."""
         target = self._target(claim.entry)
         if target is not None and action is not Action.DOUBT:
             output.discard_staged(staged_path(self._token, claim.entry, target))
-        if action is not Action.FINISH:
+        ticket = self._ticket_of(claim.entry)
+        if action is not Action.FINISH and (ticket is None or ticket.part is None):  # a vector's is one of its outcomes
             sequence, attempt = layout.sequence_of(claim.entry), layout.attempt_of(claim.entry)
             blobs.unlink(blobs.result_name(self._segment, sequence, attempt))
 
     def _target(self, entry: int) -> bytes | None:
         """Where the output of ``entry`` belongs, symlinks followed as its worker has followed them."""
-        _, payload, blob, _, _ = self._end.results.read_task(entry)
+        _, payload, blob, form, _ = self._end.results.read_task(entry)
+        if form != Form.FILE:
+            return None
         if blob:
             _, payload, _ = blobs.read(blobs.payload_name(self._segment, blob))
         target = tasks.decode_payload(payload).target

@@ -2,6 +2,7 @@
 
     submit (any thread) --> backlog --publish--> ring --collect--> ticket.sink.deliver
     Supervisor --deaths--> Estates.settle --> Supervisor.start
+    tasks that wait, and no worker idle --> Supervisor.start, where workers are started on demand
     call (any thread) --> commands, run here
 
 Because no other thread of the coordinator takes the ring's lock, a signal handler that raises (in the main thread)
@@ -10,34 +11,37 @@ never leaves it held. It sleeps on the coordinator's semaphore only; whoever has
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import msgspec
-
+from ringpool.coordinator.backlog import Backlog
+from ringpool.coordinator.balance import SPLIT_LOOK_S, TAKE_BACK_AFTER_S, Balance
 from ringpool.coordinator.ending import Ending
-from ringpool.coordinator.estate import Estates
+from ringpool.coordinator.staff import Staff
 from ringpool.coordinator.supervisor import Death, Supervisor
-from ringpool.errors import CoordinatorClosedError, CrashLoopError, RingpoolError
+from ringpool.coordinator.tickets import Part, Sink, Ticket
+from ringpool.errors import CoordinatorClosedError, RingpoolError
 from ringpool.shm import blobs, layout
 from ringpool.shm.dispatch import CoordinatorEnd, Task
 from ringpool.shm.layout import Encoding, Status
 from ringpool.shm.results import ResultRecord
+from ringpool.shm.vectors import Arena, pack_span
 
 if TYPE_CHECKING:
-    from ringpool.coordinator.futures import RunInbox
+    from ringpool.coordinator.inbox import Inbox
 
 IDLE_WAIT_S = 0.1
 STOP_TIMEOUT_S = 1.0
 COLLECT_EVERY_S = 0.016  # how long results may wait for company, while the workers have more to do ...
 CROWD = 8  # ... and so many arrive in that time
-TAKE_BACK_AFTER_S = 0.02  # a claim of several tasks that has not moved for so long is broken up
 SPINS = 60  # looks for results before the pump sleeps, about 100 us, where few tasks are under way
 PUBLISH_MAX = 256
+PRIORITIES_DEEP = 2  # tasks in the ring for each worker, where there are priorities
 _OK, _CANCELLED, _BLOB = (
     int(Status.OK),
     int(Status.CANCELLED),
@@ -45,54 +49,27 @@ _OK, _CANCELLED, _BLOB = (
 )  # plain integers compare faster than the enums
 
 
-class Sink(Protocol):
-    """Where a task's outcome goes. Called in the pump's thread: must be quick, and not raise."""
-
-    def deliver(self, ticket: Ticket, record: ResultRecord) -> None:
-        """The task has a result."""
-        ...
-
-    def fail(self, ticket: Ticket, error: BaseException) -> None:
-        """The task will never have one."""
-        ...
-
-    def drop(self, ticket: Ticket) -> None:
-        """The task was taken out of the queue before it got into the ring."""
-        ...
-
-    def settle(self) -> None:
-        """All that was there for now has been delivered."""
-        ...
-
-
-class Ticket(msgspec.Struct, eq=False):
-    """A task on its way through the coordinator. ``sequence``: in the ring, from when it is published; -1 before.
-
-    ``source`` and ``output`` as the caller gave them; ``target``: the output's absolute path; ``result_blob``:
-    encoding, body and buffers of a result that is too large for its record, or its name, or the error of reading it.
-    """
-
-    task: Task
-    sink: Any  # a Sink; msgspec takes no protocol
-    source: Any
-    output: Any
-    target: bytes | None = None
-    result_blob: Any = None
-    sequence: int = -1
-    cancelled: bool = False
-
-
 class Pump:
-    """Owns ``end``, the coordinator's end of the ring, and feeds it from a backlog. See the module."""
+    """Owns ``end``, the coordinator's end of the ring, and feeds it from a backlog. The rest is for its ``Staff``."""
 
-    def __init__(self, end: CoordinatorEnd, attempts_max: int) -> None:
+    def __init__(
+        self,
+        end: CoordinatorEnd,
+        n_started: int,
+        memory_limit_bytes: int | None = None,
+        on_exit: Callable[[Death, str], None] | None = None,
+    ) -> None:
         self.end = end
-        self.supervisor: Supervisor | None = None
         self.broken: RingpoolError | None = None
-        self.n_completed = self.n_failed = self.n_deaths = self.n_retried = self.n_taken_back = 0
+        self.arena: Arena | None = None  # set by who queues vectors, before the first
+        self.n_completed = self.n_failed = 0
         self.segment = end.ring.segment.name
-        self._estates = Estates(end, attempts_max)
-        self._backlog: deque[Ticket] = deque()
+        self.balance = Balance(end, self.ticket_of)
+        self.staff = Staff(end, self.ticket_of, n_started, memory_limit_bytes, on_exit)
+        self._n_vectors = 0  # in the ring
+        self._out_of_chunks = False  # the first in the backlog is a vector, and waits for a chunk
+        self._is_deep = False  # there are priorities, and enough is in the ring
+        self._backlog: Backlog[Ticket] = Backlog()
         self._commands: deque[Callable[[], None]] = deque()
         self._deaths: deque[Death] = deque()
         self._tickets: list[Ticket | None] = [None] * end.ring.slots
@@ -101,7 +78,6 @@ class Pump:
         self._sleeping = False
         self._moved = False  # in this turn: a task into the ring, or out of it
         self._stopping = False
-        self._ending = False
         self._idle = threading.Lock()  # locked: not idle, as far as anybody has been told
         self._idle.acquire()
         self._begun = False
@@ -110,17 +86,20 @@ class Pump:
         self._rate_per_s = 0.0
         self._rated_total = 0
         self._rated_at = time.monotonic()
-        self._claims_watched: list[int] = [0] * end.ring.workers
-        self._watched_at = self._rated_at
         self._thread = threading.Thread(target=self._run, name="ringpool-pump", daemon=True)
 
     # ---- for other threads
 
     def begin(self, supervisor: Supervisor) -> None:
-        """Start the thread."""
-        self.supervisor = supervisor
-        self._begun = True
+        """Start the thread. Raises ``RuntimeError`` where that cannot be: the interpreter ends, or has no room."""
+        self.staff.supervisor = supervisor
         self._thread.start()
+        self._begun = True
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the thread was started."""
+        return self._begun
 
     def queue(self, ticket: Ticket) -> None:
         """Queue a ticket. The pump sees it when it wakes, within 0.1 s; ``wake`` it after one or some of them."""
@@ -170,12 +149,12 @@ class Pump:
     def wait_idle(self) -> None:
         """Wait until nothing is queued and nothing is in the ring, or the thread has ended."""
         self._idle_wanted = True
-        while not self._is_idle() and not self._ending_of_thread.has_come:
+        while self._begun and not self._is_idle() and not self._ending_of_thread.has_come:
             self._idle.acquire(timeout=0.5)
 
     def expect_exits(self) -> None:
         """From now on workers end because they were told to."""
-        self._ending = True
+        self.staff.leaving = True
 
     def stop(self) -> bool:
         """End the thread; what is queued or in the ring fails with ``CoordinatorClosedError``. Whether it has ended.
@@ -204,6 +183,12 @@ class Pump:
             for w in range(ring.workers)
         )
 
+    def ticket_of(self, entry: int) -> Ticket | None:
+        """The ticket of a task in the ring."""
+        slot = layout.slot_of(entry)
+        ticket = self._tickets[slot] if 0 <= slot < len(self._tickets) else None
+        return ticket if ticket is not None and ticket.sequence == layout.sequence_of(entry) else None
+
     def cancel(self, ticket: Ticket) -> bool:
         """Keep a task from starting. False where a worker has it already. Call it through ``call``."""
         if ticket.sequence < 0:
@@ -215,28 +200,40 @@ class Pump:
         return False
 
     def cancel_all(self) -> list[Ticket]:
-        """Keep all tasks from starting that no worker has; those that were not published. Through ``call``."""
-        dropped = list(self._backlog)
-        self._backlog.clear()
-        self.end.cancel_unclaimed()
+        """Keep all tasks from starting that no worker has; those that were not published. Through ``call``.
+
+        A worker that is on its way has the task that it is started for.
+        """
+        on_demand = self.staff.on_demand
+        if on_demand:
+            self._publish()
+            self.staff.hire()
+        dropped = self._backlog.drain()
+        self.end.cancel_unclaimed(self.staff.on_their_way() if on_demand else 0)
         return dropped
 
-    def abandon(self, inbox: RunInbox) -> None:
+    def abandon(self, inbox: Inbox) -> None:
         """Nobody takes the results of a run any more: keep its tasks from starting. Returns at once."""
 
         def drop() -> None:
-            for _ in range(len(self._backlog)):
-                ticket = self._backlog.popleft()
-                if ticket.sink is inbox:
-                    self._free_payload(ticket)
-                else:
-                    self._backlog.append(ticket)
-            left = {ticket.sequence for ticket in self._tickets if ticket is not None and ticket.sink is inbox}
-            self.end.cancel(left)
-            inbox.retire(len(left))
+            for ticket in self._backlog.remove_if(lambda ticket: ticket.sink is inbox):
+                self._free_payload(ticket)
+            tickets = [ticket for ticket in self._tickets if ticket is not None and ticket.sink is inbox]
+            self.end.refuse(
+                [slot for slot, ticket in enumerate(self._tickets) if ticket is not None and ticket.sink is inbox]
+            )
+            for ticket in tickets:
+                if ticket.part is not None:
+                    self._cut_short(ticket.part)
+            inbox.retire(len(tickets))
 
         self._commands.append(drop)
         self._wake()
+
+    def _cut_short(self, part: Part) -> None:
+        """The worker that runs a vector ends the item that it is at, and no more."""
+        if part.chunk is not None and self.arena is not None:
+            part.end = self.arena.split(part.span(part.chunk), lambda _n: 0)
 
     def _wake(self) -> None:
         if self._sleeping:
@@ -265,6 +262,7 @@ class Pump:
         finally:
             self._fail_all(error)
             self._ending_of_thread.reached()
+            self._fail_all(error)  # what came in between: later ones are told by ``wake``
 
     def _turn(self) -> None:
         self._moved = self._publish()
@@ -278,37 +276,87 @@ class Pump:
             self._recover(self._deaths.popleft())
         if self.broken is not None and self._backlog:
             self._fail_all(self.broken)
-        self._watch_claims()
-        self._sleep()
+        look_s = None
+        if self._in_ring:
+            self.balance.watch_claims()
+            if self._n_vectors and not self._backlog and self.arena is not None:
+                self._split_vectors(self.arena)
+            self.staff.hire()
+            look_s = self.staff.limits.watch(time.monotonic_ns())
+        self._sleep(look_s)
+
+    def _split_vectors(self, arena: Arena) -> None:
+        taken = self.balance.split_vectors(arena)
+        if taken:
+            self._requeue(taken)
+            self._publish()
 
     def _publish(self) -> bool:
         """Move tasks from the backlog into the ring, as far as it has room; whether there were any."""
         backlog, end = self._backlog, self.end
+        self._out_of_chunks = self._is_deep = False
         if not backlog:
             return False
         while backlog and end.n_free and not self.broken:
             n = min(end.n_free, PUBLISH_MAX, len(backlog))
+            if backlog.has_priorities:  # what is in the ring cannot be overtaken: little is
+                n = min(n, PRIORITIES_DEEP * end.ring.workers - self._in_ring)
+                if n <= 0:
+                    self._is_deep = True
+                    break
             self._in_ring += n  # before they leave the backlog: whoever waits for both to be empty must not see a gap
-            batch = [backlog.popleft() for _ in range(n)]
-            if any(ticket.cancelled for ticket in batch):
-                batch = self._without_cancelled(batch)
+            batch, tasks = self._take(n)
+            self._in_ring -= n - len(batch)
             sequence = end.published
-            slots = end.publish([ticket.task for ticket in batch])
+            slots = end.publish(tasks)
             for ticket, slot in zip(batch, slots, strict=True):
                 ticket.sequence = sequence
                 sequence += 1
                 self._tickets[slot] = ticket
+            if self._out_of_chunks:
+                break
         return True
 
-    def _without_cancelled(self, batch: list[Ticket]) -> list[Ticket]:
-        kept: list[Ticket] = []
-        for ticket in batch:
+    def _take(self, n: int) -> tuple[list[Ticket], list[Task]]:
+        """Up to ``n`` tickets of the backlog, with what is to be published for them."""
+        batch: list[Ticket] = []
+        tasks: list[Task] = []
+        for _ in range(n):
+            ticket = self._backlog.popleft()
             if ticket.cancelled:
-                self._in_ring -= 1
                 self._free_payload(ticket)
-            else:
-                kept.append(ticket)
-        return kept
+                continue
+            task = ticket.task
+            if ticket.part is not None:
+                placed = self._place(ticket)
+                if placed is None:
+                    self._out_of_chunks = True
+                    self._backlog.append_front([ticket])
+                    break
+                task = placed
+            if ticket.timeout_s is not None:
+                self.staff.limits.expect(ticket.timeout_s)
+            batch.append(ticket)
+            tasks.append(task)
+        return batch, tasks
+
+    def _place(self, ticket: Ticket) -> Task | None:
+        """Put a vector's items into a chunk; None where none is free."""
+        part, arena = ticket.part, self.arena
+        assert part is not None
+        assert arena is not None, "a vector without an arena"
+        chunk = arena.take()
+        if chunk is None:
+            return None
+        part.chunk = chunk
+        span = part.span(chunk)
+        arena.write(span, part.items)
+        self._n_vectors += 1
+        return Task(ticket.task.function, pack_span(span), 0, ticket.task.form)
+
+    def _requeue(self, tickets: list[Ticket]) -> None:
+        """At the front: what comes back was there before all that waits."""
+        self._backlog.append_front(tickets)
 
     def _deliver(self, slot: int, entry: int) -> None:
         ticket = self._tickets[slot]
@@ -320,6 +368,8 @@ class Pump:
         ticket.result_blob = blob
         self._tickets[slot] = None
         self._in_ring -= 1
+        if ticket.timeout_s is not None:
+            self.staff.limits.release()
         if ticket.task.blob:
             self._free_payload(ticket)
         if record.status == _OK:
@@ -327,14 +377,38 @@ class Pump:
         elif record.status != _CANCELLED:
             self.n_failed += 1
         try:
-            ticket.sink.deliver(ticket, record)
+            if ticket.part is not None:
+                self._deliver_vector(ticket, entry, record)
+            else:
+                ticket.sink.deliver(ticket, record)
         except BaseException:  # a future's callback may raise what it likes; it must not stop the pool
             traceback.print_exc()
         self._touched.add(ticket.sink)
 
+    def _deliver_vector(self, ticket: Ticket, entry: int, record: ResultRecord) -> None:
+        """Outcomes are taken out of the chunk, which is free then; what was not run is queued again."""
+        part, arena = ticket.part, self.arena
+        assert part is not None
+        assert part.chunk is not None
+        assert arena is not None
+        again: list[Ticket] = []
+        try:
+            again = ticket.sink.deliver_vector(ticket, record, arena, self._blob_name(entry))
+        except Exception as error:  # its chunk is damaged, or there is no memory: nobody may wait for it for ever
+            ticket.sink.fail(ticket, error)
+            raise
+        finally:
+            arena.give(part.chunk)
+            part.chunk = None
+            self._n_vectors -= 1
+        self._requeue(again)
+
+    def _blob_name(self, entry: int) -> str:
+        return blobs.result_name(self.segment, layout.sequence_of(entry), layout.attempt_of(entry))
+
     def _take_blob(self, entry: int) -> Any:
         """Map a result's blob and take its name away: from here on it lives as long as somebody looks at it."""
-        name = blobs.result_name(self.segment, layout.sequence_of(entry), layout.attempt_of(entry))
+        name = self._blob_name(entry)
         try:
             blob = blobs.read(name, writable=True)
         except OSError:  # no descriptor left, say: whoever takes the result tries again
@@ -349,18 +423,21 @@ class Pump:
             blobs.unlink(blobs.payload_name(self.segment, ticket.task.blob))
 
     def _after_delivery(self) -> None:
-        for sink in self._touched:
+        touched, self._touched = self._touched, set()  # a sink may queue more, and where the pool has ended, that fails
+        for sink in touched:
             sink.settle()
-        self._touched.clear()
         self._tell_idle()
 
     def _tell_idle(self) -> None:
         if self._idle_wanted and self._is_idle() and self._idle.locked():
             self._idle.release()
 
-    def _sleep(self) -> None:
+    def _sleep(self, look_s: float | None) -> None:
+        """Until there is something to do, or ``look_s`` seconds are over."""
         self._sleeping = True
-        if (self._backlog and self.end.n_free and not self.broken) or self._deaths or self._commands or self._stopping:
+        held_up = self.broken or self._out_of_chunks or self._is_deep
+        may_publish = self._backlog and self.end.n_free and not held_up
+        if may_publish or self._deaths or self._commands or self._stopping:
             self._sleeping = False
             return
         if self._moved and 0 < self._in_ring <= self.end.ring.workers and self.end.spin(SPINS):
@@ -368,9 +445,11 @@ class Pump:
             return
         if self._results_per_s() * COLLECT_EVERY_S >= CROWD:
             # The clock wakes us, which costs the workers nothing; a post to an idle core can cost them 100 us.
-            self.end.wait(COLLECT_EVERY_S, max(1, self._in_ring // 2), COLLECT_EVERY_S)
+            wait_s = COLLECT_EVERY_S if look_s is None else min(COLLECT_EVERY_S, look_s)
+            self.end.wait(wait_s, max(1, self._in_ring // 2), wait_s)
         else:
-            self.end.wait(TAKE_BACK_AFTER_S if self._in_ring > 1 else IDLE_WAIT_S, 1, 0)
+            wait_s = SPLIT_LOOK_S if self._n_vectors else TAKE_BACK_AFTER_S if self._in_ring > 1 else IDLE_WAIT_S
+            self.end.wait(wait_s if look_s is None else min(wait_s, look_s), 1, 0)
         self._sleeping = False
 
     def _results_per_s(self) -> float:
@@ -383,47 +462,27 @@ class Pump:
             self._rated_total, self._rated_at = total, now
         return self._rate_per_s
 
-    def _watch_claims(self) -> None:
-        """Break up claims of several tasks that do not move: a long one has got in among short ones."""
-        now = time.monotonic()
-        if now - self._watched_at < TAKE_BACK_AFTER_S or not self._in_ring:
-            return
-        self._watched_at = now
-        ring = self.end.ring
-        for worker in range(ring.workers):
-            claim = ring.words[ring.worker_word(worker, layout.W_CLAIM)]
-            if claim == self._claims_watched[worker] and claim & layout.CLAIM_COUNT_MASK > 1:
-                self.n_taken_back += self.end.take_back(worker)
-            self._claims_watched[worker] = claim
-
     def _recover(self, death: Death) -> None:
-        """Settle what the worker held; then have it replaced, unless workers die like flies."""
-        n_retried, crash_loop = self._estates.settle(death)
-        if self._ending:
-            return
-        self.n_deaths += 1
-        self.n_retried += n_retried
-        if crash_loop:
-            self._break(CrashLoopError(self._estates.n_barren, death.signal, death.exitcode))
-        elif self.supervisor is not None:
-            self.supervisor.start(death.index)
+        """Settle what the worker held; it is replaced, unless that says that no worker can live."""
+        broken = self.staff.settle(death)
+        if broken is not None:
+            self._break(broken)
 
     def _break(self, error: RingpoolError) -> None:
         self.broken = error
-        if self.supervisor is not None:
-            self.supervisor.kill_all()
+        if self.staff.supervisor is not None:
+            self.staff.supervisor.kill_all()
         self._fail_all(error)
 
     def _fail_all(self, error: BaseException) -> None:
         """Nobody waits for ever: every task that has no result gets ``error``."""
         waiting = [ticket for ticket in self._tickets if ticket is not None]
         self._tickets = [None] * len(self._tickets)
-        while self._backlog:
-            waiting.append(self._backlog.popleft())
+        waiting += self._backlog.drain()
         self._in_ring = 0
         for ticket in waiting:
             try:
-                ticket.sink.fail(ticket, error)
+                ticket.sink.fail(ticket, copy.copy(error))
             except BaseException:  # as in _deliver
                 traceback.print_exc()
             self._touched.add(ticket.sink)

@@ -20,10 +20,11 @@ import multiprocessing.process
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
@@ -34,6 +35,7 @@ import msgspec
 
 from ringpool.coordinator.ending import Ending
 from ringpool.workers.process import WorkerArguments, main
+from ringpool.workers.setup import Setup
 
 EXIT_STATUS_TIMEOUT_S = 5.0
 KILL_TIMEOUT_S = 10.0  # what SIGKILL does not end by then hangs in the kernel, and is left to it
@@ -101,6 +103,21 @@ def _forget_processes() -> None:
         server.__init__()
 
 
+@contextlib.contextmanager
+def _presentable_main() -> Generator[None]:
+    """A program from standard input says that it is the file ``<stdin>``, which a new process would try to run."""
+    main = sys.modules["__main__"]
+    path = getattr(main, "__file__", None)
+    if path is None or getattr(main, "__spec__", None) is not None or os.path.isfile(path):
+        yield
+        return
+    main.__file__ = None
+    try:
+        yield
+    finally:
+        main.__file__ = path
+
+
 _guards = _Guards()
 
 
@@ -136,7 +153,7 @@ class Supervisor:
     def __init__(
         self,
         context: BaseContext,
-        arguments: Callable[[int], WorkerArguments],
+        arguments: Callable[[int], tuple[WorkerArguments, Setup | None]],
         n: int,
         on_death: Callable[[Death], None],
         on_failure: Callable[[BaseException], None],
@@ -161,8 +178,8 @@ class Supervisor:
 
     def begin(self) -> None:
         """Start the thread, and with it the workers."""
-        self._begun = True
         self._thread.start()
+        self._begun = True
 
     # ---- for other threads
 
@@ -215,6 +232,7 @@ class Supervisor:
         except BaseException as error:  # we are wrong: nobody may wait for a death that nobody will report
             self._on_failure(error)
         finally:
+            del self._arguments  # and the initializer's with them: locks and queues that somebody may want to be rid of
             wake_write, self._wake_write = self._wake_write, -1
             os.close(wake_write)
             os.close(self._wake_read)
@@ -222,6 +240,7 @@ class Supervisor:
 
     def _start(self, index: int) -> None:
         try:
+            arguments, setup = self._arguments(index)
             guard, write_end = _guards.open()
         except OSError as error:  # EMFILE
             self._cannot_start(index, error)
@@ -229,10 +248,11 @@ class Supervisor:
         process: BaseProcess = cast(
             "Any", self._context
         ).Process(  # every context has it; typeshed's base class has not
-            target=main, args=(self._arguments(index), guard), name=f"ringpool-worker-{index}"
+            target=main, args=(arguments, guard, setup), name=f"ringpool-worker-{index}"
         )
         try:
-            process.start()
+            with _presentable_main():
+                process.start()
         except Exception as error:  # fork fails (EAGAIN, ENOMEM), or arguments do not pickle: it counts as a death
             _guards.close(write_end)
             guard.close()

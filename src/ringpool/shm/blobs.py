@@ -10,7 +10,8 @@
 The publisher writes once (a buffer is copied once, into the file); a reader maps the file and makes views into the
 mapping: no copy. A view keeps its mapping alive, and an unlinked file lives on while it is mapped, so that nothing is
 reused while something still exports it, and all is freed with the last view. Names: ``<segment>.t<id>`` payloads,
-``.f<id>`` functions, ``.r<sequence>.<attempt>`` results; all go with their segment.
+``.f<id>`` functions, ``.r<sequence>.<attempt>`` results, ``.i<worker>`` what its initializer raised; all go with their
+segment.
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ def function_name(segment: str, function: int) -> str:
 def result_name(segment: str, sequence: int, attempt: int) -> str:
     """The blob of a result: an attempt has its own, so that a dead worker's half-written one is in nobody's way."""
     return f"{segment}.r{sequence}.{attempt}"
+
+
+def initializer_name(segment: str, worker: int) -> str:
+    """What a worker's initializer raised."""
+    return f"{segment}.i{worker}"
 
 
 def write(name: str, encoding: Encoding, body: Buffer, buffers: Sequence[memoryview] = ()) -> int:
@@ -126,6 +132,11 @@ def _views(view: memoryview) -> tuple[Encoding, memoryview, list[memoryview]]:
     if end > len(view):
         raise ValueError(f"{len(view)} of {end} bytes")
     return Encoding(encoding), body, buffers
+
+
+def exists(name: str) -> bool:
+    """Whether there is a blob of that name."""
+    return os.path.exists(f"{SHM_DIRECTORY}/{name}")
 
 
 def unlink(name: str) -> None:

@@ -32,9 +32,10 @@ _write_cursors = layout.CURSORS.pack_into
 class WorkerEnd:
     """Worker ``index``'s end of the ring in ``segment``, for the process that calls. One thread uses it.
 
-    ``spins``: how often it looks for work before it sleeps. Any exception out of a method means that the process must
-    end (``os._exit``) at once, without unlocking: the kernel frees the mutex, and whoever gets it finishes the
-    section.
+    ``start(entry, now_ns)`` marks an entry as being run since then; False where it was taken back: leave it and all
+    that follows it. ``spins``: how often it looks for work before it sleeps. Any exception out of a method means that
+    the process must end (``os._exit``) at once, without unlocking: the kernel frees the mutex, and whoever gets it
+    finishes the section.
     """
 
     def __init__(self, segment: Segment, index: int, spins: int = 0) -> None:
@@ -51,6 +52,7 @@ class WorkerEnd:
         self._task_start = base + layout.W_TASK_START
         self._base = base
         self.claim_sequence = 0
+        self.start = self._start()
         self.exchange: Callable[[int, bool], list[int] | None] = self._exchange()
         me = owner.this_process()
         for word in (layout.W_RUNNING, layout.W_N_TASKS, layout.W_N_ERRORS, layout.W_BUSY):
@@ -104,7 +106,7 @@ class WorkerEnd:
             spinning &= others
             m = tail - head
             stop = words[RUN_STATE]
-            if stop:
+            if stop or not batch:
                 m = 0
             elif retry_head != retry_tail:
                 words[at] = words[retry + retry_head % slots]
@@ -169,6 +171,10 @@ class WorkerEnd:
                 entries = exchange(batch, False)
         return entries
 
+    def leave(self) -> None:
+        """Hand in what this worker held, and take nothing: it is about to end."""
+        self.exchange(0, False)
+
     def _spin(self) -> bool:
         """Look for work, a bounded number of times; whether there seems to be some. Whoever needs the core gets it."""
         words, let_others_run = self.ring.words, os.sched_yield
@@ -185,16 +191,23 @@ class WorkerEnd:
         except (posix_ipc.BusyError, posix_ipc.SignalError):
             pass  # the backstop, or a handled signal; the lists are looked at again in any case
 
-    def start(self, entry: int, now_ns: int) -> bool:
-        """Mark ``entry`` as being run since ``now_ns``. False where it was taken back: leave it and all that follows
-        it.
-        """
-        words = self._words
-        words[self._running] = entry + 1
-        if words[self._revoke] == self.claim_sequence:  # read after the store above: see the race at the top
-            return self._start_contested(entry)
-        words[self._task_start] = now_ns
-        return True
+    def _start(self) -> Callable[[int, int], bool]:
+        """``start``, as a closure, see ``results.Results``."""
+        words, running, revoke, task_start = self._words, self._running, self._revoke, self._task_start
+        contested = self._start_contested
+
+        def start(entry: int, now_ns: int) -> bool:
+            words[task_start] = now_ns  # before ``running``: an entry never stands there with another's start
+            words[running] = entry + 1
+            if words[revoke] == self.claim_sequence:  # read after the store above: see the race at the top
+                return contested(entry)
+            return True
+
+        return start
+
+    def grant(self, until_ns: int) -> None:
+        """The time of the task being run counts from then on, CLOCK_MONOTONIC, which may be to come."""
+        self._words[self._task_start] = until_ns
 
     def _start_contested(self, entry: int) -> bool:
         lock = self.ring.lock

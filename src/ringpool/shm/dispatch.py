@@ -12,7 +12,7 @@ at the next call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -30,12 +30,12 @@ _write_task = layout.TASK.pack_into
 
 
 class Task(msgspec.Struct, frozen=True, gc=False):
-    """What is published: a function's id, its payload (at most INLINE_BYTES) or that of its blob, and a key."""
+    """What is published: a function's id, a payload (at most INLINE_BYTES) or its blob's id, and the payload's form."""
 
     function: int
     payload: bytes
     blob: int = 0
-    key: int = 0
+    form: int = layout.Form.FILE
 
 
 class ClaimedTask(NamedTuple):
@@ -187,7 +187,7 @@ class CoordinatorEnd:
             entry = sequence << layout.SEQUENCE_SHIFT | slot
             at, length = tasks_at + slot * RECORD_BYTES, len(payload)
             assert length <= INLINE_BYTES, "a payload beyond INLINE_BYTES belongs into a blob"
-            _write_task(mapping, at, entry, task.function, length, task.blob, task.key, 0, 0)
+            _write_task(mapping, at, entry, task.function, length, task.blob, task.form, 0, 0)
             mapping[at + PAYLOAD_AT : at + PAYLOAD_AT + length] = payload
             entries.append(entry)
             sequence += 1
@@ -290,18 +290,26 @@ class CoordinatorEnd:
         """Cancel those of the tasks that nobody has claimed, and say how many: they will be collected as CANCELLED."""
         return self._cancel(lambda entry: layout.sequence_of(entry) in sequences)
 
-    def cancel_unclaimed(self) -> int:
-        """Cancel all tasks that nobody has claimed; returns how many."""
-        return self._cancel(lambda _entry: True)
+    def refuse(self, slots: Iterable[int]) -> None:
+        """Have the tasks in these slots cancelled when a worker comes to start them, claimed or not. One that runs, or
+        is just being started, does.
+        """
+        words, tasks = self.ring.words, self.ring.tasks + layout.TASK_CANCEL_AT
+        for slot in slots:
+            words[tasks + slot * RECORD_BYTES >> 3] = 1
 
-    def _cancel(self, wanted: Callable[[int], bool]) -> int:
+    def cancel_unclaimed(self, keep: int = 0) -> int:
+        """Cancel all tasks that nobody has claimed, except the ``keep`` that come first; returns how many."""
+        return self._cancel(lambda _entry: True, keep)
+
+    def _cancel(self, wanted: Callable[[int], bool], keep: int = 0) -> int:
         ring = self.ring
 
         def section() -> int:  # a claim is made under the mutex too: nobody is looking at what stands in these lists
             cursors = ring.cursors()
-            waiting = ring.entries(ring.ready, cursors.ready_head, cursors.ready_tail - cursors.ready_head)
-            waiting += ring.entries(ring.retry, cursors.retry_head, cursors.retry_tail - cursors.retry_head)
-            cancelled = list(filter(wanted, waiting))
+            waiting = ring.entries(ring.retry, cursors.retry_head, cursors.retry_tail - cursors.retry_head)
+            waiting += ring.entries(ring.ready, cursors.ready_head, cursors.ready_tail - cursors.ready_head)
+            cancelled = list(filter(wanted, waiting[keep:]))
             for entry in cancelled:
                 at = ring.tasks + layout.slot_of(entry) * RECORD_BYTES + layout.TASK_CANCEL_AT
                 ring.words[at >> 3] = 1

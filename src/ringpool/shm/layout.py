@@ -15,7 +15,7 @@ Little-endian; every word is 8 bytes and aligned. N slots, W workers (at most 64
     0x020  I    slots            N
     0x024  I    workers          W
     0x028  I    claims_max       K
-    0x02c  I    record_bytes     0x400
+    0x02c  I    record_bytes     0x440
     0x030  Q    lists_at         claim lists: W x 2 x K x 8, one of each pair in use, by the parity of the claim word
     0x038  Q    ready_at         ring of N entries
     0x040  Q    retry_at         ring of N entries
@@ -63,7 +63,7 @@ Little-endian; every word is 8 bytes and aligned. N slots, W workers (at most 64
     0x10   Q    claim            sequence << 16 | number of entries in the claim list of that parity
     0x18   Q    running          1 + the entry of the task being run, or that was run last; 0: none yet
     0x20   Q    revoke           a claim sequence: what of it was not started, the coordinator takes back
-    0x28   Q    task_start_ns    when ``running`` began, CLOCK_MONOTONIC
+    0x28   Q    task_start_ns    when ``running`` began, CLOCK_MONOTONIC; stored before it
     0x30   Q    n_tasks          ended by this process
     0x38   Q    n_errors         of them with an exception
     0x40   Q    busy_ns          spent in task functions
@@ -73,10 +73,10 @@ Little-endian; every word is 8 bytes and aligned. N slots, W workers (at most 64
     0x08   I    function         id of the function's blob
     0x0c   I    length           of the payload that follows, bytes; 0 where blob is set
     0x10   Q    blob             id of the payload's blob, 0: none
-    0x18   Q    key              the publisher's own name for the task
+    0x18   Q    form             Form of the payload
     0x20   Q    cancel           1: do not start it
     0x28   Q    blame            attempt << 8 | deaths: how many workers died in it before that attempt
-    0x40   960s payload
+    0x30   1040s payload
 
     RESULT          written by the worker that runs the task; after its proven death by the coordinator
     0x00   Q    word             seq:36 attempt:6 status:4 length:18. Stored last: it is the task's own commit
@@ -86,7 +86,15 @@ Little-endian; every word is 8 bytes and aligned. N slots, W workers (at most 64
     0x1c   I    encoding         Encoding of the payload
     0x20   Q    device           of the staged output, while status is COMMITTING
     0x28   Q    inode            of the staged output
-    0x40   960s payload
+    0x30   1040s payload
+
+    VECTOR          the head of a chunk of the arena: a task of many items, see ``vectors``. Written by the publisher
+                    before the task is visible, then by the worker that runs it, except limit (the coordinator)
+    0x00   Q    progress         the item being run, or next to be: all before it have outcomes in the chunk
+    0x08   Q    limit            items from here on are not this task's any more; 0: that is being decided
+    0x10   Q    prefix           Prefix: the type that the first outcomes share
+    0x18   Q    prefix_items     how many of them stand as plain words; all ones: all, so far
+    0x40        items, then outcomes, each on a multiple of 8
 
     entry = seq:36 | attempt:6 | slot:22
 
@@ -104,9 +112,9 @@ MAGIC = int.from_bytes(b"RINGPOOL", "little")
 VERSION = 1
 HEADER_BYTES = 0x100
 PAGE_BYTES = 4096
-RECORD_BYTES = 1024
-INLINE_BYTES = 960
-PAYLOAD_AT = 64
+RECORD_BYTES = 1088  # an odd number of cache lines: at a power of two, the heads of all records would share a few sets
+INLINE_BYTES = 1040
+PAYLOAD_AT = 48  # in the line of the head: a short result is in one line
 WORKERS_MAX = 64
 CLAIMS_MAX = 64
 SLOTS_MAX = (1 << 22) - 1
@@ -133,9 +141,17 @@ WORKER = struct.Struct("<9Q")
 
 # Task record: its head, and the offsets of the words that change later.
 TASK = struct.Struct("<QIIQQQQ")  # the whole head
-TASK_READ = struct.Struct("<IIQQQ")  # function, length, blob, key, cancel, from offset 8
+TASK_READ = struct.Struct("<IIQQQ")  # function, length, blob, form, cancel, from offset 8
 TASK_CANCEL_AT = 0x20
 TASK_BLAME_AT = 0x28
+
+# Head of a vector's chunk, as word indices; its span, in the payload of its task; the head of an outcome in its stream.
+V_PROGRESS, V_LIMIT, V_PREFIX, V_PREFIX_ITEMS = range(4)
+VECTOR = struct.Struct("<4Q")
+VECTOR_ITEMS_AT = 0x40
+CHUNK_BYTES = 1 << 16
+SPAN = struct.Struct("<IIIII")  # chunk, first item, end, bytes of the items, ItemsEncoding
+OUTCOME = struct.Struct("<II")  # bytes that follow, OutcomeKind
 
 # Result record: what follows the word.
 RESULT = struct.Struct("<QQIIQQ")
@@ -190,6 +206,42 @@ class Encoding(IntEnum):
     MSGPACK = 0
     PICKLE = 1
     BLOB = 2  # the payload is elsewhere, see ``blobs``; the blob says how to read it
+
+
+class Form(IntEnum):
+    """What a task's payload is."""
+
+    FILE = 0  # a file task, see ``workers.tasks``
+    PLAIN = 1  # msgpack: the positional arguments of a call
+    PICKLED = 2  # pickle: arguments and keyword arguments; before them the callable, where ``function`` is 0
+    VECTOR = 3  # a SPAN: the items are in a chunk of the arena
+
+
+class ItemsEncoding(IntEnum):
+    """How the items of a vector are to be read, and called with."""
+
+    PLAIN = 0  # a msgpack array of them
+    PICKLED = 1  # a msgpack array of a pickle for each
+    PLAIN_STARRED = 2  # the same two, each item a sequence of positional arguments
+    PICKLED_STARRED = 3
+
+
+class Prefix(IntEnum):
+    """Which outcomes stand as plain 8-byte words, before the stream."""
+
+    NONE = 0  # None: no words at all
+    INT = 1
+    FLOAT = 2
+
+
+class OutcomeKind(IntEnum):
+    """How an outcome in the stream is to be read."""
+
+    MSGPACK = 0
+    PICKLE = 1
+    ERROR = 2  # a pickled exception and its traceback
+    BLOB = 3  # a value, in a blob of its own
+    ERROR_BLOB = 4
 
 
 class Cursors(NamedTuple):
@@ -266,13 +318,15 @@ def _page_up(offset: int) -> int:
 
 
 def _format_id() -> int:
-    formats = (HEADER, CURSORS, WORKER, TASK, RESULT)
+    formats = (HEADER, CURSORS, WORKER, TASK, RESULT, VECTOR, SPAN, OUTCOME)
     words = [s.format for s in formats]
     words += [COORDINATOR_PID_AT, COORDINATOR_START_AT, RUN_STATE_AT, N_REDONE_AT, TASK_CANCEL_AT, TASK_BLAME_AT]
     words += [W_PID, W_START, W_CLAIM, W_RUNNING, W_REVOKE, W_TASK_START, W_N_TASKS, W_N_ERRORS, W_BUSY]
     words += [MUTEX_AT, VERSION_WORD_AT, BLOCK_A_AT, BLOCK_STRIDE, DONE_HEAD_AT, WORKERS_AT, WORKER_BYTES, RECORD_BYTES]
     words += [PAYLOAD_AT, SLOT_BITS, ATTEMPT_BITS, SEQUENCE_BITS, STATUS_BITS, LENGTH_BITS, CLAIM_SHIFT]
-    words += [f"{e.name}={e.value}" for enum in (RunState, Status, Encoding) for e in enum]
+    words += [V_PROGRESS, V_LIMIT, V_PREFIX, V_PREFIX_ITEMS, VECTOR_ITEMS_AT, CHUNK_BYTES]
+    enums = (RunState, Status, Encoding, Form, ItemsEncoding, Prefix, OutcomeKind)
+    words += [f"{e.name}={e.value}" for enum in enums for e in enum]
     return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), "little")
 
 

@@ -9,6 +9,9 @@ whoever dies next. The payload may be written in any order before it, because no
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import msgspec
 
 from ringpool.shm import layout
@@ -38,8 +41,20 @@ class ResultRecord(msgspec.Struct, frozen=True, gc=False):
     worker: int
 
 
+class PostCall(Protocol):
+    """``Results.post``."""
+
+    def __call__(
+        self, entry: int, status: int, encoding: int, payload: bytes, duration_ns: int, blob_bytes: int = 0
+    ) -> None: ...
+
+
 class Results:
-    """The records of ``ring``, seen by worker ``index`` (or by the coordinator, which posts for the dead)."""
+    """The records of ``ring``, seen by worker ``index`` (or by the coordinator, which posts for the dead).
+
+    ``read_task(entry)``: function id, payload, blob id, form and cancel word of a task. ``post(entry, status, encoding,
+    payload, duration_ns, blob_bytes=0)`` commits its result; ``payload``: at most INLINE_BYTES.
+    """
 
     def __init__(self, ring: Ring, index: int) -> None:
         self.ring = ring
@@ -48,24 +63,35 @@ class Results:
         self._results = ring.results
         self._mapping = ring.mapping
         self._words = ring.words
+        # Closures over what never changes: between two tasks, whatever they touch has left the processor's caches.
+        self.read_task = self._make_read_task()
+        self.post = self._make_post()
 
-    def read_task(self, entry: int) -> tuple[int, bytes, int, int, int]:
-        """Function id, payload, blob id, key and cancel word of the task that ``entry`` names."""
-        at = self._tasks + (entry & layout.SLOT_MASK) * RECORD_BYTES
-        function, length, blob, key, cancel = _read_task(self._mapping, at + 8)
-        return function, self._mapping[at + PAYLOAD_AT : at + PAYLOAD_AT + length], blob, key, cancel
+    def _make_read_task(self) -> Callable[[int], tuple[int, bytes, int, int, int]]:
+        mapping, tasks_at, slot_mask, record_bytes = self._mapping, self._tasks + 8, layout.SLOT_MASK, RECORD_BYTES
+        read, payload_at = _read_task, PAYLOAD_AT - 8
 
-    def post(
-        self, entry: int, status: int, encoding: int, payload: bytes, duration_ns: int, blob_bytes: int = 0
-    ) -> None:
-        """Commit the result of ``entry``. ``payload``: at most INLINE_BYTES."""
-        at = self._results + (entry & layout.SLOT_MASK) * RECORD_BYTES
-        length = len(payload)
-        _write_head(self._mapping, at + 8, duration_ns, blob_bytes, self.index, encoding)
-        self._mapping[at + PAYLOAD_AT : at + PAYLOAD_AT + length] = payload
-        self._words[at >> 3] = (
-            entry & layout.IDENTITY_MASK | status << layout.STATUS_SHIFT | length
-        )  # the task's commit
+        def read_task(entry: int) -> tuple[int, bytes, int, int, int]:
+            at = tasks_at + (entry & slot_mask) * record_bytes
+            function, length, blob, form, cancel = read(mapping, at)
+            at += payload_at
+            return function, mapping[at : at + length], blob, form, cancel
+
+        return read_task
+
+    def _make_post(self) -> PostCall:
+        mapping, words, results_at, index = self._mapping, self._words, self._results, self.index
+        slot_mask, record_bytes, identity_mask = layout.SLOT_MASK, RECORD_BYTES, layout.IDENTITY_MASK
+        write, payload_at, status_shift = _write_head, PAYLOAD_AT, layout.STATUS_SHIFT
+
+        def post(entry: int, status: int, encoding: int, payload: bytes, duration_ns: int, blob_bytes: int = 0) -> None:
+            at = results_at + (entry & slot_mask) * record_bytes
+            length = len(payload)
+            write(mapping, at + 8, duration_ns, blob_bytes, index, encoding)
+            mapping[at + payload_at : at + payload_at + length] = payload
+            words[at >> 3] = entry & identity_mask | status << status_shift | length  # the task's commit
+
+        return post
 
     def stage(
         self, entry: int, encoding: int, payload: bytes, duration_ns: int, blob_bytes: int, device: int, inode: int

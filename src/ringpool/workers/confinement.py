@@ -56,6 +56,10 @@ class Confinement:
             with contextlib.suppress(OSError):  # a daemon may run without standard output
                 os.fstat(fd)
                 self._poll.register(fd, 0)
+        self.remember()
+
+    def remember(self) -> None:
+        """Take signal handlers and working directory, as they are now, for those to put back after each task."""
         self._directory = os.getcwdb()
         self._handlers = [_get_handler(number) for number in _RESTORED]
 

@@ -2,7 +2,7 @@
 
     exactly None, bool, 64-bit int, float, str, bytes   msgpack
     everything else                                     pickle, protocol 5; so that a tuple stays a tuple
-    more than 960 bytes of either                       a blob; large buffers lie in it as they are
+    more than 1,040 bytes of either                     a blob; large buffers lie in it as they are
 
 A reader gets views into the blob's mapping for out-of-band buffers: read-only in a worker, private copy-on-write
 where the result arrives. The mapping lives as long as any of them.
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import pickle
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures.process import _RemoteTraceback as RemoteTraceback  # pyright: ignore[reportPrivateUsage]
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from ringpool.shm import blobs
 from ringpool.shm.layout import INLINE_BYTES, Encoding
 
 OUT_OF_BAND_MIN_BYTES = 4096
-_PLAIN = frozenset({NoneType, bool, int, float, str, bytes})
+PLAIN = frozenset({NoneType, bool, int, float, str, bytes})
 _pack: Callable[[object], bytes] = msgspec.msgpack.Encoder().encode
 _unpack: Callable[[bytes | memoryview], Any] = msgspec.msgpack.Decoder().decode
 _MSGPACK, _PICKLE, _BLOB = int(Encoding.MSGPACK), int(Encoding.PICKLE), int(Encoding.BLOB)
@@ -42,25 +43,27 @@ class Encoded(NamedTuple):
         return not self.buffers and len(self.body) <= INLINE_BYTES
 
 
-class RemoteTraceback(Exception):  # noqa: N818  (a cause that carries a text, not an error)
-    """The ``__cause__`` of an exception that was raised in a worker; ``str()`` is the traceback there."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.text = text
-
-    def __str__(self) -> str:
-        return f"\n\nin the worker:\n{self.text}"
+def are_plain(found: Iterable[object]) -> bool:
+    """Whether all are exactly of the types that travel as msgpack."""
+    try:
+        return PLAIN.issuperset(map(type, found))
+    except TypeError:  # a class that cannot be hashed
+        return False
 
 
 def encode(value: object) -> Encoded:
     """``value`` as bytes. Raises whatever pickle raises for it."""
-    if type(value) in _PLAIN:
+    if are_plain((value,)):
         try:
             return Encoded(_MSGPACK, _pack(value))
         except (OverflowError, UnicodeEncodeError):
             pass  # an int beyond 64 bits, a str with surrogates (a path that is not UTF-8)
     large: list[memoryview] = []
+    return Encoded(_PICKLE, pickle.dumps(value, 5, buffer_callback=keeper(large)), tuple(large))
+
+
+def keeper(large: list[memoryview]) -> Callable[[pickle.PickleBuffer], bool]:
+    """A ``buffer_callback`` that puts large buffers into ``large`` and leaves small ones in the pickle."""
 
     def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
@@ -69,19 +72,16 @@ def encode(value: object) -> Encoded:
         large.append(raw)
         return False
 
-    return Encoded(_PICKLE, pickle.dumps(value, 5, buffer_callback=keep_in_band), tuple(large))
+    return keep_in_band
 
 
 def encode_inline(value: object) -> bytes | None:
     """``value`` as msgpack that fits a record, or None: the short way for what most tasks return."""
-    if type(value) in _PLAIN:
-        try:
-            body = _pack(value)
-        except (OverflowError, UnicodeEncodeError):
-            return None
-        if len(body) <= INLINE_BYTES:
-            return body
-    return None
+    try:
+        body = _pack(value) if type(value) in PLAIN else None
+    except (OverflowError, UnicodeEncodeError, TypeError):  # the last: a class that cannot be hashed
+        return None
+    return body if body is not None and len(body) <= INLINE_BYTES else None
 
 
 def decode(encoding: int, body: bytes | memoryview, buffers: list[memoryview] | None = None) -> Any:
@@ -116,16 +116,16 @@ def encode_error(error: BaseException) -> Encoded:
         pickle.loads(
             body
         )  # many an exception can be pickled and not be rebuilt: find that out here, not in the collector
-    except Exception:
+    except BaseException:  # pickling may run anything, sys.exit too
         words = RemoteError(type(error).__qualname__, _message(error), text)
         body = pickle.dumps((words, text), 5)
     return Encoded(_PICKLE, body)
 
 
 def decode_error(value: tuple[BaseException, str]) -> BaseException:
-    """The exception of ``encode_error``, with ``RemoteTraceback`` as its cause."""
+    """The exception of ``encode_error``, with its traceback as its cause, as ``ProcessPoolExecutor`` has it."""
     error, text = value
-    error.__cause__ = RemoteTraceback(text)
+    error.__cause__ = RemoteTraceback(f'\n"""\n{text}"""')  # pyright: ignore[reportArgumentType]  (typeshed errs)
     return error
 
 
@@ -137,5 +137,5 @@ def undecodable(error: BaseException, type_name: str) -> RingpoolError:
 def _message(error: BaseException) -> str:
     try:
         return str(error)
-    except Exception as second:
+    except BaseException as second:
         return f"<no message: {type(second).__name__}>"

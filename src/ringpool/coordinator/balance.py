@@ -1,0 +1,80 @@
+"""No task waits behind a slow neighbour: what a worker has claimed and not begun goes to others.
+
+    a claim of several tasks that has not moved for 20 ms      its unstarted tasks go back to the ring
+    a vector of many items, while some worker is idle          the items that it has not come to are shared out
+
+Used by the pump's thread alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ringpool.coordinator.tickets import Part, Ticket
+from ringpool.shm import layout
+from ringpool.shm.dispatch import CoordinatorEnd
+from ringpool.shm.vectors import Arena
+
+TAKE_BACK_AFTER_S = 0.02  # a claim of several tasks that has not moved for so long is broken up
+SPLIT_WORTH_NS = 300_000  # what is left of a vector must be expected to take so long, or it is left alone
+SPLIT_LOOK_S = 0.005  # how often the pump looks, while vectors are in the ring
+
+
+class Balance:
+    """Watches the claims of the workers of ``end``; ``ticket_of`` gives the ticket of an entry, or None."""
+
+    def __init__(self, end: CoordinatorEnd, ticket_of: Callable[[int], Ticket | None]) -> None:
+        self.n_taken_back = 0
+        self._end = end
+        self._ticket_of = ticket_of
+        self._claims: list[int] = [0] * end.ring.workers
+        self._watched_at = time.monotonic()
+
+    def watch_claims(self) -> None:
+        """Break up claims of several tasks that do not move: a long one has got in among short ones."""
+        now = time.monotonic()
+        if now - self._watched_at < TAKE_BACK_AFTER_S:
+            return
+        self._watched_at = now
+        ring = self._end.ring
+        for worker in range(ring.workers):
+            claim = ring.words[ring.worker_word(worker, layout.W_CLAIM)]
+            if claim == self._claims[worker] and claim & layout.CLAIM_COUNT_MASK > 1:
+                self.n_taken_back += self._end.take_back(worker)
+            self._claims[worker] = claim
+
+    def split_vectors(self, arena: Arena) -> list[Ticket]:
+        """While workers are idle and nothing waits: parts of vectors that others are at, as new tickets."""
+        ring = self._end.ring
+        cursors = ring.peek()
+        n_idle = (cursors.parked | cursors.spinning).bit_count()
+        if not n_idle or cursors.ready_tail != cursors.ready_head or cursors.retry_tail != cursors.retry_head:
+            return []
+        taken: list[Ticket] = []
+        now_ns = time.monotonic_ns()
+        for worker in range(ring.workers):
+            ticket = self._ticket_of(ring.words[ring.worker_word(worker, layout.W_RUNNING)] - 1)
+            if ticket is None or ticket.part is None or not ticket.part.splits or ticket.part.chunk is None:
+                continue
+            elapsed_ns = now_ns - ring.words[ring.worker_word(worker, layout.W_TASK_START)]
+            part = self._split(arena, ticket.part, elapsed_ns, n_idle)
+            if part is not None:
+                self.n_taken_back += part.n
+                taken.append(Ticket(ticket.task, ticket.sink, None, None, priority=ticket.priority, part=part))
+        return taken
+
+    @staticmethod
+    def _split(arena: Arena, part: Part, elapsed_ns: int, n_idle: int) -> Part | None:
+        assert part.chunk is not None
+        span = part.span(part.chunk)
+        n_done = arena.progress(span) - part.first
+        n_left = part.n - n_done - 1
+        if n_left < 1 or elapsed_ns / (n_done + 1) * n_left < SPLIT_WORTH_NS:
+            return None
+        end = arena.split(span, lambda n: n // (n_idle + 1))
+        if end >= part.end:
+            return None
+        taken = part.of(end, part.end)
+        part.end = end
+        return taken

@@ -1,0 +1,413 @@
+"""RingPoolExecutor: what ``concurrent.futures.ProcessPoolExecutor`` does, on a ring that survives deaths.
+
+submit, submit_with --> PoolFuture <--+
+map, map_unordered ---> MapRun <------+-- Pool: Pump <--ring--> workers, started when tasks wait for them
+options(...) ---------> a view: the same, with other TaskOptions
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from itertools import repeat
+from multiprocessing.context import BaseContext
+from types import BuiltinFunctionType, FunctionType, TracebackType
+from typing import Any, NamedTuple
+
+import msgspec
+
+from ringpool.coordinator.futures import PoolFuture
+from ringpool.coordinator.logs import LogInbox
+from ringpool.coordinator.maprun import MapOptions, MapRun
+from ringpool.coordinator.pool import Pool, WorkerLimits
+from ringpool.coordinator.supervisor import Death
+from ringpool.coordinator.tickets import Ticket
+from ringpool.shm import blobs, layout
+from ringpool.shm.layout import Encoding
+from ringpool.workers import calls
+from ringpool.workers.setup import Setup
+
+RING_SLOTS = 1024
+LOGS_TIMEOUT_S = 5.0  # for handlers, to take what workers had logged when they ended
+FUNCTIONS_MAX = 1024  # known to the workers by an id; what is beyond is sent with each call
+_AT_HAND = (list, tuple, range, str, bytes, dict, set, frozenset)
+
+
+class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a task is run.
+
+    ``timeout``: seconds that it may run; then its worker is killed, and it fails with ``TaskTimeoutError``.
+    ``retries``: how often it is started again whose worker died in it, or was killed for a limit. ``priority``: higher
+    first.
+    """
+
+    timeout: float | None = None
+    retries: int = 0
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None and not self.timeout > 0:
+            raise ValueError(f"timeout must be above 0 seconds, not {self.timeout!r}")
+        if not 0 <= self.retries < layout.ATTEMPT_MAX:
+            raise ValueError(f"retries must be from 0 to {layout.ATTEMPT_MAX - 1}, not {self.retries!r}")
+
+
+class WorkerExit(msgspec.Struct, frozen=True):
+    """A worker that ended: its index and pid, the signal that killed it or its exit status, and what for.
+
+    ``reason``: ``"died"``, ``"recycled"`` (it had run its number of tasks, or outgrown its memory), ``"timeout"`` or
+    ``"memory"`` (it was killed for a limit).
+    """
+
+    index: int
+    pid: int
+    signal: int | None
+    exitcode: int | None
+    reason: str
+
+
+class ExecutorStats(NamedTuple):
+    """Counts since the start, and what is under way now; a vector of a map counts as one task."""
+
+    workers_alive: int
+    queued: int  # waiting outside the ring
+    in_ring: int  # published, not yet delivered
+    completed: int
+    failed: int
+    worker_deaths: int
+    retried: int  # tasks tried again after a death
+    recycled: int  # workers replaced between tasks
+    taken_back: int  # tasks and items taken from a worker that was busy with a long one
+
+
+class _Tasks(Executor):
+    """What an executor and its views have in common: tasks, run with certain options."""
+
+    _task_options: TaskOptions
+
+    def submit_with(self, options: TaskOptions, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """``submit``, with these options."""
+        raise NotImplementedError
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Queue ``fn(*args, **kwargs)``; its future.
+
+        Whatever keeps the call from being sent, or its result from coming back, is the future's exception. Raises
+        ``RuntimeError`` after ``shutdown``, or what broke the pool (a ``BrokenProcessPool``).
+        """
+        return self.submit_with(self._task_options, fn, *args, **kwargs)
+
+    def _map(self, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], **how: Any) -> Iterator[Any]:
+        raise NotImplementedError
+
+    def map(
+        self,
+        fn: Callable[..., Any],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int | None = None,
+        buffersize: int | None = None,
+        return_exceptions: bool = False,
+    ) -> Iterator[Any]:
+        """``fn`` of each item, in order. Items are drawn as results are taken, so many ahead as keep the workers busy.
+
+        ``timeout``: seconds from now after which taking a result raises ``TimeoutError``. ``chunksize``: items that are
+        sent together; None: by themselves, as many as are about a millisecond of work, and they are shared out again
+        where one takes longer. Whichever it is, an item's exception, or its worker's death, is that item's alone.
+        ``buffersize``: most items drawn whose results were not taken. The first exception is raised when its turn has
+        come, and ends the iterator; with ``return_exceptions`` it is given out instead of a result.
+        """
+        how = {"timeout": timeout, "chunksize": chunksize, "buffersize": buffersize}
+        return self._map(fn, iterables, ordered=True, return_exceptions=return_exceptions, **how)
+
+    def map_unordered(
+        self,
+        fn: Callable[..., Any],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int | None = None,
+        buffersize: int | None = None,
+        return_exceptions: bool = False,
+    ) -> Iterator[Any]:
+        """``map``, with results in the order in which they arrive."""
+        how = {"timeout": timeout, "chunksize": chunksize, "buffersize": buffersize}
+        return self._map(fn, iterables, ordered=False, return_exceptions=return_exceptions, **how)
+
+
+class RingPoolExecutor(_Tasks):
+    """A pool of processes that takes any callable. Every argument of ``ProcessPoolExecutor`` means here what it means
+    there.
+
+    ``max_workers``: default, one per core that this process may use; at most 64. They are started when tasks wait for
+    them. ``mp_context``: a context of ``multiprocessing``, or the name of a start method; default ``"forkserver"``.
+    ``initializer(*initargs)``: called in each worker first. ``max_tasks_per_child``: a worker is replaced after so many
+    tasks. ``memory_per_child_max``: it is replaced between tasks when it has grown beyond so many bytes.
+    ``memory_limit``: it is killed when it has, and the task that it runs fails with ``MemoryLimitError``.
+    ``on_worker_exit``: called with a ``WorkerExit``, in a thread of the pool. ``forward_logs``: log records of the
+    workers reach this process's ``logging``.
+
+    Use it as a context manager: it waits for what was submitted; Ctrl-C, ``SIGTERM`` and ``SIGHUP`` end it at once. A
+    task whose worker dies fails with ``WorkerDiedError``, a ``BrokenProcessPool``; the pool goes on.
+
+    Raises ``SharedMemoryFullError``, ``ValueError`` and ``TypeError`` for arguments, ``MainModuleError``.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        mp_context: str | BaseContext | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        *,
+        max_tasks_per_child: int | None = None,
+        memory_limit: int | None = None,
+        memory_per_child_max: int | None = None,
+        on_worker_exit: Callable[[WorkerExit], object] | None = None,
+        forward_logs: bool = True,
+    ) -> None:
+        n_workers = _n_workers(max_workers)
+        _check(initializer, max_tasks_per_child, memory_limit=memory_limit, memory_per_child_max=memory_per_child_max)
+        if max_tasks_per_child is not None and _is_fork(mp_context):
+            raise ValueError(
+                "max_tasks_per_child is incompatible with the 'fork' multiprocessing start method; "
+                "supply a different mp_context."
+            )
+        inbox = LogInbox() if forward_logs else None
+        self._max_workers = n_workers  # dask reads it
+        self._task_options = TaskOptions()
+        self._functions: dict[Callable[..., Any], int] = {}
+        self._pool = Pool(
+            n_workers,
+            mp_context,
+            slots=RING_SLOTS,
+            limits=WorkerLimits(
+                max_tasks_per_child or 0, min(filter(None, (memory_limit, memory_per_child_max)), default=0)
+            ),
+            memory_limit_bytes=memory_limit,
+            on_demand=True,
+            setup=lambda: Setup(initializer, initargs, None if inbox is None else inbox.sender()),
+            on_ended=None if inbox is None else lambda: inbox.close(LOGS_TIMEOUT_S),
+            on_exit=_teller(on_worker_exit),
+            closed=lambda: RuntimeError("cannot schedule new futures after shutdown"),
+        )
+        weakref.finalize(self, self._pool.close_soon).atexit = False
+
+    # ---- tasks
+
+    def options(self, *, timeout: float | None = None, retries: int = 0, priority: int = 0) -> ExecutorView:
+        """A view of this executor whose tasks are run with these options, see ``TaskOptions``."""
+        return ExecutorView(self, TaskOptions(timeout=timeout, retries=retries, priority=priority))
+
+    def submit_with(self, options: TaskOptions, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """``submit``, with these options."""
+        pool = self._pool
+        pool.check_open()
+        future = PoolFuture(pool.pump)
+        try:
+            function_id = self._functions.get(fn, 0) if type(fn) in (FunctionType, BuiltinFunctionType) else 0
+            if not function_id:
+                function_id = self._introduce(fn)
+            call = calls.encode_call(None if function_id else fn, args, kwargs)
+            task = pool.task(function_id, call.encoded, call.form)
+        except Exception as error:  # it cannot be sent
+            future.set_running_or_notify_cancel()
+            future.set_exception(error)
+            return future
+        future.ticket = ticket = Ticket(
+            task,
+            future,
+            fn,
+            None,
+            attempts_max=options.retries + 1,
+            timeout_s=options.timeout,
+            priority=options.priority,
+        )
+        pool.pump.queue(ticket)
+        pool.pump.wake()
+        return future
+
+    def _introduce(self, fn: Callable[..., Any]) -> int:
+        """Make a function known to the workers by an id, where its name says it all; else 0: it goes with each call."""
+        if len(self._functions) >= FUNCTIONS_MAX or not calls.is_by_name(fn):
+            return 0
+        function_id = self._write_function(fn)
+        self._functions[fn] = function_id
+        return function_id
+
+    def _write_function(self, fn: Callable[..., Any]) -> int:
+        pool = self._pool
+        function_id = next(pool.function_ids)
+        blobs.write(blobs.function_name(pool.name, function_id), Encoding.PICKLE, calls.pickle_callable(fn))
+        return function_id
+
+    def _map(self, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], **how: Any) -> Iterator[Any]:
+        return self.map_with(self._task_options, fn, iterables, **how)
+
+    def map_with(
+        self,
+        options: TaskOptions,
+        fn: Callable[..., Any],
+        iterables: tuple[Iterable[Any], ...],
+        *,
+        ordered: bool,
+        timeout: float | None,
+        chunksize: int | None,
+        buffersize: int | None,
+        return_exceptions: bool,
+    ) -> Iterator[Any]:
+        """What ``map`` and ``map_unordered`` are, with these options."""
+        _check_counts(chunksize=chunksize, buffersize=buffersize)
+        pool = self._pool
+        pool.check_open()
+        pool.make_arena()
+        function_id = self._write_function(fn)
+        starred = len(iterables) != 1
+        run = MapRun(
+            pool,
+            fn,
+            function_id,
+            zip(*iterables, strict=False) if starred else iter(iterables[0]),
+            starred=starred,
+            at_hand=all(isinstance(iterable, _AT_HAND) or type(iterable) is repeat for iterable in iterables),
+            options=MapOptions(
+                ordered, chunksize, buffersize, return_exceptions, options.timeout, options.retries, options.priority
+            ),
+            on_retired=_remover(pool, function_id),
+        )
+        run.fill()
+        return run.results(timeout)
+
+    # ---- looking in
+
+    @property
+    def worker_pids(self) -> tuple[int, ...]:
+        """The pids of the living workers."""
+        return self._pool.supervisor.pids
+
+    def stats(self) -> ExecutorStats:
+        """Counts, as they are now."""
+        pump = self._pool.pump
+        queued, in_ring = pump.in_flight
+        return ExecutorStats(
+            len(self._pool.supervisor.pids),
+            queued,
+            in_ring,
+            pump.n_completed,
+            pump.n_failed,
+            pump.staff.n_deaths,
+            pump.staff.n_retried,
+            pump.staff.n_recycled,
+            pump.balance.n_taken_back,
+        )
+
+    @property
+    def _broken(self) -> BaseException | bool:
+        """As ``ProcessPoolExecutor`` has it: whether it can be used no more."""
+        return self._pool.pump.broken or False
+
+    # ---- the end
+
+    def terminate_workers(self) -> None:
+        """Shut down, and end what runs at once: its futures, and those that wait, fail."""
+        self._pool.abort()
+
+    kill_workers = terminate_workers
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more tasks; run those that were submitted, or with ``cancel_futures`` only those that have begun.
+
+        ``wait``: return when all that is done and the workers are gone; otherwise at once.
+        """
+        if wait:
+            self._pool.close(cancel=cancel_futures)
+        else:
+            self._pool.close_soon(cancel=cancel_futures)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        if kind is None or issubclass(kind, Exception):
+            self._pool.close()
+        else:
+            self._pool.abort()
+
+
+class ExecutorView(_Tasks):
+    """An executor, seen through other ``TaskOptions``. To shut it down is to shut the executor down."""
+
+    def __init__(self, executor: RingPoolExecutor, options: TaskOptions) -> None:
+        self._executor = executor
+        self._task_options = options
+
+    def submit_with(self, options: TaskOptions, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """``submit``, with these options."""
+        return self._executor.submit_with(options, fn, *args, **kwargs)
+
+    def _map(self, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], **how: Any) -> Iterator[Any]:
+        return self._executor.map_with(self._task_options, fn, iterables, **how)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """``RingPoolExecutor.shutdown``."""
+        self._executor.shutdown(wait, cancel_futures=cancel_futures)
+
+
+def _n_workers(max_workers: int | None) -> int:
+    if max_workers is None:
+        return min(len(os.sched_getaffinity(0)), layout.WORKERS_MAX)
+    if max_workers <= 0:
+        raise ValueError("max_workers must be greater than 0")
+    if max_workers > layout.WORKERS_MAX:
+        raise ValueError(f"max_workers must be at most {layout.WORKERS_MAX}, not {max_workers}")
+    return max_workers
+
+
+def _is_fork(mp_context: str | BaseContext | None) -> bool:
+    name = mp_context.get_start_method() if isinstance(mp_context, BaseContext) else mp_context
+    return name == "fork"
+
+
+def _check(initializer: object, max_tasks_per_child: object, **sizes: int | None) -> None:
+    if initializer is not None and not callable(initializer):
+        raise TypeError("initializer must be a callable")
+    if max_tasks_per_child is not None:
+        if not isinstance(max_tasks_per_child, int):
+            raise TypeError("max_tasks_per_child must be an integer")
+        if max_tasks_per_child <= 0:
+            raise ValueError("max_tasks_per_child must be >= 1")
+    for name, n_bytes in sizes.items():
+        if n_bytes is not None and n_bytes <= 0:
+            raise ValueError(f"{name} must be above 0 bytes, not {n_bytes!r}")
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is None:
+            continue
+        if not isinstance(count, int):  # pyright: ignore[reportUnnecessaryIsInstance]  (a caller may not check types)
+            raise TypeError(f"{name} must be an integer or None, not {count!r}")
+        if count < 1:
+            raise ValueError(f"{name} must be >= 1.")
+
+
+def _teller(on_worker_exit: Callable[[WorkerExit], object] | None) -> Callable[[Death, str], None] | None:
+    if on_worker_exit is None:
+        return None
+
+    def tell(death: Death, reason: str) -> None:
+        on_worker_exit(WorkerExit(death.index, death.pid, death.signal, death.exitcode, reason))
+
+    return tell
+
+
+def _remover(pool: Pool, function_id: int) -> Callable[[], None]:
+    name = blobs.function_name(pool.name, function_id)
+
+    def remove() -> None:
+        blobs.unlink(name)
+
+    return remove
+
+
+__all__ = ["ExecutorStats", "ExecutorView", "RingPoolExecutor", "TaskOptions", "WorkerExit"]

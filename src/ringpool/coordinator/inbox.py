@@ -1,0 +1,52 @@
+"""Where the pump puts what arrives for an iterator over results.
+
+It is apart from the iterator, so that one that nobody has any more is noticed.
+
+    pump:      arrived.append ... settle     --->     consumer:  wait, arrived.popleft
+    consumer:  closed := True, Pump.abandon  --->     pump:      retire; drops what still comes; at last on_retired
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+
+class Inbox:
+    """``arrived``: a deque of whatever a subclass puts there. ``on_retired``: called when nothing comes any more."""
+
+    def __init__(self, on_retired: Callable[[], None]) -> None:
+        self._on_retired = on_retired
+        self._left = 0  # once closed: tasks that a worker still has
+        self.arrived: deque[Any] = deque()
+        # Locked: no news. A lock, because its methods are single steps: an Event takes its own lock in Python code, and
+        # Ctrl-C can leave that held by the thread that waits, so that the pump would wait for it for ever.
+        self._news = threading.Lock()
+        self._news.acquire()
+        self.closed = False
+
+    def settle(self) -> None:
+        """What was there for now has been delivered."""
+        if self._news.locked():  # nobody else unlocks it
+            self._news.release()
+
+    def wait(self, timeout_s: float = -1) -> bool:
+        """Wait until something has arrived, up to ``timeout_s`` seconds (-1: for ever); whether it has."""
+        while not self.arrived:
+            if not self._news.acquire(timeout=timeout_s):
+                return bool(self.arrived)
+        return True
+
+    def retire(self, left: int) -> None:
+        """Nobody takes results any more, and ``left`` are still to come. In the pump's thread, or where none are."""
+        self._left = left
+        if not left:
+            self._on_retired()
+
+    def dropped(self) -> None:
+        """One of those that were still to come has come."""
+        self._left -= 1
+        if not self._left:
+            self._on_retired()

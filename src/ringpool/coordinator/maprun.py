@@ -1,0 +1,374 @@
+"""A map under way: items are drawn lazily, sent together while they are short, and come back in order or as they end.
+
+    items --draw--> n of them --send--> tickets --> pump --> workers
+                      ^ Sizer: about 1 ms of work to a vector, tens of milliseconds under way
+    next() <- piece <- held (in order) <- arrived <--------- pump
+
+Bounds: items under way, by the work in them, at most 131,072; items drawn and not given out, at most 16,384, or twice
+as many as may be under way, and about 64 MiB of results.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from itertools import islice
+from typing import Any
+
+import msgspec
+
+from ringpool.coordinator.ending import Ending
+from ringpool.coordinator.pieces import Failure, MapInbox, Piece
+from ringpool.coordinator.pool import Pool
+from ringpool.coordinator.tickets import Part, Ticket
+from ringpool.shm import vectors
+from ringpool.shm.dispatch import Task
+from ringpool.shm.layout import Form
+from ringpool.workers import calls
+
+VECTOR_NS = 1_000_000  # work in a vector: so that what it costs is a hundredth of it
+UNDER_WAY_NS = 20_000_000  # work under way for each worker: longer than another thread may keep the pump from running
+UNDER_WAY_ITEMS_MAX = 131_072
+VECTOR_ITEMS_MAX = 4096
+GROWTH_MAX = 16  # from one size of vectors to the next: a first, short task may not be like the others
+HELD_ITEMS_MAX = 16_384
+HELD_BYTES_MAX = 1 << 26
+DRAW_S = 0.001  # an iterator that takes longer has its items sent before it is asked for more
+DRAW_GROUP_MAX = 32
+FILL_S = 0.001  # how long items are drawn while results wait to be taken
+
+
+class MapOptions(msgspec.Struct, frozen=True):
+    """How the items of a map are run. ``chunksize``: items to a vector; None: by itself. ``buffersize``: most items
+    drawn and not given out; None: by itself.
+    """
+
+    ordered: bool
+    chunksize: int | None
+    buffersize: int | None
+    return_exceptions: bool
+    timeout_s: float | None
+    retries: int
+    priority: int
+
+
+class Sizer:
+    """How many items make a vector, by how long the last ones took and how large their results were."""
+
+    def __init__(self, chunksize: int | None, n_workers: int) -> None:
+        self._fixed = chunksize
+        self._n_workers = n_workers
+        self._ns = self._items = self._bytes = 0.0
+        self._n = 1
+
+    def observe(self, piece: Piece) -> None:
+        """A piece has arrived."""
+        if piece.spent_ns:
+            self._ns = self._ns * 0.75 + piece.spent_ns
+            self._items = self._items * 0.75 + piece.n
+            self._bytes = self._bytes * 0.75 + len(piece.outcomes)
+
+    @property
+    def n(self) -> int:
+        """Items for the next vector."""
+        if self._fixed is not None:
+            return self._fixed
+        if self._items:
+            wanted = VECTOR_NS / (self._ns / self._items + 1)
+            if self._bytes:
+                wanted = min(wanted, vectors.CHUNK_BYTES / 3 / (self._bytes / self._items))
+            self._n = max(1, min(int(wanted), self._n * GROWTH_MAX, VECTOR_ITEMS_MAX))
+        return self._n
+
+    @property
+    def under_way_max(self) -> int:
+        """Items that may be under way."""
+        n = self.n
+        least = (2 * self._n_workers + 2) * n
+        if not self._items:
+            return least
+        wanted = int(self._n_workers * UNDER_WAY_NS / (self._ns / self._items + 1))
+        return max(least, min(wanted, UNDER_WAY_ITEMS_MAX))
+
+
+class MapRun:
+    """The caller's side of a map: draws, sends, gives out. One thread at a time uses it.
+
+    ``items``: an iterator of items; ``starred``: each is a tuple of arguments; ``at_hand``: it never waits for
+    anything. ``function``: what they are called with, for messages; ``function_id``: as the workers know it.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        function: Callable[..., Any],
+        function_id: int,
+        items: Iterator[Any],
+        *,
+        starred: bool,
+        at_hand: bool,
+        options: MapOptions,
+        on_retired: Callable[[], None],
+    ) -> None:
+        self._pool = pool
+        self._function = function
+        self._function_id = function_id
+        self._items = items
+        self._starred = starred
+        self._options = options
+        self.inbox = MapInbox(on_retired, options.retries)
+        self._sizer = Sizer(1 if options.timeout_s is not None else options.chunksize, pool.n_workers)
+        self._group = VECTOR_ITEMS_MAX if at_hand else 1
+        self._group_max = VECTOR_ITEMS_MAX if at_hand else DRAW_GROUP_MAX
+        self._held: dict[int, Piece] = {}
+        self._held_bytes = 0
+        self._next_index = 0
+        self._n_drawn = self._n_given = self._n_unsent = 0
+        self._n_taken = 0  # pieces
+        self._exhausted = self._closed = self._begun = self._unbounded = False
+        self._at_hand = at_hand
+        self._turn = threading.Lock()  # of the caller who takes, or of the one who closes the pool
+        self._ending: Ending | None = None  # of the thread that draws what is left, where nobody takes results
+        self._input_error: Exception | None = None
+        self._pid = os.getpid()
+        if at_hand and options.buffersize is None:
+            self.inbox.refill = self._fill_meanwhile
+        pool.runs.add(self)
+
+    # ---- sending
+
+    def fill(self) -> None:
+        """Draw items and send them, as far as they may be under way; but not for long while results wait."""
+        began_s = time.monotonic()
+        arrived, sent = self.inbox.arrived, False
+        while not self._exhausted and (n := self._room()) > 0:
+            items = self._draw(n)
+            if items:
+                index, self._n_drawn = self._n_drawn, self._n_drawn + len(items)
+                self._send(items, index)
+                self._pool.pump.wake()
+                sent = True
+            if arrived and sent and time.monotonic() - began_s > FILL_S:
+                return
+
+    def _fill_meanwhile(self) -> None:
+        """In the pump's thread, while nobody takes results: items that are at hand need not wait for that."""
+        if self._turn.acquire(blocking=False):
+            try:
+                self._sort()
+                self.fill()
+            finally:
+                self._turn.release()
+
+    def _room(self) -> int:
+        """How many items may be drawn now."""
+        n_given_out = self._n_drawn - self._n_given
+        if self._options.buffersize is not None and not self._unbounded:
+            return min(self._sizer.n, self._options.buffersize - n_given_out)
+        n, most = self._sizer.n, self._sizer.under_way_max
+        if self._n_drawn - self.inbox.n_arrived - self._n_unsent >= most:
+            return 0
+        full = n_given_out >= max(HELD_ITEMS_MAX, 2 * most) or self._held_bytes > HELD_BYTES_MAX
+        return 0 if full and not self._unbounded else n
+
+    def _draw(self, n: int) -> list[Any]:
+        """Up to ``n`` items; fewer where they take long to come."""
+        items: list[Any] = []
+        began_s = time.monotonic()
+        try:
+            while len(items) < n:
+                wanted = min(n, len(items) + self._group)
+                items.extend(islice(self._items, wanted - len(items)))
+                if len(items) < wanted:
+                    self._exhausted = True
+                    break
+                if time.monotonic() - began_s > DRAW_S and self._group_max == DRAW_GROUP_MAX:
+                    self._group = 1
+                    break
+                self._group = min(self._group_max, 2 * self._group)
+        except Exception as error:  # raised again when what was drawn before it has been given out
+            self._exhausted = True
+            self._input_error = error
+        return items
+
+    def _send(self, items: list[Any], index: int) -> None:
+        if len(items) == 1:
+            self._send_one(items[0], index)
+            return
+        try:
+            encoding, body = calls.encode_items(items, starred=self._starred)
+        except Exception:
+            body = encoding = None  # one of them cannot be sent: by halves, it is found
+        if body is None or encoding is None or len(body) > vectors.room_for_items(len(items)):
+            half = len(items) // 2
+            self._send(items[:half], index)
+            self._send(items[half:], index + half)
+            return
+        part = Part(body, encoding, index, 0, len(items), splits=self._options.chunksize is None)
+        task = Task(self._function_id, b"", 0, Form.VECTOR)
+        self._queue(Ticket(task, self.inbox, self._function, None, part=part))
+
+    def _send_one(self, item: Any, index: int) -> None:
+        try:
+            call = calls.encode_call(None, item if self._starred else (item,), {})
+            task = self._pool.task(self._function_id, call.encoded, call.form)
+        except Exception as error:  # it cannot be sent, or there is no room for it
+            self._n_unsent += 1
+            self.inbox.arrived.append(Piece(index, 1, [Failure(error)], failed=True))
+            return
+        self._queue(Ticket(task, self.inbox, self._function, None, index=index))
+
+    def _queue(self, ticket: Ticket) -> None:
+        ticket.attempts_max = self._options.retries + 1
+        ticket.timeout_s = self._options.timeout_s
+        ticket.priority = self._options.priority
+        self._pool.pump.queue(ticket)
+
+    # ---- giving out
+
+    def results(self, timeout_s: float | None) -> Iterator[Any]:
+        """The results; raises the error of an item when it is its turn, and ``TimeoutError`` after ``timeout_s``."""
+        end_s = None if timeout_s is None else time.monotonic() + timeout_s
+        results = self._results(end_s)
+        weakref.finalize(results, self._let_go).atexit = False
+        return results
+
+    def _results(self, end_s: float | None) -> Iterator[Any]:
+        self._begun = True
+        try:
+            while (piece := self._next_piece(end_s)) is not None:
+                outcomes, failed = piece.values, piece.failed
+                del piece
+                outcomes.reverse()
+                if failed or self._options.buffersize is not None:
+                    yield from self._one_by_one(outcomes)
+                else:
+                    while outcomes:
+                        yield outcomes.pop()  # which keeps nothing that the caller has let go of
+            if self._input_error is not None:
+                raise self._input_error
+        finally:
+            self.close()
+
+    def _one_by_one(self, outcomes: list[Any]) -> Iterator[Any]:
+        while outcomes:
+            if self._options.buffersize is not None:
+                self._n_given += 1
+                self.fill()
+            if type(outcomes[-1]) is not Failure:
+                yield outcomes.pop()
+            elif self._options.return_exceptions:
+                yield outcomes.pop().error
+            else:
+                raise outcomes.pop().error
+
+    def _next_piece(self, end_s: float | None) -> Piece | None:
+        """The next piece to be given out, decoded, and more items on their way; None after the last."""
+        with self._turn:
+            while True:
+                self._sort()
+                piece = self._take()
+                if piece is not None:
+                    if self._options.buffersize is None:
+                        self._n_given += piece.n
+                        self.fill()
+                    piece.decode()
+                    return piece
+                self.fill()
+                if self.inbox.arrived or (not self._exhausted and self._n_drawn == self._n_given):
+                    continue
+                if self._n_drawn == self._n_given:
+                    return None
+                timeout_s = -1 if end_s is None else max(0.0, end_s - time.monotonic())
+                if not self.inbox.wait(timeout_s):
+                    raise TimeoutError
+
+    def _sort(self) -> None:
+        """What has arrived is held until its turn comes; in the order of items, or of arrival."""
+        arrived = self.inbox.arrived
+        while arrived:
+            piece = arrived.popleft()
+            self._sizer.observe(piece)
+            self._held[piece.index if self._options.ordered else len(self._held) + self._n_taken] = piece
+            self._held_bytes += piece.n_bytes
+
+    def _take(self) -> Piece | None:
+        piece = self._held.pop(self._next_index if self._options.ordered else self._n_taken, None)
+        if piece is not None:
+            self._n_taken += 1
+            self._next_index += piece.n
+            self._held_bytes -= piece.n_bytes
+        return piece
+
+    # ---- the end
+
+    def _let_go(self) -> None:
+        """Nobody has the iterator any more. One that nobody has begun means: run it, I do not want the results."""
+        if self._begun or self._closed or os.getpid() != self._pid:
+            self.close()
+            return
+        self.inbox.discards = True
+        if self._exhausted:
+            self._pool.runs.discard(self)
+            return
+        self._ending = ending = Ending()
+        try:
+            threading.Thread(target=self._run_out, args=(ending,), name="ringpool-map", daemon=True).start()
+        except RuntimeError:  # the interpreter ends: whoever closes the pool does it
+            self._ending = None
+
+    def _run_out(self, ending: Ending) -> None:
+        try:
+            self._send_rest()
+        finally:
+            ending.reached()
+
+    def end(self, *, cancel: bool) -> None:
+        """The pool closes. What was not drawn yet is sent, as if it had been from the start; or cancelled.
+
+        An iterator over an iterator, once begun, is drawn as results are taken, and may have no end: its rest is left.
+        """
+        ending = self._ending
+        if cancel or (self._begun and not self._at_hand):
+            with self._turn:
+                if not self._exhausted:
+                    self._exhausted = True
+                    self._input_error = (
+                        CancelledError()
+                        if cancel
+                        else RuntimeError(
+                            "the executor was shut down before this map had drawn all its items; take the results first"
+                        )
+                    )
+        elif ending is None:
+            self._send_rest()
+        while ending is not None and not ending.wait(1.0):
+            continue
+        self._pool.runs.discard(self)
+
+    def _send_rest(self) -> None:
+        """Draw and send until the items are at their end."""
+        self._unbounded = True
+        while not self._exhausted:
+            with self._turn:
+                self._sort()
+                if self.inbox.discards:
+                    self._held.clear()
+                    self._held_bytes = 0
+                self.fill()
+            if not self._exhausted:
+                self.inbox.wait(1.0)
+
+    def close(self) -> None:
+        """Take no more: what has not started is cancelled, what runs is left to end, and its result is dropped."""
+        if self._closed or os.getpid() != self._pid:  # in a fork of the program, the results are its parent's
+            return
+        self._closed = self._exhausted = self.inbox.closed = True
+        self.inbox.arrived.clear()
+        self._held.clear()
+        self._pool.runs.discard(self)
+        self._pool.pump.abandon(self.inbox)

@@ -1,0 +1,199 @@
+"""What comes back of a map: pieces, each with outcomes of consecutive items, and the inbox that cuts vectors to them.
+
+vector's result (pump's thread) --> MapInbox --outcomes--> Piece --> arrived --> MapRun (decodes it)
+                                        +-----not run----> tickets, to be queued again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from typing import Any
+
+import msgspec
+
+from ringpool.coordinator.futures import error_of, outcome_of
+from ringpool.coordinator.inbox import Inbox
+from ringpool.coordinator.tickets import Part, Ticket
+from ringpool.errors import RemoteError
+from ringpool.shm import blobs, vectors
+from ringpool.shm.layout import OutcomeKind, Status
+from ringpool.shm.results import ResultRecord
+from ringpool.shm.vectors import Arena
+from ringpool.workers import values
+
+_OK, _DIED, _CANCELLED = int(Status.OK), int(Status.DIED), int(Status.CANCELLED)
+
+
+class Failure:
+    """Among results: the error of an item."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+class Piece(msgspec.Struct, eq=False):
+    """Outcomes of consecutive items, as they arrive; ``values`` is whole once ``decode`` has run.
+
+    ``spent_ns`` in the function; ``outcomes``: a stream of further ones, see ``vectors``; ``blob``: what one of them
+    left in shared memory; ``failed``: whether there may be a ``Failure`` among them.
+    """
+
+    index: int
+    n: int
+    values: list[Any]
+    spent_ns: int = 0
+    outcomes: bytes = b""
+    blob: Any = None
+    failed: bool = False
+
+    @property
+    def n_bytes(self) -> int:
+        """About how much memory it holds."""
+        return 8 * self.n + len(self.outcomes)
+
+    def decode(self) -> None:
+        """Make values of the stream."""
+        for kind, body in vectors.stream(self.outcomes) if self.outcomes else ():
+            try:
+                self.values.append(self._decode(kind, body))
+            except (KeyboardInterrupt, MemoryError):
+                raise
+            except BaseException as error:  # unpickling may run anything, sys.exit too
+                self.values.append(Failure(values.undecodable(error, "unknown")))
+            self.failed = self.failed or type(self.values[-1]) is Failure
+        self.outcomes = b""
+
+    def _decode(self, kind: int, body: memoryview) -> Any:
+        match kind:
+            case OutcomeKind.MSGPACK:
+                return values.decode(0, body)
+            case OutcomeKind.PICKLE:
+                return values.decode(1, body)
+            case OutcomeKind.BLOB:
+                return values.decode(*self._mapped())
+            case OutcomeKind.ERROR:
+                return Failure(values.decode_error(values.decode(1, body)))
+            case _:
+                if body:  # there was no room for the exception itself
+                    type_name, _, message = str(values.decode(0, body)).partition(": ")
+                    return Failure(RemoteError(type_name, message, ""))
+                return Failure(values.decode_error(values.decode(*self._mapped())))
+
+    def _mapped(self) -> Any:
+        blob, self.blob = self.blob, None
+        if isinstance(blob, BaseException):
+            raise blob
+        return blob
+
+
+class MapInbox(Inbox):
+    """The pump's side of a map: takes outcomes out of vectors, and says what of them is to be run again."""
+
+    def __init__(self, on_retired: Callable[[], None], retries: int) -> None:
+        super().__init__(on_retired)
+        self.n_arrived = 0  # items; written by the pump's thread alone
+        self.discards = False  # nobody takes results, and yet all items are run
+        self.refill: Callable[[], None] | None = None  # called when something has arrived, in the pump's thread
+        self._retries = retries
+
+    def settle(self) -> None:
+        """What was there for now has been delivered."""
+        super().settle()
+        if self.refill is not None and not self.closed:
+            self.refill()
+
+    def put(self, piece: Piece) -> None:
+        """Outcomes have arrived."""
+        self.n_arrived += piece.n
+        if self.discards:
+            piece.values, piece.outcomes, piece.blob = [], b"", None
+        self.arrived.append(piece)
+
+    def deliver(self, ticket: Ticket, record: ResultRecord) -> None:
+        """An item that was sent by itself has a result."""
+        if self.closed:
+            self.dropped()
+            return
+        value, error = outcome_of(ticket, record)
+        outcome = value if error is None else Failure(error)
+        self.put(Piece(ticket.index, 1, [outcome], record.duration_ns, failed=error is not None))
+
+    def deliver_vector(self, ticket: Ticket, record: ResultRecord, arena: Arena, blob: str) -> list[Ticket]:
+        """Take the outcomes; what was not run comes back."""
+        part = ticket.part
+        assert part is not None
+        assert part.chunk is not None
+        if self.closed:
+            blobs.unlink(blob)
+            self.dropped()
+            return []
+        span = part.span(part.chunk)
+        n_done = 0 if record.status == _CANCELLED else min(arena.progress(span) - part.first, part.n)
+        first = part.first + n_done
+        if n_done:
+            plain, outcomes = arena.outcomes(span, n_done)
+            piece = Piece(part.index + part.first, n_done, plain, record.duration_ns, outcomes)
+            if outcomes:
+                piece.blob = self._blob_of(blob)
+            self.put(piece)
+        if first == part.end:
+            return []
+        if record.status == _OK:  # its worker was told to end, or its chunk was full
+            return [self._again(ticket, part.of(first, part.end))]
+        blobs.unlink(blob)
+        if record.status == _DIED:
+            return self._after_death(ticket, part, record, first)
+        _, error = outcome_of(ticket, record)
+        if not n_done:  # it could not be begun at all: the function cannot be had
+            self._fail_rest(part, first, error or CancelledError())
+            return []
+        self.put(Piece(part.index + first, 1, [Failure(error or CancelledError())], failed=True))
+        return [self._again(ticket, part.of(first + 1, part.end))] if first + 1 < part.end else []
+
+    def _after_death(self, ticket: Ticket, part: Part, record: ResultRecord, first: int) -> list[Ticket]:
+        """Its worker died in item ``first``: that one is blamed, those behind it were never begun."""
+        again: list[Ticket] = []
+        deaths = (part.deaths if first == part.first else 0) + 1
+        if deaths <= self._retries:
+            again.append(self._again(ticket, part.of(first, first + 1, deaths)))
+        else:
+            error = error_of(ticket, record.status, values.decode(record.encoding, record.payload), deaths)
+            self.put(Piece(part.index + first, 1, [Failure(error)], failed=True))
+        if first + 1 < part.end:
+            again.append(self._again(ticket, part.of(first + 1, part.end)))
+        return again
+
+    @staticmethod
+    def _again(ticket: Ticket, part: Part) -> Ticket:
+        return Ticket(ticket.task, ticket.sink, ticket.source, None, priority=ticket.priority, part=part)
+
+    @staticmethod
+    def _blob_of(name: str) -> Any:
+        """The blob that the last of a vector's outcomes may have left, mapped; None for none."""
+        if not blobs.exists(name):
+            return None
+        try:
+            return blobs.read(name, writable=True)
+        except Exception as error:  # whoever takes the result is told
+            return error
+        finally:
+            blobs.unlink(name)
+
+    def _fail_rest(self, part: Part, first: int, error: BaseException) -> None:
+        failures: list[Any] = [Failure(error)] * (part.end - first)
+        self.put(Piece(part.index + first, len(failures), failures, failed=True))
+
+    def fail(self, ticket: Ticket, error: BaseException) -> None:
+        """The pool has ended."""
+        part = ticket.part
+        if part is not None:
+            self._fail_rest(part, part.first, error)
+        else:
+            self.put(Piece(ticket.index, 1, [Failure(error)], failed=True))
+
+    def drop(self, ticket: Ticket) -> None:
+        """The pool closes, and cancels what has not begun."""
+        self.fail(ticket, CancelledError())

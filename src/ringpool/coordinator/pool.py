@@ -1,0 +1,290 @@
+"""A pool: segment, pump and supervisor with their workers, from start to end. What runs on it, others say.
+
+    caller --tickets--> Pump (thread) <--ring--> workers
+                        Supervisor (thread) --processes--> workers
+
+open --close()--> draining --idle--> closed        nothing is left in /dev/shm, no process, no thread
+  |                  |
+  +--close(cancel)---+ what no worker has is cancelled first
+  +--Ctrl-C, SIGTERM, exit of the program after an error--> workers are killed at once --> closed
+"""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import itertools
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import BaseContext
+from typing import NamedTuple, Protocol
+
+from ringpool.coordinator import signals
+from ringpool.coordinator.pump import Pump
+from ringpool.coordinator.supervisor import Death, Supervisor
+from ringpool.coordinator.tickets import Ticket
+from ringpool.errors import (
+    CoordinatorClosedError,
+    MainModuleError,
+    WrongProcessError,
+    WrongThreadError,
+)
+from ringpool.shm import blobs, layout, segment
+from ringpool.shm.dispatch import CoordinatorEnd, Task
+from ringpool.shm.layout import INLINE_BYTES
+from ringpool.shm.vectors import Arena
+from ringpool.workers import values
+from ringpool.workers.process import WorkerArguments
+from ringpool.workers.setup import Setup
+
+START_METHOD = "forkserver"
+ABORT_TIMEOUT_S = 1.0
+STOP_TIMEOUT_S = 5.0
+SPINS = 500  # looks for work before a worker sleeps: about 250 us in all, during which whoever needs the core has it
+CHUNKS_PER_WORKER, CHUNKS_MORE = 4, 24
+_PRELOAD = ["__main__", "ringpool.workers.process"]
+
+_open: set[Pool] = set()  # not weak: one that its program has lost sight of is closed at exit as well
+
+
+class WorkerLimits(NamedTuple):
+    """When a worker is replaced between tasks: after so many, or grown beyond so many bytes; 0: never."""
+
+    tasks_max: int = 0
+    rss_max_bytes: int = 0
+
+
+class OpenRun(Protocol):
+    """A map that is not at its end."""
+
+    def end(self, *, cancel: bool) -> None:
+        """The pool closes: send what is left of the items, or with ``cancel`` nothing more."""
+        ...
+
+
+class Pool:
+    """``n_workers`` processes and a ring of ``slots`` between them and this process.
+
+    ``limits``: when a worker is replaced between tasks. ``memory_limit_bytes``: it is killed when it has more.
+    ``on_demand``: workers are started when tasks wait for them. ``setup``: gives what a worker does before its first
+    task. ``on_exit(death, reason)``: told of each worker that ended, in the pump's thread. ``on_ended``: called when
+    all workers have ended. ``closed``: makes the error for tasks that come too late. Raises ``SharedMemoryFullError``,
+    ``ValueError``, ``MainModuleError``.
+    """
+
+    def __init__(
+        self,
+        n_workers: int,
+        mp_context: str | BaseContext | None,
+        *,
+        slots: int,
+        claims_max: int = layout.CLAIMS_MAX,
+        limits: WorkerLimits = WorkerLimits(),  # noqa: B008  (immutable)
+        memory_limit_bytes: int | None = None,
+        on_demand: bool = False,
+        setup: Callable[[], Setup | None] = lambda: None,
+        on_exit: Callable[[Death, str], None] | None = None,
+        on_ended: Callable[[], None] | None = None,
+        closed: Callable[[], Exception] = CoordinatorClosedError,
+    ) -> None:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
+            raise MainModuleError
+        self.pid = os.getpid()
+        self.lock = threading.Lock()  # for short steps of Python code in threads that are not the main one alone
+        self._beginning = threading.Lock()
+        self.closing = False
+        self.closed = False
+        self._closed_error = closed
+        self._on_ended = on_ended
+        self.runs: set[OpenRun] = set()
+        self._blob_ids = itertools.count(1)
+        self.function_ids = itertools.count(1)
+        context = _context(mp_context)
+        segment.reclaim_dead()
+        self._signals_installed = False
+        self._segment = segment.create(slots, n_workers, claims_max)
+        name = self.name = self._segment.name
+        self.slots = slots
+        self.n_workers = n_workers
+        try:
+            self._end = CoordinatorEnd(self._segment)
+            n_started = 0 if on_demand else n_workers
+            self.pump = pump = Pump(self._end, n_started, memory_limit_bytes, on_exit)
+            self.supervisor = Supervisor(
+                context,
+                lambda w: (WorkerArguments(name, w, claims_max, SPINS, *limits), setup()),
+                n_started,
+                pump.on_death,
+                pump.on_failure,
+            )
+        except BaseException:
+            segment.unlink(name)
+            raise
+        _open.add(self)
+        if not on_demand:
+            self._begin()
+
+    def _begin(self) -> None:
+        try:
+            self._signals_installed = True
+            signals.install()
+            self.pump.begin(self.supervisor)
+            self.supervisor.begin()
+        except BaseException:
+            self.abort()
+            raise
+
+    # ---- tasks
+
+    def check_open(self) -> None:
+        """Be ready for a task. Raises ``WrongProcessError``, what broke the pool, that it is closed, or
+        ``BrokenProcessPool`` where its threads cannot be started.
+        """
+        if os.getpid() != self.pid:
+            raise WrongProcessError(self.pid, os.getpid())
+        if self.pump.broken is not None:
+            raise copy.copy(self.pump.broken)  # with a traceback of its own, which leads to nobody else's frames
+        if self.closing:
+            raise self._closed_error()
+        if not self.pump.has_begun:
+            with self._beginning:
+                if not self.pump.has_begun:
+                    self._begin_now()
+
+    def _begin_now(self) -> None:
+        try:
+            self._begin()
+        except RuntimeError as error:
+            raise BrokenProcessPool(f"the threads of the pool cannot be started: {error}") from error
+
+    def task(self, function: int, encoded: values.Encoded, form: int = layout.Form.FILE) -> Task:
+        """A task with that payload, inline or as a blob. Raises ``SharedMemoryFullError``."""
+        if len(encoded.body) <= INLINE_BYTES and not encoded.buffers:
+            return Task(function, encoded.body, 0, form)
+        blob = next(self._blob_ids)
+        values.write_blob(blobs.payload_name(self.name, blob), encoded)
+        return Task(function, b"", blob, form)
+
+    def make_arena(self) -> None:
+        """Have an arena, for vectors. Raises ``SharedMemoryFullError``."""
+        with self.lock:
+            if self.pump.arena is None:
+                self.pump.arena = Arena(self.name, CHUNKS_PER_WORKER * self.n_workers + CHUNKS_MORE)
+
+    # ---- the end
+
+    def close(self, *, cancel: bool = False) -> None:
+        """Stop: run what is queued to its end (``cancel``: drop what no worker has), end the workers, leave nothing.
+
+        Ctrl-C while it waits kills the workers. Safe to call twice, and from any thread; in a
+        future's callback, which it would have to wait for, it raises ``WrongThreadError``.
+        """
+        if self.closed or os.getpid() != self.pid:
+            return
+        if self.pump.is_current_thread:
+            raise WrongThreadError
+        self.closing = True
+        try:
+            for run in self.runs.copy():
+                run.end(cancel=cancel)
+            if cancel:
+                self.drop_unstarted()
+            self.pump.wait_idle()
+            self._end_workers(STOP_TIMEOUT_S)
+            self._finish()
+        except BaseException:
+            self.abort()
+            raise
+
+    def close_soon(self, *, cancel: bool = False) -> None:
+        """``close``, without waiting for it: from any thread, and while objects are collected."""
+        if self.closed or os.getpid() != self.pid:
+            return
+        self.closing = True
+        try:
+            threading.Thread(target=self.close, kwargs={"cancel": cancel}, name="ringpool-closer", daemon=True).start()
+        except RuntimeError:
+            return  # the interpreter ends: it is closed at exit
+
+    def drop_unstarted(self) -> None:
+        """Cancel what no worker has."""
+        try:
+            dropped: list[Ticket] = self.pump.call(self.pump.cancel_all) or []
+        except CoordinatorClosedError:
+            return
+        for ticket in dropped:
+            ticket.sink.drop(ticket)
+        for sink in {ticket.sink for ticket in dropped}:
+            sink.settle()
+
+    def _end_workers(self, timeout_s: float) -> None:
+        self.pump.expect_exits()
+        with self.lock:
+            if self.closed:  # by another thread, meanwhile
+                return
+            self._end.stop_workers()
+        self.supervisor.join(timeout_s)
+
+    def abort(self) -> None:
+        """Kill everything now; what was queued or running fails with the error of a closed pool."""
+        if self.closed or os.getpid() != self.pid:
+            return
+        self.closing = True
+        self.pump.expect_exits()
+        self.supervisor.kill_all()
+        self.supervisor.join(ABORT_TIMEOUT_S)
+        self._finish()
+
+    def _finish(self) -> None:
+        """Each step may be done again: Ctrl-C may come in the middle, and then another way of closing begins anew."""
+        try:
+            if self._on_ended is not None:
+                self._on_ended()
+            stopped = self.pump.stop()
+            if self._signals_installed:
+                self._signals_installed = False
+                signals.uninstall()
+        finally:
+            segment.unlink(self.name)
+        with self.lock:
+            if stopped and not self.closed:
+                self._end.close()
+            self.closed = True
+        _open.discard(self)
+
+
+def _context(chosen: str | BaseContext | None) -> BaseContext:
+    context = chosen if isinstance(chosen, BaseContext) else multiprocessing.get_context(chosen or _start_method())
+    if context.get_start_method() == "forkserver":
+        from multiprocessing import forkserver
+
+        server = forkserver._forkserver  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage, reportUnknownMemberType, reportUnknownVariableType]
+        if getattr(server, "_preload_modules", None) == [
+            "__main__"
+        ]:  # the default: the program has not asked for its own
+            context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
+def _start_method() -> str:
+    """What the program has set, where that differs from the platform's default; else ours."""
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    default = multiprocessing.get_all_start_methods()[0]
+    return chosen if chosen and chosen != default else START_METHOD
+
+
+def _close_all() -> None:
+    """At exit: drain what is left open; or kill it, where the program ends by an error."""
+    failed = hasattr(sys, "last_type") or signals.ended()
+    for pool in list(_open):
+        if failed:
+            pool.abort()
+        else:
+            pool.close()
+
+
+atexit.register(_close_all)

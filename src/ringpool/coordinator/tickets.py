@@ -1,0 +1,101 @@
+"""A ticket: a task on its way through the coordinator, and whom its outcome is for.
+
+made (any thread) --> backlog --> ring --> sink.deliver        all behind the backlog in the pump's thread
+                         |          +----> sink.fail           it will never have a result
+                         +---------------> sink.drop           taken out of the queue
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import msgspec
+
+from ringpool.shm import vectors
+from ringpool.shm.dispatch import Task
+from ringpool.shm.results import ResultRecord
+from ringpool.shm.vectors import Arena
+
+
+class Sink(Protocol):
+    """Where a task's outcome goes. Called in the pump's thread: must be quick, and not raise."""
+
+    def deliver(self, ticket: Ticket, record: ResultRecord) -> None:
+        """The task has a result."""
+        ...
+
+    def fail(self, ticket: Ticket, error: BaseException) -> None:
+        """The task will never have one."""
+        ...
+
+    def drop(self, ticket: Ticket) -> None:
+        """The task was taken out of the queue before it got into the ring."""
+        ...
+
+    def settle(self) -> None:
+        """All that was there for now has been delivered."""
+        ...
+
+
+class VectorSink(Sink, Protocol):
+    """A sink that takes vectors too."""
+
+    def deliver_vector(self, ticket: Ticket, record: ResultRecord, arena: Arena, blob: str) -> list[Ticket]:
+        """A vector has come back, its outcomes in ``arena``, or one of them in ``blob``. What is to be run again of it,
+        or for the first time.
+        """
+        ...
+
+
+class Part(msgspec.Struct, eq=False):
+    """What a vector's ticket is about: items [first, end) of those that ``items`` holds.
+
+    ``index``: of item 0 in its map. ``splits``: whether a part may be taken away. ``deaths``: of workers, in its first
+    item. ``chunk``: of the arena, while it is in the ring.
+    """
+
+    items: bytes
+    encoding: int
+    index: int
+    first: int
+    end: int
+    splits: bool = True
+    deaths: int = 0
+    chunk: int | None = None
+
+    @property
+    def n(self) -> int:
+        """How many items."""
+        return self.end - self.first
+
+    def span(self, chunk: int) -> vectors.Span:
+        """What the task's payload says."""
+        return vectors.Span(chunk, self.first, self.end, len(self.items), self.encoding)
+
+    def of(self, first: int, end: int, deaths: int = 0) -> Part:
+        """A part of it, not in the ring."""
+        return Part(self.items, self.encoding, self.index, first, end, self.splits, deaths)
+
+
+class Ticket(msgspec.Struct, eq=False):
+    """A task on its way through the coordinator. ``sequence``: in the ring, from when it is published; -1 before.
+
+    ``source`` and ``output`` as the caller gave them; ``target``: the output's absolute path; ``result_blob``:
+    encoding, body and buffers of a result that is too large for its record, or its name, or the error of reading it.
+    ``attempts_max``: how often it may be started whose workers die in it; ``timeout_s``: how long it may run;
+    ``priority``: higher first; ``part``: of a vector; ``index``: of an item in its map.
+    """
+
+    task: Task
+    sink: Any  # a Sink; msgspec takes no protocol
+    source: Any
+    output: Any
+    target: bytes | None = None
+    result_blob: Any = None
+    sequence: int = -1
+    cancelled: bool = False
+    attempts_max: int = 1
+    timeout_s: float | None = None
+    priority: int = 0
+    part: Part | None = None
+    index: int = 0

@@ -1,0 +1,307 @@
+"""Vectors: one task record for many items of a map, so that what a task costs is shared between them.
+
+    /dev/shm/<segment>.v     the arena: chunks of 64 KiB. Each belongs to the task that is published with it
+
+    publisher   Arena.take -> write: items, head -> publish the SPAN -> ... -> collect -> outcomes -> Arena.give
+    worker      for each item: progress := i -> read limit -> call -> outcome -> ... -> post the task's result
+
+That several items share a record shows nowhere:
+
+1. An outcome stands in the chunk before ``progress`` passes its item. So when a worker dies, the items before
+   ``progress`` are done, the one at it was being run, and those behind it never were.
+2. ``split`` takes items from a living worker that has not come to them, by the same store and load as a claim is taken
+   back (``claims``):
+
+       worker:     progress := i             | then read limit: below or at i, the item is not its own
+       publisher:  limit := 0    | membarrier | then read progress, and  limit := what it leaves, beyond progress
+
+   Either the worker sees limit 0, and waits for the decision, or the publisher sees that it is at item i, and leaves it
+   that. So an item is run by the one whose it is, and never by two.
+
+Outcomes are plain words as long as all have the type of the first (None, int, float), then a stream of records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import struct
+import time
+from collections.abc import Callable, Sequence
+from types import NoneType
+from typing import Any, NamedTuple
+
+import posix_ipc
+
+from ringpool.errors import SegmentFormatError, SegmentMissingError, SharedMemoryFullError
+from ringpool.shm import barrier, layout
+from ringpool.shm.layout import CHUNK_BYTES, VECTOR_ITEMS_AT, OutcomeKind, Prefix
+from ringpool.shm.segment import SHM_DIRECTORY
+
+ALL = (1 << 64) - 1
+_CHUNK_WORDS = CHUNK_BYTES >> 3
+_OUTCOME_BYTES = layout.OUTCOME.size
+_PREFIXES: dict[type, int] = {NoneType: Prefix.NONE, int: Prefix.INT, float: Prefix.FLOAT}
+_YIELDS_BEFORE_SLEEP = 100
+RESTORES = 16  # in a vector: about 10 us, and a vector is about 1 ms of work
+_write_head = layout.VECTOR.pack_into
+_write_outcome = layout.OUTCOME.pack_into
+
+
+class _Stream:
+    """No value has this type: what ``prefix`` is once the stream has begun."""
+
+
+class Span(NamedTuple):
+    """What a vector's task says: its chunk, the items [first, end) that are its own, and how they are written."""
+
+    chunk: int
+    first: int
+    end: int
+    items_bytes: int
+    encoding: int
+
+
+unpack_span: Callable[[bytes], Span] = lambda payload: Span._make(layout.SPAN.unpack(payload))  # noqa: E731
+
+
+def pack_span(span: Span) -> bytes:
+    """The payload of a vector's task."""
+    return layout.SPAN.pack(*span)
+
+
+def room_for_items(n: int) -> int:
+    """How many bytes the items may take of a chunk in which ``n`` of them run: half, or less where outcomes need it."""
+    return min(CHUNK_BYTES // 2, CHUNK_BYTES - VECTOR_ITEMS_AT - 8 - 8 * n - 2 * _OUTCOME_BYTES)
+
+
+def _name(segment: str) -> str:
+    return f"/{segment}.v"
+
+
+class Chunks:
+    """The mapped arena of ``segment``, as words of 8 bytes of three kinds."""
+
+    def __init__(self, segment: str, mapping: mmap.mmap) -> None:
+        self.segment = segment
+        self.mapping = mapping
+        self.words: memoryview[int] = memoryview(mapping).cast("Q")
+        self._signed: memoryview[int] = memoryview(mapping).cast("q")
+        self._floats: memoryview[float] = memoryview(mapping).cast("d")
+
+    @classmethod
+    def attach(cls, segment: str) -> Chunks:
+        """Map the arena of a segment. Raises ``SegmentMissingError`` where it has none."""
+        try:
+            file = posix_ipc.SharedMemory(_name(segment))
+        except posix_ipc.ExistentialError:
+            raise SegmentMissingError(segment, "it has no arena for vectors") from None
+        try:
+            return cls(segment, mmap.mmap(file.fd, os.fstat(file.fd).st_size))
+        finally:
+            file.close_fd()
+
+    def close(self) -> None:
+        """Let go of the mapping. A worker's fork does: what runs on there must not write outcomes (see ``run``)."""
+        for view in (self.words, self._signed, self._floats):
+            with contextlib.suppress(BufferError):
+                view.release()
+        with contextlib.suppress(BufferError):
+            self.mapping.close()
+
+    # ---- the worker's side
+
+    def items(self, span: Span) -> bytes:
+        """The encoded items of a vector. Raises ``SegmentFormatError`` where their chunk does not hold them and any
+        outcomes of them.
+        """
+        n, at = span.end - span.first, span.chunk * CHUNK_BYTES + VECTOR_ITEMS_AT
+        room = CHUNK_BYTES - outcomes_at(span) - 2 * _OUTCOME_BYTES
+        if n < 0 or room < 8 * n or at >= len(self.mapping):
+            raise SegmentFormatError(self.segment, "a vector is not within its chunk")
+        return self.mapping[at : at + span.items_bytes]
+
+    def run(
+        self,
+        span: Span,
+        items: Sequence[Any],
+        call: Callable[[Any], Any],
+        encode: Callable[[Any, int], tuple[int, bytes]],
+        encode_error: Callable[[BaseException, int], tuple[int, bytes]],
+        quota: int,
+        restore: Callable[[], bool] = lambda: True,
+    ) -> int:
+        """Call ``call`` with the items of ``span``, and write each outcome; at most ``quota`` of them. How many it did.
+
+        ``encode(value, room)`` and ``encode_error`` give kind and bytes of an outcome for the stream, at most ``room``
+        bytes; they must not raise. ``restore``: called ``RESTORES`` times on the way, and before each item where there
+        are no more than that. Fewer are done where it returns False, a part was taken away, or the chunk is full. In a
+        fork of the worker that returns from ``call`` the views are released: it raises ``ValueError``. Raises
+        ``SegmentFormatError`` where there are fewer items than the span says.
+        """
+        if span.end > len(items):
+            raise SegmentFormatError(self.segment, f"a vector has {len(items)} items, and says {span.end}")
+        words, signed, floats = self.words, self._signed, self._floats
+        first, end = span.first, span.end
+        head = span.chunk * _CHUNK_WORDS
+        progress, limit, prefix_items = head + layout.V_PROGRESS, head + layout.V_LIMIT, head + layout.V_PREFIX_ITEMS
+        plain_at = head + (outcomes_at(span) >> 3) - first
+        chunk_end = (span.chunk + 1) * CHUNK_BYTES
+        prefix: type | None = None  # of the outcomes so far; no value has type None
+        tail = 0  # of the stream, once there is one
+        stop = min(end, first + max(quota, 0))
+        restore_at = first + 1
+        for i in range(first, stop):
+            words[progress] = i
+            if i == restore_at:
+                restore_at += max(1, (end - first) // RESTORES)
+                if not restore():
+                    return i - first
+            if words[limit] <= i and not self._may_run(limit, i):  # read after the store above: see the module
+                return i - first
+            failed = None
+            try:
+                value = call(items[i])
+            except BaseException as error:  # a task may raise what it likes, SystemExit and KeyboardInterrupt too
+                value, failed = None, error
+            else:
+                kind: type = type(value)  # pyright: ignore[reportUnknownVariableType]
+                if prefix is None and (kind is int or kind is float or kind is NoneType):
+                    words[head + layout.V_PREFIX] = _PREFIXES[kind]
+                    prefix = kind
+                if kind is prefix:
+                    try:
+                        if kind is int:
+                            signed[plain_at + i] = value
+                        elif kind is float:
+                            floats[plain_at + i] = value
+                        continue
+                    except ValueError:  # beyond 64 bits; or this is a fork, and the next store raises again
+                        pass
+            words[progress] = i  # in a fork of this worker: raises, before it encodes, and perhaps writes a blob
+            if not tail:
+                words[prefix_items] = i - first
+                tail = plain_at + (first if prefix is None or prefix is NoneType else i) << 3
+                prefix = _Stream
+            room = chunk_end - tail - 2 * _OUTCOME_BYTES  # the head of the next one has its place in any case
+            code, body = encode(value, room) if failed is None else encode_error(failed, room)
+            _write_outcome(self.mapping, tail, len(body), code)
+            tail += _OUTCOME_BYTES
+            self.mapping[tail : tail + len(body)] = body
+            tail += len(body)
+            if code >= OutcomeKind.BLOB:  # outcomes are larger than the publisher thought: it will make vectors shorter
+                stop = i + 1
+                break
+        words[progress] = stop
+        return stop - first
+
+    def _may_run(self, limit: int, i: int) -> bool:
+        """Whether item ``i`` is still this worker's, once the publisher has decided it."""
+        words, n = self.words, 0
+        while not words[limit]:
+            n += 1
+            if n < _YIELDS_BEFORE_SLEEP:
+                os.sched_yield()
+            else:
+                time.sleep(0.001)  # its publisher was stopped in between; where it has died, this process ends as well
+        return i < words[limit]
+
+    # ---- the publisher's side
+
+    def write(self, span: Span, items: bytes) -> None:
+        """Make the vector of ``span``, not yet visible to anybody."""
+        at = span.chunk * CHUNK_BYTES
+        _write_head(self.mapping, at, span.first, span.end, Prefix.NONE, ALL)
+        self.mapping[at + VECTOR_ITEMS_AT : at + VECTOR_ITEMS_AT + len(items)] = items
+
+    def progress(self, span: Span) -> int:
+        """The item that is run, or comes next. Of a living worker a hint."""
+        return self.words[span.chunk * _CHUNK_WORDS + layout.V_PROGRESS]
+
+    def split(self, span: Span, share: Callable[[int], int]) -> int:
+        """Take items from the worker that runs ``span``: it keeps ``share(n)`` of the ``n`` that it has not come to.
+
+        The new end of its span; the items from there on are the caller's.
+        """
+        words, head = self.words, span.chunk * _CHUNK_WORDS
+        words[head + layout.V_LIMIT] = 0
+        if not barrier.fence_all():
+            words[head + layout.V_LIMIT] = span.end
+            return span.end
+        following = words[head + layout.V_PROGRESS] + 1  # read after the store above: see the module
+        end = span.end if following >= span.end else following + share(span.end - following)
+        words[head + layout.V_LIMIT] = max(end, 1)
+        return end
+
+    def outcomes(self, span: Span, n: int) -> tuple[list[Any], bytes]:
+        """The first ``n`` outcomes: those that are plain words, and the stream of the others, for ``stream``.
+
+        Only after the task's result was collected, or its worker's proven death. Raises ``SegmentFormatError`` where
+        something has written into the chunk that had no business there.
+        """
+        head, at = span.chunk * _CHUNK_WORDS, span.chunk * CHUNK_BYTES + outcomes_at(span)
+        plain = min(n, self.words[head + layout.V_PREFIX_ITEMS])
+        prefix, word = self.words[head + layout.V_PREFIX], at >> 3
+        if not 0 <= n <= span.end - span.first or prefix > Prefix.FLOAT:
+            raise SegmentFormatError(self.segment, "the head of a vector was written over")
+        if prefix == Prefix.NONE:
+            values: list[Any] = [None] * plain
+        else:
+            values = (self._signed if prefix == Prefix.INT else self._floats)[word : word + plain].tolist()
+            at += plain << 3
+        if plain == n:
+            return values, b""
+        return values, self.mapping[at : self._end_of_stream(at, n - plain, (span.chunk + 1) * CHUNK_BYTES)]
+
+    def _end_of_stream(self, at: int, n: int, end: int) -> int:
+        try:
+            for _ in range(n):
+                at += _OUTCOME_BYTES + layout.OUTCOME.unpack_from(self.mapping, at)[0]
+        except struct.error:
+            at = end + 1
+        if at > end:
+            raise SegmentFormatError(self.segment, "the outcomes of a vector run over its chunk")
+        return at
+
+
+def outcomes_at(span: Span) -> int:
+    """Where the outcomes of a vector begin, in its chunk: a byte offset, a multiple of 8."""
+    return VECTOR_ITEMS_AT + span.items_bytes + 7 & ~7
+
+
+def stream(outcomes: bytes) -> list[tuple[int, memoryview]]:
+    """Kind (``OutcomeKind``) and body of each outcome of a stream."""
+    found: list[tuple[int, memoryview]] = []
+    view, at = memoryview(outcomes), 0
+    while at < len(outcomes):
+        length, kind = layout.OUTCOME.unpack_from(outcomes, at)
+        at += _OUTCOME_BYTES
+        found.append((kind, view[at : at + length]))
+        at += length
+    return found
+
+
+class Arena(Chunks):
+    """The arena of ``segment``, made by its publisher, who alone gives out its ``n`` chunks. One thread uses it."""
+
+    def __init__(self, segment: str, n: int) -> None:
+        file = posix_ipc.SharedMemory(_name(segment), posix_ipc.O_CREX, mode=0o600)
+        try:
+            os.posix_fallocate(file.fd, 0, n * CHUNK_BYTES)  # ENOSPC now, not a SIGBUS later
+            super().__init__(segment, mmap.mmap(file.fd, n * CHUNK_BYTES))
+        except OSError as error:
+            posix_ipc.unlink_shared_memory(_name(segment))
+            reason = f"{SHM_DIRECTORY} has no room for {n * CHUNK_BYTES:,} bytes"
+            raise SharedMemoryFullError(segment, reason) from error
+        finally:
+            file.close_fd()
+        self._free = list(range(n))
+
+    def take(self) -> int | None:
+        """A chunk that is free, the one that was used last; or None."""
+        return self._free.pop() if self._free else None
+
+    def give(self, chunk: int) -> None:
+        """Its task is delivered."""
+        self._free.append(chunk)

@@ -1,0 +1,151 @@
+"""Calls, in a worker: one call, or the items of a vector, each with an outcome of its own."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ringpool.errors import RingpoolError
+from ringpool.shm import blobs, layout, vectors
+from ringpool.shm.layout import Encoding, Form, OutcomeKind, Status
+from ringpool.shm.segment import Segment
+from ringpool.workers import calls, values
+from ringpool.workers.confinement import Confinement
+from ringpool.workers.posting import Post
+
+FUNCTIONS_MAX = 256  # unpickled at a time
+LOAD_NS = 60_000_000_000  # what importing a function or its arguments may take before that counts as the task's time
+_OK, _PICKLE = int(Status.OK), int(Encoding.PICKLE)
+_VALUE_KINDS = {int(Encoding.MSGPACK): int(OutcomeKind.MSGPACK), _PICKLE: int(OutcomeKind.PICKLE)}
+
+
+class CallRunner:
+    """Runs the calls of one worker. ``grant``: from when on the time of the task being run counts, ns."""
+
+    def __init__(self, segment: Segment, post: Post, confinement: Confinement, grant: Callable[[int], None]) -> None:
+        self._n_extra = 0
+        self._grant = grant
+        self._segment = segment.name
+        self._post = post
+        self._confinement = confinement
+        self._functions: dict[int, Callable[..., Any]] = {}
+        self._chunks: vectors.Chunks | None = None
+        os.register_at_fork(after_in_child=self._let_go)
+
+    @property
+    def n_extra(self) -> int:
+        """How many more items than tasks were run, since ``take_extra``."""
+        return self._n_extra
+
+    def take_extra(self) -> int:
+        """``n_extra``, which begins anew."""
+        n, self._n_extra = self._n_extra, 0
+        return n
+
+    def _let_go(self) -> None:
+        """A fork of this worker that returns from a call must not write outcomes."""
+        if self._chunks is not None:
+            self._chunks.close()
+
+    def _function(self, function_id: int) -> Callable[..., Any] | None:
+        """The callable with that id; None for id 0: the payload brings its own."""
+        found = self._functions.get(function_id)
+        if found is not None or not function_id:
+            return found
+        self._grant(time.monotonic_ns() + LOAD_NS)
+        _, body, _ = blobs.read(blobs.function_name(self._segment, function_id))
+        while len(self._functions) >= FUNCTIONS_MAX:
+            del self._functions[next(iter(self._functions))]
+        found = self._functions[function_id] = calls.rebuild(body)
+        self._grant(time.monotonic_ns())
+        return found
+
+    # ---- one call
+
+    def run(self, entry: int, function_id: int, form: int, payload: bytes, blob: int, start_ns: int) -> int:
+        """Run the call of ``entry`` and post its result: of whatever kind, one is posted. When that was done, ns."""
+        try:
+            function = self._function(function_id)
+            body, buffers = payload, None
+            if blob:
+                _, body, buffers = blobs.read(blobs.payload_name(self._segment, blob))
+            if form == Form.PICKLED:
+                self._grant(time.monotonic_ns() + LOAD_NS)
+            function, arguments, keywords = calls.decode_call(function, form, body, buffers)
+            if form == Form.PICKLED:
+                self._grant(time.monotonic_ns())
+            value = function(*arguments, **keywords)
+            del arguments, keywords, buffers, body
+            end_ns = time.monotonic_ns()
+            self._post.value(entry, value, end_ns - start_ns, calls.encode_result)
+        except BaseException as error:  # a task may raise what it likes, SystemExit and KeyboardInterrupt too
+            end_ns = time.monotonic_ns()
+            self._post.error(entry, error, end_ns - start_ns)
+        return end_ns
+
+    # ---- a vector
+
+    def run_vector(self, entry: int, function_id: int, payload: bytes, start_ns: int, quota: int) -> int:
+        """Run items of the vector of ``entry``, at most ``quota``, and post that they are done. When that was, ns.
+
+        What keeps the vector as a whole from being run is posted as the task's error: it is the error of each item.
+        """
+        try:
+            function = self._function(function_id)
+            assert function is not None
+            chunks = self._chunks
+            if chunks is None:
+                chunks = self._chunks = vectors.Chunks.attach(self._segment)
+            span = vectors.unpack_span(payload)
+            items, call = calls.decode_items(function, span.encoding, chunks.items(span))
+            encoder = _Outcomes(self._post, entry)
+            n = chunks.run(span, items, call, encoder.value, encoder.error, quota, self._confinement.restore)
+            end_ns = time.monotonic_ns()
+            self._confinement.end_if_forked()
+            self._n_extra += n - 1
+            self._post.results.post(entry, _OK, 0, b"", end_ns - start_ns)
+        except BaseException as error:
+            end_ns = time.monotonic_ns()
+            self._post.error(entry, error, end_ns - start_ns)
+        return end_ns
+
+
+class _Outcomes:
+    """Encodes the outcomes of one vector that are no plain words. Its methods do not raise."""
+
+    def __init__(self, post: Post, entry: int) -> None:
+        self._post = post
+        self._entry = entry
+        self._n_blobs = 0
+
+    def value(self, value: object, room: int) -> tuple[int, bytes]:
+        """Kind and bytes of a value."""
+        body = values.encode_inline(value)
+        if body is not None and len(body) <= room:
+            return OutcomeKind.MSGPACK, body
+        try:
+            encoded = calls.encode_result(value)
+            if not encoded.buffers and len(encoded.body) <= room:
+                return _VALUE_KINDS[encoded.encoding], encoded.body
+            values.write_blob(self._blob(), encoded)
+        except BaseException as error:  # pickling may run anything, sys.exit too
+            return self.error(error, room)
+        return OutcomeKind.BLOB, b""
+
+    def error(self, error: BaseException, room: int) -> tuple[int, bytes]:
+        """Kind and bytes of an exception."""
+        self._post.n_errors += 1
+        encoded = values.encode_error(error)
+        if len(encoded.body) <= room:
+            return OutcomeKind.ERROR, encoded.body
+        try:
+            values.write_blob(self._blob(), encoded)
+        except (RingpoolError, OSError):  # no room for it in shared memory
+            words = values.encode(f"{type(error).__qualname__}: no room in shared memory for the exception").body
+            return OutcomeKind.ERROR_BLOB, words if len(words) <= room else b""
+        return OutcomeKind.ERROR_BLOB, b""
+
+    def _blob(self) -> str:
+        return blobs.result_name(self._post.segment, layout.sequence_of(self._entry), layout.attempt_of(self._entry))

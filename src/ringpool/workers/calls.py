@@ -1,0 +1,172 @@
+"""Calls: tasks that are any callable with any arguments, one by one or as vectors of a map.
+
+    function blob   a pickled callable, that many tasks share; or none (id 0): then each payload brings its own
+    PLAIN           msgpack: the positional arguments
+    PICKLED         pickle: (arguments, keyword arguments), or (callable, arguments, keyword arguments) with id 0
+    VECTOR          where the items are, see ``shm.vectors``
+
+What pickle cannot name (lambdas, closures, functions of an interactive ``__main__``), cloudpickle sends by value; the
+result is an ordinary pickle, so a reader does not see which of both it was. Arguments are pickled with protocol 5:
+large buffers, such as those of NumPy arrays, lie in a blob and are mapped by the worker, read-only.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pickle
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, NamedTuple
+
+import msgspec
+
+from ringpool.errors import ArgumentTransportError
+from ringpool.shm.layout import Encoding, Form, ItemsEncoding
+from ringpool.workers import values
+
+_pack: Callable[[object], bytes] = msgspec.msgpack.Encoder().encode
+_unpack: Callable[[bytes | memoryview], Any] = msgspec.msgpack.Decoder().decode
+_MSGPACK, _PICKLE = int(Encoding.MSGPACK), int(Encoding.PICKLE)
+
+
+class Call(NamedTuple):
+    """A call as bytes: its ``form`` (``Form``), and the payload, which may go into the record or into a blob."""
+
+    form: int
+    encoded: values.Encoded
+
+
+# ---- callables -------------------------------------------------------------------------------------------------------
+
+
+def is_by_name(function: object) -> bool:
+    """Whether pickle sends ``function`` by its name, and a new process finds it by that."""
+    if type(function) is FunctionType or (
+        type(function) is BuiltinFunctionType and function.__self__ is sys.modules.get(function.__module__ or "")
+    ):
+        module, name = function.__module__, function.__qualname__
+    else:
+        return False
+    return getattr(sys.modules.get(module or ""), name, None) is function and not _is_lost(module)
+
+
+def _is_lost(module: str | None) -> bool:
+    """Whether a module is a ``__main__`` that a new process cannot import: interactive, of ``python -c``, or from
+    standard input.
+    """
+    if module != "__main__":
+        return False
+    main = sys.modules["__main__"]
+    return getattr(main, "__spec__", None) is None and not _is_file(getattr(main, "__file__", None))
+
+
+@functools.lru_cache(maxsize=8)
+def _is_file(path: str | None) -> bool:
+    return path is not None and os.path.isfile(path)
+
+
+def pickle_callable(function: Callable[..., Any]) -> bytes:
+    """A callable as bytes. Raises what pickle raises, where cloudpickle cannot send it either."""
+    return _dumps(function)
+
+
+def _dumps(value: object, buffers: list[memoryview] | None = None) -> bytes:
+    """``value`` as bytes, its large buffers in ``buffers`` where that is given. Raises what pickle raises, noted."""
+    keep = None if buffers is None else values.keeper(buffers)
+    if not _is_lost("__main__"):
+        try:
+            return pickle.dumps(value, 5, buffer_callback=keep)
+        except Exception:
+            if buffers:
+                buffers.clear()
+    import cloudpickle  # here, because most programs never need it
+
+    try:
+        return cloudpickle.dumps(value, 5, buffer_callback=keep)
+    except Exception as error:
+        error.add_note(
+            "ringpool: neither pickle nor cloudpickle can send it to a worker; send what it is made of instead"
+        )
+        raise
+
+
+# ---- one call --------------------------------------------------------------------------------------------------------
+
+
+def encode_call(function: Callable[..., Any] | None, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Call:
+    """A call as bytes; ``function`` None: the worker knows it by an id. Raises what pickle raises."""
+    if function is None and not keywords and values.are_plain(arguments):
+        try:
+            return Call(Form.PLAIN, values.Encoded(_MSGPACK, _pack(arguments)))
+        except (OverflowError, UnicodeEncodeError):
+            pass  # an int beyond 64 bits, a str with surrogates
+    whole = (arguments, keywords) if function is None else (function, arguments, keywords)
+    buffers: list[memoryview] = []
+    body = _dumps(whole, buffers)
+    return Call(Form.PICKLED, values.Encoded(_PICKLE, body, tuple(buffers)))
+
+
+def decode_call(
+    function: Callable[..., Any] | None, form: int, body: bytes | memoryview, buffers: list[memoryview] | None
+) -> tuple[Callable[..., Any], Sequence[Any], Mapping[str, Any]]:
+    """What ``encode_call`` encoded. Raises ``ArgumentTransportError``."""
+    if form == Form.PLAIN:
+        assert function is not None
+        return function, _unpack(body), {}
+    whole = rebuild(body, buffers)
+    return whole if function is None else (function, *whole)
+
+
+def rebuild(body: bytes | memoryview, buffers: list[memoryview] | None = None) -> Any:
+    """What was pickled by this module. Raises ``ArgumentTransportError``."""
+    try:
+        return pickle.loads(body, buffers=buffers)
+    except BaseException as error:  # unpickling may run anything, sys.exit too
+        raise ArgumentTransportError(type(error).__qualname__, str(error)) from error
+
+
+def encode_result(value: object) -> values.Encoded:
+    """What a call returned, as bytes. Raises what pickle raises, with a note."""
+    try:
+        return values.encode(value)
+    except BaseException as error:
+        error.add_note(f"ringpool: the call's return value, of type {type(value).__qualname__}, cannot be pickled")
+        raise
+
+
+# ---- items of a vector -----------------------------------------------------------------------------------------------
+
+
+def encode_items(items: list[Any], *, starred: bool) -> tuple[int, bytes]:
+    """Items as bytes, and their ``ItemsEncoding``. ``starred``: each is a tuple of arguments.
+
+    Items of plain types are encoded together. Others are pickled one by one, so that two items that share an object get
+    one each, as they would by themselves, and one that cannot be rebuilt harms no other. Raises what
+    pickle raises for one that cannot be sent.
+    """
+    if values.are_plain(chain.from_iterable(items) if starred else items):
+        try:
+            return (ItemsEncoding.PLAIN_STARRED if starred else ItemsEncoding.PLAIN), _pack(items)
+        except (OverflowError, UnicodeEncodeError):
+            pass
+    pickles = [_dumps(item) for item in items]
+    return (ItemsEncoding.PICKLED_STARRED if starred else ItemsEncoding.PICKLED), _pack(pickles)
+
+
+def decode_items(
+    function: Callable[..., Any], encoding: int, body: bytes | memoryview
+) -> tuple[list[Any], Callable[[Any], Any]]:
+    """The items of a vector, and what is to be called with each of them: it unpickles an item that is pickled."""
+    items: list[Any] = _unpack(body)
+    match encoding:
+        case ItemsEncoding.PLAIN:
+            return items, function
+        case ItemsEncoding.PLAIN_STARRED:
+            return items, lambda item: function(*item)
+        case ItemsEncoding.PICKLED:
+            return items, lambda item: function(rebuild(item))
+        case _:
+            return items, lambda item: function(*rebuild(item))

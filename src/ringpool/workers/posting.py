@@ -1,0 +1,68 @@
+"""How a worker posts results: inline where they fit the record, else as a blob; errors with their tracebacks.
+
+A result of whatever kind is posted for every task. The child of a task that forked ends here: the original posts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ringpool.errors import RingpoolError
+from ringpool.shm import blobs, layout
+from ringpool.shm.layout import Encoding, Status
+from ringpool.shm.results import Results
+from ringpool.shm.segment import Segment
+from ringpool.workers import values
+from ringpool.workers.confinement import Confinement
+
+_OK, _ERROR, _CANCELLED = int(Status.OK), int(Status.ERROR), int(Status.CANCELLED)
+Encode = Callable[[object], values.Encoded]
+_MSGPACK, _BLOB = int(Encoding.MSGPACK), int(Encoding.BLOB)
+
+
+class Post:
+    """Posts the results of one worker. ``n_errors``: how many of them were exceptions."""
+
+    def __init__(self, segment: Segment, results: Results, confinement: Confinement) -> None:
+        self.results = results
+        self.segment = segment.name
+        self.n_errors = 0
+        self._confinement = confinement
+
+    def cancelled(self, entry: int) -> None:
+        """The task was cancelled before it was started."""
+        self.results.post(entry, _CANCELLED, 0, b"", 0)
+
+    def value(self, entry: int, value: object, spent_ns: int, encode: Encode = values.encode_result) -> None:
+        """The task returned ``value``. Raises what ``encode`` raises, and ``SharedMemoryFullError``: post that."""
+        body = values.encode_inline(value)
+        if body is None:
+            self._post(entry, _OK, encode(value), spent_ns)
+            return
+        if self._confinement.forked:
+            self._confinement.end_if_forked()
+        self.results.post(entry, _OK, _MSGPACK, body, spent_ns)
+
+    def error(self, entry: int, error: BaseException, spent_ns: int) -> None:
+        """The task raised."""
+        self.n_errors += 1
+        try:
+            self._post(entry, _ERROR, values.encode_error(error), spent_ns)
+        except (RingpoolError, OSError):  # no room for it in shared memory: its first words fit the record
+            words = f"{type(error).__qualname__}: {error}".encode(errors="replace")[: layout.INLINE_BYTES - 8]
+            self._post(entry, _ERROR, values.encode(words.decode(errors="ignore")), spent_ns)
+
+    def _post(self, entry: int, status: int, encoded: values.Encoded, spent_ns: int) -> None:
+        self._confinement.end_if_forked()
+        body, encoding, blob_bytes = self.place(entry, encoded)
+        self.results.post(entry, status, encoding, body, spent_ns, blob_bytes)
+
+    def place(self, entry: int, encoded: values.Encoded) -> tuple[bytes, int, int]:
+        """Where an encoded value goes: inline bytes, encoding and blob size. Writes the blob if it takes one."""
+        if encoded.fits_record:
+            return encoded.body, encoded.encoding, 0
+        return b"", _BLOB, values.write_blob(self.blob(entry), encoded)
+
+    def blob(self, entry: int) -> str:
+        """The name of the result's blob."""
+        return blobs.result_name(self.segment, layout.sequence_of(entry), layout.attempt_of(entry))

@@ -1,0 +1,79 @@
+"""What a worker does before its first task: forward its log records, and call the pool's initializer.
+
+A ``Setup`` travels as an argument of the process: inherited by a fork, else pickled while the process is spawned, so
+that locks and queues of ``multiprocessing`` may be among the initializer's arguments. What pickle cannot name,
+cloudpickle sends by value.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import traceback
+from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, Protocol
+
+Initializer = Callable[..., object]
+
+
+class LogSender(Protocol):
+    """What forwards log records, see ``logs``."""
+
+    def install(self) -> None:
+        """From now on."""
+        ...
+
+
+class InitializerFailure(Exception):  # noqa: N818  (its message is another error's traceback)
+    """The initializer raised; ``args``: the exception in a line, and its traceback."""
+
+
+class Setup:
+    """``initializer(*initargs)``, or None, and ``sender`` of log records, or None."""
+
+    def __init__(self, initializer: Initializer | None, initargs: tuple[Any, ...], sender: LogSender | None) -> None:
+        self.sender = sender
+        self._initializer = initializer
+        self._initargs = initargs
+        self._pickled: bytes | None = None
+
+    def __getstate__(self) -> tuple[LogSender | None, bytes | None]:
+        if self._initializer is None:
+            return self.sender, None
+        try:
+            return self.sender, bytes(ForkingPickler.dumps((self._initializer, self._initargs)))
+        except (pickle.PicklingError, AttributeError, TypeError):
+            import cloudpickle  # here, because most programs never need it
+
+            by_value = cloudpickle.dumps(self._initializer, 5)
+            return self.sender, bytes(ForkingPickler.dumps((_Pickled(by_value), self._initargs)))
+
+    def __setstate__(self, state: tuple[LogSender | None, bytes | None]) -> None:
+        self.sender, self._pickled = state
+        self._initializer, self._initargs = None, ()
+
+    def apply(self) -> None:
+        """In the worker. Raises ``InitializerFailure``."""
+        if self.sender is not None:
+            self.sender.install()
+        try:
+            if self._pickled is not None:
+                self._initializer, self._initargs = pickle.loads(self._pickled)
+            if self._initializer is not None:
+                self._initializer(*self._initargs)
+        except BaseException as error:
+            logging.getLogger("concurrent.futures").critical("Exception in initializer:", exc_info=True)
+            text = "".join(traceback.format_exception(error))
+            raise InitializerFailure("".join(traceback.format_exception_only(error)).strip(), text) from None
+        self._initargs = ()
+
+
+class _Pickled:
+    """A callable that is unpickled where it is called."""
+
+    def __init__(self, pickled: bytes) -> None:
+        self._pickled = pickled
+
+    def __call__(self, *arguments: Any) -> object:
+        return pickle.loads(self._pickled)(*arguments)

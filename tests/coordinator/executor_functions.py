@@ -1,0 +1,63 @@
+"""What the executor's tests call. Worker processes import this module."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+
+def identity(x: Any) -> Any:
+    return x
+
+
+def assorted(i: int) -> Any:
+    """Most of them short integers; none, large, long and structured ones among them."""
+    if i == 3:
+        return "x" * 100_000
+    if i % 10 == 0:
+        return {"i": i}
+    if i % 7 == 0:
+        return 1 << 70
+    return (i, None) if i % 11 == 0 else i
+
+
+def raise_at_seven(i: int) -> int:
+    if i % 1000 == 7:
+        raise ValueError(i)
+    return i
+
+
+def die_at_fifty(i: int) -> int:
+    if i % 100 == 50:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return i
+
+
+def die_twice(path: str) -> int:
+    """How often this was called with that path, if its worker did not die."""
+    with open(path, "a") as file:
+        file.write("x")
+    n = os.path.getsize(path)
+    if n < 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return n
+
+
+def sleep_for_ever() -> None:
+    while True:
+        time.sleep(60)
+
+
+def sleep_at_three(i: int) -> int:
+    if i == 3:
+        sleep_for_ever()
+    return i
+
+
+def take_memory(n_bytes: int) -> int:
+    taken = bytearray(n_bytes)
+    taken[::4096] = b"x" * len(taken[::4096])
+    time.sleep(0.3 if n_bytes > 1 << 20 else 0)
+    return len(taken)

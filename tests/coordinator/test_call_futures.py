@@ -1,0 +1,316 @@
+"""Futures of calls: cancelled, waited for, with callbacks that do what they like."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import (
+    ALL_COMPLETED,
+    FIRST_COMPLETED,
+    FIRST_EXCEPTION,
+    CancelledError,
+    Future,
+    as_completed,
+    wait,
+)
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.coordinator import call_functions as functions
+from tests.coordinator.program import WATCHDOG_S, wait_until
+
+from ringpool import RingPoolExecutor
+from ringpool.errors import PoolError
+
+
+@pytest.fixture(scope="module")
+def executor() -> Iterator[RingPoolExecutor]:
+    with RingPoolExecutor(2) as made:
+        list(made.map(functions.process_id, range(64)))
+        yield made
+
+
+class Held:
+    """Both workers are held until the gate opens."""
+
+    def __init__(self, executor: RingPoolExecutor, directory: Path, n: int = 2) -> None:
+        self.gate = directory / "gate"
+        begun = [directory / f"begun-{i}" for i in range(n)]
+        self.futures = [executor.submit(functions.hold, str(path), str(self.gate)) for path in begun]
+        wait_until(lambda: all(path.exists() for path in begun), "tasks on all workers")
+
+    def release(self) -> None:
+        self.gate.touch()
+        wait(self.futures, WATCHDOG_S)
+
+
+@pytest.fixture
+def held(executor: RingPoolExecutor, tmp_path: Path) -> Iterator[Held]:
+    made = Held(executor, tmp_path)
+    yield made
+    made.release()
+
+
+# ---- cancelled -------------------------------------------------------------------------------------------------------
+
+
+def test_what_waits_can_be_cancelled_and_never_runs(executor: RingPoolExecutor, held: Held, tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    futures = [executor.submit(functions.note, str(path), item) for item in range(100)]
+    assert [future.cancel() for future in futures[::2]] == [True] * 50
+    for future in futures[::2]:
+        assert future.cancelled()
+        assert future.done()
+        assert not future.running()
+        assert future.cancel()  # again
+        with pytest.raises(CancelledError):
+            future.result(0)
+        with pytest.raises(CancelledError):
+            future.exception(0)
+    held.release()
+    assert [future.result(WATCHDOG_S) for future in futures[1::2]] == list(range(1, 100, 2))
+    assert sorted(functions.noted(path)) == list(range(1, 100, 2))
+
+
+def test_what_runs_cannot_be_cancelled(executor: RingPoolExecutor, held: Held) -> None:
+    for future in held.futures:
+        assert not future.cancel()
+        assert future.running()
+        assert not future.done()
+    held.release()
+    assert {future.result(WATCHDOG_S) for future in held.futures} == set(executor.worker_pids)
+    assert not any(future.running() or future.cancelled() or future.cancel() for future in held.futures)
+
+
+def test_what_waits_is_not_running(executor: RingPoolExecutor, held: Held) -> None:
+    future = executor.submit(functions.double, 1)
+    assert not future.running()
+    assert not future.done()
+    held.release()
+    assert future.result(WATCHDOG_S) == 2
+
+
+def test_a_result_is_waited_for_as_long_as_is_said(executor: RingPoolExecutor, held: Held) -> None:
+    future = executor.submit(functions.double, 1)
+    for timeout in (0, 0.01):
+        with pytest.raises(TimeoutError) as caught:
+            future.result(timeout)
+        assert not isinstance(caught.value, PoolError)
+        with pytest.raises(TimeoutError):
+            future.exception(timeout)
+    held.release()
+    assert future.result(WATCHDOG_S) == 2
+    assert future.exception(0) is None
+
+
+# ---- waited for ------------------------------------------------------------------------------------------------------
+
+
+def test_wait_returns_when_it_should(executor: RingPoolExecutor, held: Held) -> None:
+    late = executor.submit(functions.double, 1)
+    early: Future[Any] = Future()
+    early.set_result(1)
+    assert wait([late, early], WATCHDOG_S, FIRST_COMPLETED) == ({early}, {late})
+    assert wait([late, early], 0.01, ALL_COMPLETED) == ({early}, {late})
+    held.release()
+    assert wait([late, early], WATCHDOG_S, ALL_COMPLETED) == ({early, late}, set())
+
+
+def test_the_first_exception_ends_a_wait(executor: RingPoolExecutor, tmp_path: Path) -> None:
+    held = Held(executor, tmp_path, 1)
+    failing = executor.submit(functions.meet, "raise", 3)
+    done, not_done = wait([*held.futures, failing], WATCHDOG_S, FIRST_EXCEPTION)
+    assert (done, not_done) == ({failing}, set(held.futures))
+    held.release()
+
+
+def test_as_completed_gives_each_once(executor: RingPoolExecutor) -> None:
+    futures = {executor.submit(functions.raise_at, 500, item): item for item in range(1000)}
+    seen = [futures[future] for future in as_completed(futures, WATCHDOG_S)]
+    assert sorted(seen) == list(range(1000))
+    assert [item for future, item in futures.items() if future.exception(0)] == [500]
+    assert list(as_completed(futures, 0)) != []
+
+
+# ---- callbacks -------------------------------------------------------------------------------------------------------
+
+
+def test_callbacks_are_called_once_in_their_order_with_the_future(executor: RingPoolExecutor, held: Held) -> None:
+    called: list[tuple[str, Future[int]]] = []
+    all_called = threading.Event()
+    future = executor.submit(functions.double, 1)
+    future.add_done_callback(lambda done: called.append(("first", done)))
+    future.add_done_callback(lambda done: called.append(("second", done)))
+    future.add_done_callback(lambda _: all_called.set())
+    held.release()
+    assert all_called.wait(WATCHDOG_S)
+    future.add_done_callback(lambda done: called.append(("late", done)))
+    assert called == [("first", future), ("second", future), ("late", future)]
+
+
+def test_a_callback_of_what_was_cancelled_is_called(executor: RingPoolExecutor, held: Held) -> None:
+    called: list[bool] = []
+    future = executor.submit(functions.double, 1)
+    future.add_done_callback(lambda done: called.append(done.cancelled()))
+    assert future.cancel()
+    assert called == [True]
+    held.release()
+
+
+@pytest.mark.parametrize("kind", [LookupError, SystemExit, KeyboardInterrupt])
+def test_a_callback_that_raises_harms_nobody(
+    executor: RingPoolExecutor,
+    kind: type[BaseException],
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    called: list[int] = []
+
+    def callback(_: object) -> None:
+        called.append(1)
+        raise kind("in a callback")
+
+    futures = [executor.submit(functions.double, item) for item in range(20)]
+    futures[3].add_done_callback(callback)
+    futures[5].add_done_callback(callback)
+    assert [future.result(WATCHDOG_S) for future in futures] == list(range(0, 40, 2))
+    assert executor.submit(functions.double, 1).result(WATCHDOG_S) == 2
+    wait_until(lambda: called == [1, 1], "both callbacks")
+    wait_until(lambda: executor.stats()[1:3] == (0, 0), "the end of all tasks")
+    told = caplog.text + capfd.readouterr().err
+    assert told.count("in a callback") >= 2  # nothing is lost in silence
+
+
+def test_a_callback_may_submit_again(executor: RingPoolExecutor) -> None:
+    found: list[int] = []
+    done = threading.Event()
+
+    def again(future: Future[int]) -> None:
+        found.append(future.result())
+        if len(found) < 200:
+            executor.submit(functions.double, len(found)).add_done_callback(again)
+        else:
+            done.set()
+
+    executor.submit(functions.double, 0).add_done_callback(again)
+    assert done.wait(WATCHDOG_S)
+    assert found == list(range(0, 400, 2))
+
+
+def test_a_callback_may_cancel_others(executor: RingPoolExecutor, held: Held, tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    waiting = [executor.submit(functions.note, str(path), item) for item in range(50)]
+    called = threading.Event()
+
+    def cancel_all(_: object) -> None:
+        for future in waiting:
+            future.cancel()
+        called.set()
+
+    other: Future[int] = executor.options(priority=-1).submit(functions.double, 1)
+    other.add_done_callback(cancel_all)
+    assert other.cancel()
+    assert called.wait(WATCHDOG_S)
+    held.release()
+    assert all(future.cancelled() for future in waiting)
+    assert functions.noted(path) == []
+
+
+@pytest.mark.parametrize("wait_for_it", [True, False])
+def test_a_callback_that_shuts_down_hangs_nobody(wait_for_it: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """It cannot wait for the thread that it runs in: that is refused, and told. The rest is as it would be outside."""
+    caplog.set_level(logging.CRITICAL, "concurrent.futures")
+    own = RingPoolExecutor(2)
+    called = threading.Event()
+
+    def end(_: object) -> None:
+        try:
+            own.shutdown(wait=wait_for_it)
+        finally:
+            called.set()
+
+    futures = [own.submit(functions.double, item) for item in range(100)]
+    futures[50].add_done_callback(end)
+    assert called.wait(WATCHDOG_S)
+    assert [future.result(WATCHDOG_S) for future in futures] == list(range(0, 200, 2))
+    own.shutdown()
+    assert own.worker_pids == ()
+
+
+def test_what_a_callback_submits_during_shutdown_is_refused(tmp_path: Path) -> None:
+    own = RingPoolExecutor(1)
+    held = Held(own, tmp_path, 1)
+    errors: list[BaseException] = []
+
+    def again(_: object) -> None:
+        try:
+            own.submit(functions.double, 1)
+        except RuntimeError as error:
+            errors.append(error)
+
+    held.futures[0].add_done_callback(again)
+    own.shutdown(wait=False)
+    held.release()
+    own.shutdown()
+    assert [str(error) for error in errors] == ["cannot schedule new futures after shutdown"]
+
+
+def test_a_callback_may_map(executor: RingPoolExecutor) -> None:
+    """To take the results there would be to wait for itself; to give them to another thread is not."""
+    made: list[Iterator[int]] = []
+    called = threading.Event()
+
+    def start(_: object) -> None:
+        made.append(executor.map(functions.double, range(1000)))
+        called.set()
+
+    executor.submit(functions.double, 1).add_done_callback(start)
+    assert called.wait(WATCHDOG_S)
+    assert list(made[0]) == list(range(0, 2000, 2))
+
+
+# ---- very many -------------------------------------------------------------------------------------------------------
+
+
+def test_more_calls_than_the_ring_has_slots(executor: RingPoolExecutor) -> None:
+    futures = [executor.submit(functions.double, item) for item in range(20_000)]
+    assert [future.result(WATCHDOG_S) for future in futures] == list(range(0, 40_000, 2))
+
+
+def test_calls_from_many_threads(executor: RingPoolExecutor) -> None:
+    found: dict[int, list[int]] = {}
+
+    def call(of: int) -> None:
+        futures = [executor.submit(functions.add, of, item) for item in range(500)]
+        found[of] = [future.result(WATCHDOG_S) for future in futures]
+
+    threads = [threading.Thread(target=call, args=(of,)) for of in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WATCHDOG_S)
+    assert found == {of: list(range(of, of + 500)) for of in range(8)}
+
+
+def test_the_counts_are_of_what_was_done(tmp_path: Path) -> None:
+    with RingPoolExecutor(2) as own:
+        assert own.stats() == (0,) * len(own.stats())
+        held = Held(own, tmp_path, 2)
+        waiting = [own.submit(functions.double, item) for item in range(2000)]
+        wait_until(lambda: own.stats().in_ring > 1000, "a full ring")
+        assert own.stats().workers_alive == len(own.worker_pids) == 2
+        assert own.stats().queued + own.stats().in_ring == 2002
+        held.release()
+        wait(waiting, WATCHDOG_S)
+        failing = [own.submit(partial(functions.meet, "raise"), item) for item in range(3)]
+        dying = own.submit(os._exit, 1)
+        wait([*failing, dying], WATCHDOG_S)
+        wait_until(lambda: own.stats().worker_deaths == 1, "the death to be counted")
+        stats = own.stats()
+        assert (stats.completed, stats.failed, stats.queued, stats.in_ring, stats.retried) == (2002, 4, 0, 0, 0)
+    assert own.stats().workers_alive == 0
+    assert own.stats().completed == 2002

@@ -1,0 +1,418 @@
+"""Calls: anything callable, with any arguments, whatever it does to its process."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.coordinator import call_functions as functions
+from tests.coordinator.program import ROOT, WATCHDOG_S, Program, is_alive, wait_until
+
+from ringpool import RingPoolExecutor, TaskOptions, WorkerDiedError
+from ringpool.errors import ArgumentTransportError, RemoteError, ResultTransportError
+
+RunProgram = Callable[..., Program]
+TOP = """
+from ringpool import RingPoolExecutor
+from tests.coordinator import call_functions as functions
+"""
+
+
+@pytest.fixture(scope="module")
+def executor() -> Iterator[RingPoolExecutor]:
+    with RingPoolExecutor(2) as made:
+        list(made.map(functions.process_id, range(64)))
+        yield made
+
+
+def serves(executor: RingPoolExecutor) -> bool:
+    """Whether it runs tasks, on all its workers."""
+    futures = [executor.submit(functions.double, item) for item in range(20)]
+    return [future.result(WATCHDOG_S) for future in futures] == list(range(0, 40, 2))
+
+
+# ---- anything callable -----------------------------------------------------------------------------------------------
+
+
+def _callables() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], Any]]:
+    offset = 3
+
+    def closure(x: int) -> int:
+        return x + offset
+
+    def generating(x: int) -> Any:
+        return sum(item for item in (x, offset))
+
+    class Local:
+        def __init__(self, x: int) -> None:
+            self.x = x
+
+        def method(self, y: int) -> int:
+            return self.x + y + offset
+
+    return {
+        "function": (functions.double, (4,), 8),
+        "builtin": (pow, (2, 10), 1024),
+        "class": (complex, (1, 2), 1 + 2j),
+        "class of a module": (functions.Adder, (5,), functions.Adder(5)),
+        "lambda": (lambda x: x + offset, (4,), 7),
+        "closure": (closure, (4,), 7),
+        "nested function with a generator": (generating, (4,), 7),
+        "cached function": (functions.cached, (4,), 8),
+        "bound method of a local class": (Local(1).method, (2,), 6),
+        "partial": (partial(pow, 2), (5,), 32),
+        "partial of a lambda": (partial(lambda x, y: (x, y), y=1), (2,), (2, 1)),
+        "callable object": (functions.Adder(3), (4,), 7),
+        "bound method": (functions.Adder(3).bound, (4,), 7),
+        "class method": (functions.Adder.of_class, (4,), 7),
+        "static method": (functions.Adder.of_nothing, (4,), 7),
+        "method of a builtin type": (str.upper, ("a",), "A"),
+        "bound method of a builtin": ([3, 1].index, (1,), 1),
+        "itemgetter": (operator.itemgetter(1), ((1, 2),), 2),
+        "reduce": (functools.reduce, (operator.add, [1, 2, 3]), 6),
+        "NumPy function": (np.hypot, (3.0, 4.0), 5.0),
+        "type": (type, (1,), int),
+    }
+
+
+CALLABLES = _callables()
+
+
+@pytest.mark.parametrize("kind", CALLABLES)
+def test_anything_callable_can_be_called(executor: RingPoolExecutor, kind: str) -> None:
+    function, arguments, expected = CALLABLES[kind]
+    assert executor.submit(function, *arguments).result(WATCHDOG_S) == expected
+    assert executor.submit(function, *arguments).result(WATCHDOG_S) == expected
+    columns = [[argument] * 20 for argument in arguments]
+    assert list(executor.map(function, *columns)) == [expected] * 20
+
+
+def test_a_class_is_sent_as_it_is_now(executor: RingPoolExecutor) -> None:
+    """The callable goes with the call: what the program changes later does not reach back, nor stay away."""
+    adder = functions.Adder(1)
+    first = executor.submit(adder, 1)
+    adder.n = 10
+    assert (first.result(WATCHDOG_S), executor.submit(adder, 1).result(WATCHDOG_S)) == (2, 11)
+
+
+def test_two_functions_of_one_name_are_two(executor: RingPoolExecutor) -> None:
+    made = [eval(f"lambda x: x + {n}") for n in range(50)]
+    assert [executor.submit(each, 1).result(WATCHDOG_S) for each in made] == list(range(1, 51))
+
+
+def test_what_cannot_be_called_is_a_type_error(executor: RingPoolExecutor) -> None:
+    with pytest.raises(TypeError, match="not callable"):
+        executor.submit(5, 1).result(WATCHDOG_S)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="argument"):
+        executor.submit(functions.double).result(WATCHDOG_S)
+    with pytest.raises(TypeError):
+        executor.submit()  # type: ignore[call-arg]
+
+
+def test_keywords_of_any_name_reach_the_function(executor: RingPoolExecutor) -> None:
+    given = {"fn": 1, "self": 2, "options": 3, "args": 4, "kwargs": 5, "timeout": 6, "priority": 7}
+    assert executor.submit(functions.keywords, 0, **given).result(WATCHDOG_S) == ((0,), given)
+    assert executor.submit_with(TaskOptions(), functions.keywords, 0, **given).result(WATCHDOG_S) == ((0,), given)
+    assert executor.options(priority=1).submit(functions.keywords, **given).result(WATCHDOG_S) == ((), given)
+
+
+@pytest.mark.parametrize("n_bytes", [0, 900, 960, 961, 4095, 4096, 100_000, 1 << 24])
+def test_arguments_and_results_of_any_size(executor: RingPoolExecutor, n_bytes: int) -> None:
+    for value in (b"x" * n_bytes, "é" * (n_bytes // 2), [b"x" * n_bytes], bytearray(n_bytes)):
+        assert executor.submit(functions.identity, value).result(WATCHDOG_S) == value
+    assert executor.submit(functions.keywords, word=b"x" * n_bytes).result(WATCHDOG_S)[1]["word"] == b"x" * n_bytes
+
+
+MAIN = """
+import sys
+from functools import partial
+from ringpool import RingPoolExecutor
+
+OFFSET = 10
+
+class Shifter:
+    def __init__(self, n):
+        self.n = n
+    def shift(self, x):
+        return x + self.n
+    def __eq__(self, other):
+        return type(other) is Shifter and other.n == self.n
+
+class OwnError(Exception):
+    pass
+
+def shift(x):
+    return x + OFFSET
+
+def make(n):
+    return Shifter(n)
+
+def fail(words):
+    raise OwnError(words)
+
+if __name__ == "__main__":
+    for method in ("forkserver", "spawn", "fork"):
+        with RingPoolExecutor(2, mp_context=method) as pool:
+            assert pool.submit(shift, 1).result() == 11
+            assert list(pool.map(shift, range(500))) == list(range(10, 510))
+            assert pool.submit(lambda x: shift(x) + 1, 1).result() == 12
+            assert pool.submit(Shifter(5).shift, 1).result() == 6
+            assert list(pool.map(partial(Shifter.shift, Shifter(2)), [1])) == [3]
+            assert pool.submit(Shifter.shift, Shifter(4), 1).result() == 5
+            if sys.argv[0] in ("-c", "-"):
+                continue  # results of classes that no module has do not travel
+            assert pool.submit(make, 3).result() == Shifter(3)
+            assert list(pool.map(make, range(20))) == [Shifter(n) for n in range(20)]
+            error = pool.submit(fail, "words of it").exception()
+            assert type(error) is OwnError and error.args == ("words of it",), repr(error)
+            assert "in fail" in str(error.__cause__)
+    print("well done")
+"""
+
+
+@pytest.mark.parametrize("how", ["a script", "python -c", "standard input", "python -m"])
+def test_what_the_main_module_defines_can_be_called(tmp_path: Path, how: str) -> None:
+    script = tmp_path / "a_script.py"
+    script.write_text(MAIN)
+    arguments = {
+        "a script": [str(script)],
+        "python -c": ["-c", MAIN],
+        "standard input": ["-"],
+        "python -m": ["-m", "a_script"],
+    }
+    run = subprocess.run(
+        [sys.executable, *arguments[how]],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore::DeprecationWarning"},
+        input=MAIN if how == "standard input" else "",
+        capture_output=True,
+        text=True,
+        timeout=WATCHDOG_S,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "well done\n", "")
+
+
+# ---- arrays ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_bytes", "mapped"), [(1 << 13, False), (1 << 17, True), (1 << 24, True)])
+def test_an_array_is_read_where_it_lies_in_shared_memory(
+    executor: RingPoolExecutor, n_bytes: int, mapped: bool
+) -> None:
+    """Read-only in any case; a small one is copied, because a mapping costs more."""
+    array = np.arange(n_bytes // 8, dtype=np.float64)
+    expected = (float(array.sum()), False, mapped)
+    assert executor.submit(functions.look_at_array, array).result(WATCHDOG_S) == expected
+    assert executor.submit(functions.look_at_array, array=array).result(WATCHDOG_S) == expected
+    assert list(executor.map(functions.look_at_array, [array])) == [expected]
+    with pytest.raises(ValueError, match="read-only"):
+        executor.submit(functions.write_to_array, array).result(WATCHDOG_S)
+
+
+def test_an_array_that_comes_back_can_be_written_to(executor: RingPoolExecutor) -> None:
+    for n in (10, 100_000):
+        array = executor.submit(functions.ones, n).result(WATCHDOG_S)
+        array += 1
+        assert float(array.sum()) == 2 * n
+
+
+def test_arrays_of_all_kinds_arrive_as_they_were(executor: RingPoolExecutor) -> None:
+    square = np.arange(10_000, dtype=np.int32).reshape(100, 100)
+    for array in (square, square.T, square[::2, ::3], np.asfortranarray(square), square.astype("U10"), np.array([[]])):
+        found = executor.submit(functions.identity, array).result(WATCHDOG_S)
+        assert found.dtype == array.dtype
+        assert np.array_equal(found, array)
+    mixed = np.array([{"a": 1}, None, "x"], dtype=object)
+    assert list(executor.submit(functions.identity, mixed).result(WATCHDOG_S)) == list(mixed)
+
+
+# ---- what cannot travel ----------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_sent_is_its_futures_exception(executor: RingPoolExecutor) -> None:
+    future = executor.submit(functions.identity, functions.NeverPickled())
+    with pytest.raises(TypeError, match="not to be pickled") as caught:
+        future.result(WATCHDOG_S)
+    assert "made of instead" in "".join(caught.value.__notes__)
+    with pytest.raises(ArgumentTransportError, match="refuses to be rebuilt"):
+        executor.submit(functions.identity, functions.NeverRebuilt()).result(WATCHDOG_S)
+    assert serves(executor)
+
+
+def test_what_cannot_come_back_is_its_futures_exception(executor: RingPoolExecutor) -> None:
+    with pytest.raises(TypeError, match="not to be pickled") as caught:
+        executor.submit(functions.meet, "return what cannot be pickled").result(WATCHDOG_S)
+    assert "return value, of type NeverPickled, cannot be pickled" in "".join(caught.value.__notes__)
+    with pytest.raises(ResultTransportError, match="refuses to be rebuilt"):
+        executor.submit(functions.meet, "return what cannot be rebuilt").result(WATCHDOG_S)
+    assert serves(executor)
+
+
+@pytest.mark.parametrize("hazard", ["raise what cannot be pickled", "raise what cannot be rebuilt"])
+def test_an_exception_that_cannot_travel_comes_in_words(executor: RingPoolExecutor, hazard: str) -> None:
+    error = executor.submit(functions.meet, hazard).exception(WATCHDOG_S)
+    assert isinstance(error, RemoteError)
+    assert error.type_name.startswith("Never")
+    assert error.message == "words of it"
+    assert "in meet" in error.traceback
+    assert "in meet" in str(error.__cause__)
+    assert serves(executor)
+
+
+def test_an_exception_comes_with_its_causes_and_notes(executor: RingPoolExecutor) -> None:
+    error = executor.submit(functions.raise_from, "the inner one").exception(WATCHDOG_S)
+    assert type(error) is LookupError
+    assert error.args == ("the outer one",)
+    assert error.__notes__ == ["a note of the task"]
+    text = str(error.__cause__)
+    words = ["in raise_from", "in _refuse", "ArithmeticError: refuses the inner one", "direct cause", "the outer one"]
+    places = [text.find(word) for word in [*words, "a note of the task"]]
+    assert places[0] > -1
+    assert places == sorted(places)
+
+
+def test_an_exception_in_a_circle_comes_as_it_is(executor: RingPoolExecutor) -> None:
+    error = executor.submit(functions.raise_cyclic).exception(WATCHDOG_S)
+    assert isinstance(error, functions.CyclicError)
+    assert error.me is error
+    assert "the context" in str(error.__cause__)
+
+
+# ---- what a task may do to its process -------------------------------------------------------------------------------
+
+
+def test_a_task_that_exits_the_interpreter_raises_that(executor: RingPoolExecutor) -> None:
+    with pytest.raises(SystemExit) as caught:
+        executor.submit(functions.meet, "exit", 2).result(WATCHDOG_S)
+    assert caught.value.code == 3
+    with pytest.raises(KeyboardInterrupt):
+        executor.submit(functions.meet, "raise an interrupt").result(WATCHDOG_S)
+    assert serves(executor)
+
+
+@pytest.mark.parametrize(
+    ("hazard", "number", "exitcode"),
+    [("by a signal", signal.SIGKILL, None), ("by a fault", signal.SIGSEGV, None), ("by os._exit", None, 5)],
+)
+def test_a_task_that_ends_its_process_fails_alone(
+    executor: RingPoolExecutor, hazard: str, number: int | None, exitcode: int | None
+) -> None:
+    futures = [executor.submit(functions.double, item) for item in range(50)]
+    dying = executor.submit(functions.meet, f"die {hazard}")
+    futures += [executor.submit(functions.double, item) for item in range(50, 100)]
+    error = dying.exception(WATCHDOG_S)
+    assert isinstance(error, WorkerDiedError)
+    assert isinstance(error, BrokenProcessPool)
+    assert (error.signal, error.exitcode, error.deaths) == (number, exitcode, 1)
+    assert "tests.coordinator.call_functions.meet" in str(error)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert [future.result(WATCHDOG_S) for future in futures] == list(range(0, 200, 2))
+
+
+def test_the_error_of_a_death_names_what_was_called(executor: RingPoolExecutor) -> None:
+    """And nothing of its arguments, which may be large or secret, nor by its ``repr``, which may fail."""
+    dying = functions.Dying()
+    calls: list[tuple[Callable[..., Any], str]] = [
+        (partial(functions.meet, "die by a signal", item=b"secret" * 100_000), "call_functions.meet"),
+        (lambda: functions.meet("die by a signal"), "lambda"),
+        (dying.method, "call_functions.Dying.method"),
+        (dying, "Dying"),
+        (partial(partial(dying.method)), "call_functions.Dying.method"),
+    ]
+    for call, name in calls:
+        error = executor.submit(call).exception(WATCHDOG_S)
+        assert isinstance(error, WorkerDiedError), error
+        assert name in str(error)
+        assert len(str(error)) < 300
+    assert serves(executor)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 3), (3, 4096), (0, 4096)])
+def test_a_task_that_closes_descriptors_keeps_its_result(executor: RingPoolExecutor, first: int, last: int) -> None:
+    pid = executor.submit(functions.close_descriptors, first, last).result(WATCHDOG_S)
+    wait_until(lambda: pid not in executor.worker_pids, "its worker's end")
+    assert serves(executor)
+    found = list(
+        executor.map(lambda x: x and functions.close_descriptors(3, 4096) * 0 + x, [0] * 300 + [1] + [0] * 300)
+    )
+    assert found == [0] * 300 + [1] + [0] * 300
+
+
+def test_a_task_that_forks_has_one_result(executor: RingPoolExecutor, tmp_path: Path) -> None:
+    path = str(tmp_path / "notes")
+    pids = [executor.submit(functions.fork_and_return, path).result(WATCHDOG_S) for _ in range(5)]
+    assert set(pids) <= set(executor.worker_pids)
+    assert sorted(functions.noted(path)) == [0] * 5 + [1] * 5
+    assert executor.submit(functions.fork_and_raise).result(WATCHDOG_S) in executor.worker_pids
+    assert set(executor.map(functions.fork_and_return, [path] * 20)) <= set(executor.worker_pids)
+    assert serves(executor)
+
+
+def test_a_task_may_leave_a_child_behind(tmp_path: Path) -> None:
+    gate, done = tmp_path / "gate", tmp_path / "done"
+    with RingPoolExecutor(1) as own:
+        worker, child = own.submit(functions.leave_child, str(gate), str(done)).result(WATCHDOG_S)
+        assert own.submit(os.getpid).result(WATCHDOG_S) == worker
+        assert is_alive(child)
+    gate.touch()
+    wait_until(lambda: not is_alive(child), "the child's end")
+
+
+def test_a_death_is_noticed_though_a_child_lives_on(executor: RingPoolExecutor, tmp_path: Path) -> None:
+    """One that holds all that the worker had open."""
+    gate, path = tmp_path / "gate", str(tmp_path / "notes")
+    with pytest.raises(WorkerDiedError):
+        executor.submit(functions.leave_child_and_die, path, str(gate)).result(WATCHDOG_S)
+    [child] = functions.noted(path)
+    assert is_alive(child)
+    assert serves(executor)
+    gate.touch()
+    wait_until(lambda: not is_alive(child), "the child's end")
+
+
+def test_what_tasks_print_is_printed(run_program: RunProgram) -> None:
+    body = """
+        with RingPoolExecutor(2) as pool:
+            futures = [pool.submit(functions.print_much, 1 << 20) for _ in range(4)]
+            assert [future.result() for future in futures] == [1 << 20] * 4
+        say("done")
+        """
+    program = run_program(body, top=TOP)
+    assert program.finish() == 0, program.err
+    lines = program.out.splitlines()
+    assert program.out.count(".") == 4 * ((1 << 20) // 100) * 99  # in whichever order: four processes share the pipe
+    assert lines.count("done") == 1
+    program.assert_nothing_is_left()
+
+
+def test_a_task_that_changes_directory_changes_its_own(executor: RingPoolExecutor, tmp_path: Path) -> None:
+    assert executor.submit(functions.change_directory, str(tmp_path)).result(WATCHDOG_S) == str(tmp_path)
+    assert set(executor.map(lambda _: os.getcwd(), range(20))) == {os.getcwd()}
+
+
+def test_a_task_that_ignores_signals_does_not_keep_its_worker_from_ending() -> None:
+    with RingPoolExecutor(1) as own:
+        before = own.submit(functions.handler_of, signal.SIGTERM).result(WATCHDOG_S)
+        pid = own.submit(functions.install_handlers).result(WATCHDOG_S)
+        assert own.submit(functions.handler_of, signal.SIGTERM).result(WATCHDOG_S) == before
+    assert not is_alive(pid)
+
+
+@pytest.mark.parametrize("daemon", [True, False])
+def test_threads_that_a_task_left_do_not_keep_its_worker_from_ending(daemon: bool) -> None:
+    with RingPoolExecutor(1) as own:
+        pid = own.submit(functions.start_threads, daemon).result(WATCHDOG_S)
+        assert own.submit(os.getpid).result(WATCHDOG_S) == pid
+    assert not is_alive(pid)

@@ -1,0 +1,99 @@
+"""RingPoolExecutor, end to end: calls, maps, deaths, options."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+from tests.coordinator import executor_functions as functions
+from tests.coordinator.program import WATCHDOG_S, wait_until
+
+from ringpool import RingPoolExecutor, TaskOptions, WorkerDiedError, WorkerExit
+from ringpool.errors import MemoryLimitError, TaskTimeoutError
+
+
+@pytest.fixture(scope="module")
+def executor() -> Iterator[RingPoolExecutor]:
+    with RingPoolExecutor(2) as made:
+        made.submit(abs, -1).result(WATCHDOG_S)
+        yield made
+
+
+def test_no_worker_is_started_before_there_is_a_task() -> None:
+    with RingPoolExecutor(2) as made:
+        assert made.worker_pids == ()
+        assert made.submit(pow, 2, 8).result(WATCHDOG_S) == 256
+        assert len(made.worker_pids) == 1
+
+
+def test_a_map_over_many_items_gives_their_results_in_order(executor: RingPoolExecutor) -> None:
+    assert list(executor.map(functions.identity, range(100_000))) == list(range(100_000))
+
+
+def test_short_items_share_records(executor: RingPoolExecutor) -> None:
+    before = executor.stats().completed
+    assert sum(executor.map(functions.identity, range(100_000))) == sum(range(100_000))
+    assert executor.stats().completed - before < 10_000
+
+
+def test_results_of_all_kinds_come_back_as_they_were(executor: RingPoolExecutor) -> None:
+    expected = [functions.assorted(i) for i in range(3000)]
+    found = list(executor.map(functions.assorted, range(3000)))
+    assert found == expected
+    assert list(map(type, found)) == list(map(type, expected))
+
+
+def test_an_error_is_its_items_alone(executor: RingPoolExecutor) -> None:
+    found = list(executor.map(functions.raise_at_seven, range(5000), return_exceptions=True))
+    wrong = [i for i, value in enumerate(found) if value != i]
+    assert wrong == [7, 1007, 2007, 3007, 4007]
+    assert [str(found[i]) for i in wrong] == [str(i) for i in wrong]
+
+
+def test_a_death_is_its_items_alone(executor: RingPoolExecutor) -> None:
+    found = list(executor.map(functions.die_at_fifty, range(1000), return_exceptions=True))
+    wrong = [i for i, value in enumerate(found) if value != i]
+    assert wrong == list(range(50, 1000, 100))
+    assert all(isinstance(found[i], WorkerDiedError) and found[i].signal == signal.SIGKILL for i in wrong)
+
+
+def test_a_death_is_a_broken_process_pool_and_the_pool_goes_on(executor: RingPoolExecutor) -> None:
+    with pytest.raises(BrokenProcessPool):
+        executor.submit(functions.die_at_fifty, 50).result(WATCHDOG_S)
+    assert executor.submit(functions.identity, 1).result(WATCHDOG_S) == 1
+
+
+def test_retries_start_a_task_again_whose_worker_died(executor: RingPoolExecutor, tmp_path: os.PathLike[str]) -> None:
+    path = os.path.join(tmp_path, "runs")
+    future = executor.submit_with(TaskOptions(retries=2), functions.die_twice, path)
+    assert future.result(WATCHDOG_S) == 3
+    again = os.path.join(tmp_path, "again")
+    assert list(executor.options(retries=2).map(functions.die_twice, [again])) == [3]
+
+
+def test_a_task_that_runs_over_its_time_fails_alone(executor: RingPoolExecutor) -> None:
+    with pytest.raises(TaskTimeoutError):
+        executor.submit_with(TaskOptions(timeout=0.2), functions.sleep_for_ever).result(WATCHDOG_S)
+    found = executor.options(timeout=0.5).map(functions.sleep_at_three, range(6), return_exceptions=True)
+    assert [value if isinstance(value, int) else type(value) for value in found] == [0, 1, 2, TaskTimeoutError, 4, 5]
+
+
+def test_a_task_that_takes_too_much_memory_fails_alone() -> None:
+    exits: list[WorkerExit] = []
+    with RingPoolExecutor(1, memory_limit=300 << 20, on_worker_exit=exits.append) as made:
+        with pytest.raises(MemoryLimitError) as caught:
+            made.submit(functions.take_memory, 600 << 20).result(WATCHDOG_S)
+        assert caught.value.peak_rss_bytes > 300 << 20
+        assert made.submit(functions.take_memory, 1 << 20).result(WATCHDOG_S) == 1 << 20
+        wait_until(lambda: exits, "the worker's exit")
+    assert exits[0].reason == "memory"
+
+
+def test_a_worker_is_replaced_after_its_number_of_tasks() -> None:
+    with RingPoolExecutor(1, max_tasks_per_child=3) as made:
+        pids = [made.submit(os.getpid).result(WATCHDOG_S) for _ in range(7)]
+        assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [3, 3, 1]
+        assert list(made.map(functions.identity, range(1000))) == list(range(1000))

@@ -1,0 +1,318 @@
+"""How a map ends: taken by somebody, by nobody, in another thread, half, after the pool, or by Ctrl-C."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from tests.coordinator import call_functions as functions
+from tests.coordinator.program import WATCHDOG_S, Program, wait_until
+
+from ringpool import RingPoolExecutor
+from ringpool.errors import WrongProcessError
+
+RunProgram = Callable[..., Program]
+BOTH = pytest.mark.parametrize("map_name", ["map", "map_unordered"])
+N = 20_000  # more than may be drawn ahead
+INPUTS: dict[str, Callable[[], Iterator[int] | range]] = {
+    "a range": lambda: range(N),
+    "a generator": lambda: (item for item in range(N)),
+}
+EITHER = pytest.mark.parametrize("source", INPUTS)
+TOP = """
+from ringpool import RingPoolExecutor
+from functools import partial
+from tests.coordinator import call_functions as functions
+"""
+
+
+@pytest.fixture(scope="module")
+def executor() -> Iterator[RingPoolExecutor]:
+    with RingPoolExecutor(2) as made:
+        list(made.map(functions.process_id, range(64)))
+        yield made
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> str:
+    return os.path.join(tmp_path, "notes")
+
+
+def wait_for_commands(executor: RingPoolExecutor) -> None:
+    """Until the pool has done what it was told before: to cancel is answered in turn."""
+    executor.submit(abs, 1).cancel()
+
+
+# ---- taken by nobody -------------------------------------------------------------------------------------------------
+
+
+@BOTH
+@EITHER
+def test_a_map_whose_results_nobody_takes_is_run(
+    executor: RingPoolExecutor, notes: str, map_name: str, source: str
+) -> None:
+    getattr(executor, map_name)(partial(functions.note, notes), INPUTS[source]())
+    gc.collect()
+    wait_until(lambda: functions.n_noted(notes) >= N, "all runs")
+    assert sorted(functions.noted(notes)) == list(range(N))
+
+
+@EITHER
+def test_the_end_of_the_block_waits_for_a_map_that_nobody_takes(notes: str, source: str) -> None:
+    with RingPoolExecutor(2) as own:
+        own.map(partial(functions.note, notes), INPUTS[source]())
+    assert sorted(functions.noted(notes)) == list(range(N))
+
+
+@EITHER
+def test_errors_in_a_map_that_nobody_takes_are_nobodys(notes: str, source: str) -> None:
+    hazards = frozenset(range(0, N, 1000))
+    with RingPoolExecutor(2) as own:
+        own.map(partial(functions.tolerate, notes, "raise", hazards), INPUTS[source]())
+    assert sorted(functions.noted(notes)) == list(range(N))
+
+
+@EITHER
+@pytest.mark.parametrize("dropped", [True, False])
+def test_a_program_that_ends_runs_a_map_that_nobody_takes(
+    run_program: RunProgram, notes: str, source: str, dropped: bool
+) -> None:
+    items = f"range({N})" if source == "a range" else f"(item for item in range({N}))"
+    body = f"pool = RingPoolExecutor(2)\nresults = pool.map(partial(functions.note, {notes!r}), {items})\n"
+    program = run_program(body + ("del results" if dropped else "globals()['kept'] = results"), top=TOP)
+    assert program.finish() == 0, program.err
+    assert program.err == ""
+    assert sorted(functions.noted(notes)) == list(range(N))
+    program.assert_nothing_is_left()
+
+
+# ---- taken after the end of the pool ---------------------------------------------------------------------------------
+
+
+@BOTH
+@EITHER
+def test_results_are_taken_after_the_block(map_name: str, source: str) -> None:
+    with RingPoolExecutor(2) as own:
+        results = getattr(own, map_name)(functions.double, INPUTS[source]())
+    assert sorted(results) == list(range(0, 2 * N, 2))
+
+
+def test_what_cannot_come_is_raised_after_the_block() -> None:
+    with RingPoolExecutor(2) as own:
+        results = own.map(partial(functions.raise_at, 1000), range(N))
+    found: list[int] = []
+    with pytest.raises(LookupError):
+        found.extend(results)
+    assert found == list(range(1000))
+
+
+def test_results_that_were_begun_are_taken_after_the_block() -> None:
+    with RingPoolExecutor(2) as own:
+        results = own.map(functions.double, range(N))
+        first = next(results)
+    assert [first, *results] == list(range(0, 2 * N, 2))
+
+
+def test_a_begun_map_of_an_iterator_does_not_hold_up_the_end_of_the_block() -> None:
+    """It may be endless. What was drawn comes; then the iterator says that it is not all."""
+    found: list[int] = []
+    with RingPoolExecutor(2) as own:
+        results = own.map(functions.double, itertools.count())
+        found.append(next(results))
+    with pytest.raises(RuntimeError, match="before this map had drawn all its items"):
+        found.extend(results)
+    assert len(found) > 2
+    assert found == list(range(0, 2 * len(found), 2))
+
+
+@EITHER
+def test_closing_while_another_thread_takes(source: str) -> None:
+    own = RingPoolExecutor(2)
+    results = own.map(functions.work, INPUTS[source]())
+    found: list[int] = []
+    errors: list[Exception] = []
+    under_way = threading.Event()
+
+    def take() -> None:
+        try:
+            for value in results:
+                found.append(value)
+                if len(found) == 100:
+                    under_way.set()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    under_way.wait(WATCHDOG_S)
+    own.shutdown()
+    thread.join(WATCHDOG_S)
+    assert not thread.is_alive()
+    assert found == list(range(len(found)))
+    if source == "a range":
+        assert (len(found), errors) == (N, [])
+    else:
+        assert len(found) == N or [type(error) for error in errors] == [RuntimeError]
+
+
+def test_killing_the_workers_ends_whoever_takes(tmp_path: Path) -> None:
+    begun, gate = tmp_path / "begun", tmp_path / "gate"
+    own = RingPoolExecutor(1)
+    results = own.map(partial(functions.note_and_hold, str(begun), str(gate)), range(100), return_exceptions=True)
+    assert next(results) == 0
+    wait_until(lambda: functions.n_noted(begun) > 1, "the second item")
+    own.terminate_workers()
+    found = list(results)
+    assert len(found) == 99
+    assert all(isinstance(outcome, Exception) for outcome in found)
+
+
+# ---- taken in part ---------------------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("chunksize", [None, 1, 16])
+@pytest.mark.parametrize("how", ["close", "drop"])
+def test_a_begun_map_that_is_dropped_cancels_the_rest(
+    executor: RingPoolExecutor, tmp_path: Path, notes: str, map_name: str, chunksize: int | None, how: str
+) -> None:
+    gate = tmp_path / "gate"
+    call = partial(functions.note_and_hold, notes, str(gate))
+    items = [0] * 32 + list(range(1, 200))  # those that are 0 end at once
+    results = getattr(executor, map_name)(call, items, chunksize=chunksize)
+    for _ in range(32 if chunksize == 16 else 5):
+        next(results)
+    wait_until(lambda: len([item for item in functions.noted(notes) if item]) == 2, "both workers at it")
+    n_zeros = len(functions.noted(notes)) - 2
+    if how == "close":
+        results.close()
+    else:
+        del results
+        gc.collect()
+    wait_for_commands(executor)
+    gate.touch()
+    wait_until(lambda: executor.stats()[1:3] == (0, 0), "the end of what had begun")
+    assert functions.n_noted(notes) == n_zeros + 2
+    assert executor.submit(functions.double, 2).result(WATCHDOG_S) == 4
+
+
+def test_an_error_that_ends_a_map_cancels_the_rest(executor: RingPoolExecutor, notes: str) -> None:
+    hazard = partial(functions.tolerate, notes, "raise", frozenset({3}))
+    with pytest.raises(LookupError):
+        list(executor.map(hazard, itertools.count()))
+    wait_until(lambda: executor.stats()[1:3] == (0, 0), "the end of what had begun")
+    n = functions.n_noted(notes)
+    assert executor.submit(functions.double, 2).result(WATCHDOG_S) == 4
+    assert functions.n_noted(notes) == n < N
+
+
+# ---- several at a time -----------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_two_maps_are_taken_in_turns(executor: RingPoolExecutor, map_name: str) -> None:
+    one = getattr(executor, map_name)(functions.double, INPUTS["a generator"]())
+    other = getattr(executor, map_name)(functions.identity, INPUTS["a range"]())
+    pairs = list(zip(one, other, strict=True))
+    assert sorted(value for value, _ in pairs) == list(range(0, 2 * N, 2))
+    assert sorted(value for _, value in pairs) == list(range(N))
+
+
+def test_the_results_of_a_map_are_the_input_of_another(executor: RingPoolExecutor) -> None:
+    once = executor.map(functions.double, range(N))
+    assert list(executor.map(functions.double, once)) == list(range(0, 4 * N, 4))
+
+
+def test_maps_in_many_threads(executor: RingPoolExecutor) -> None:
+    found: dict[int, list[int]] = {}
+
+    def take(of: int) -> None:
+        found[of] = list(executor.map(functions.add, range(3000), itertools.repeat(of)))
+
+    threads = [threading.Thread(target=take, args=(of,)) for of in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WATCHDOG_S)
+    assert found == {of: list(range(of, 3000 + of)) for of in range(6)}
+
+
+def test_a_map_is_made_in_one_thread_and_taken_in_others(executor: RingPoolExecutor) -> None:
+    """In turn: the first leaves it when it has had enough, and its end is not the map's."""
+    results = executor.map(functions.double, INPUTS["a generator"]())
+    found: list[int] = []
+    for n in (1, 5000, N):
+        thread = threading.Thread(target=lambda n=n: found.extend(itertools.islice(results, n)))
+        thread.start()
+        thread.join(WATCHDOG_S)
+    assert found == list(range(0, 2 * N, 2))
+
+
+def test_a_map_inside_a_task_of_another_pool(executor: RingPoolExecutor) -> None:
+    assert list(executor.map(functions.map_inside, [10, 100])) == [90, 9900]
+
+
+def test_a_task_cannot_use_the_pool_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork of the program has its pools, and is told whose they are."""
+    with RingPoolExecutor(1, mp_context="fork") as own:
+        monkeypatch.setattr(functions, "inherited", [own])
+        with pytest.raises(WrongProcessError):
+            own.submit(functions.map_in_inherited, 3).result(WATCHDOG_S)
+        with pytest.raises(TypeError, match="pickle"):
+            own.submit(functions.identity, own).result(WATCHDOG_S)
+        assert list(own.map(functions.double, range(3))) == [0, 2, 4]
+
+
+# ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+ENDLESS = {
+    "a block": """
+        with RingPoolExecutor(2) as pool:
+            for value in pool.map(functions.work, itertools.count()):
+                if value == 1000:
+                    say("ready")
+        """,
+    "no block": """
+        pool = RingPoolExecutor(2)
+        for n, value in enumerate(pool.map_unordered(functions.work, itertools.count())):
+            if n == 1000:
+                say("ready")
+        """,
+    "a wait for a result": """
+        with RingPoolExecutor(2) as pool:
+            call = partial(functions.wait_for_if, "never", 500)
+            for value in pool.map(call, itertools.count(), chunksize=1):
+                if value == 499:
+                    say("ready")
+        """,
+    "a wait for the input": """
+        def items():
+            yield 1
+            say("ready")
+            wait()
+        with RingPoolExecutor(2) as pool:
+            list(pool.map(functions.work, items()))
+        """,
+    "the end of a map that nobody takes": """
+        with RingPoolExecutor(2) as pool:
+            pool.map(functions.work, itertools.count())
+            say("ready")
+        """,
+}
+
+
+@pytest.mark.parametrize("where", ENDLESS)
+def test_an_interrupt_ends_a_map_and_its_program(run_program: RunProgram, where: str) -> None:
+    program = run_program(ENDLESS[where], top=TOP)
+    program.wait_for("ready")
+    program.signal(signal.SIGINT)
+    assert program.finish() == -signal.SIGINT, program.err
+    assert program.err.splitlines()[-1] == "KeyboardInterrupt"
+    program.assert_nothing_is_left()

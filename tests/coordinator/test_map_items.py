@@ -1,0 +1,282 @@
+"""Batching is invisible: whatever an item does or is, the others have their results, were run once, did not wait."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.coordinator import call_functions as functions
+from tests.coordinator.program import WATCHDOG_S, wait_until
+
+from ringpool import RingPoolExecutor, WorkerDiedError
+from ringpool.errors import ArgumentTransportError, RemoteError, ResultTransportError, TaskTimeoutError
+
+N = 2000
+WHERE = frozenset({0, 1, 2, 777, 778, 1500, N - 1})  # alone, side by side, first and last
+MANNERS = [("map", None), ("map", 64), ("map_unordered", None), ("map_unordered", 1)]
+IN_ALL_MANNERS = pytest.mark.parametrize(("map_name", "chunksize"), MANNERS)
+
+
+@pytest.fixture(scope="module")
+def executor() -> Iterator[RingPoolExecutor]:
+    with RingPoolExecutor(2) as made:
+        list(made.map(functions.process_id, range(64)))
+        yield made
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> str:
+    return os.path.join(tmp_path, "notes")
+
+
+def is_error(kind: type[BaseException], *words: str) -> Callable[[int, Any], bool]:
+    return lambda _, outcome: type(outcome) is kind and all(word in str(outcome) for word in words)
+
+
+def has_died(signal_number: int | None, exitcode: int | None) -> Callable[[int, Any], bool]:
+    return lambda _, outcome: (
+        isinstance(outcome, WorkerDiedError)
+        and (outcome.signal, outcome.exitcode, outcome.deaths) == (signal_number, exitcode, 1)
+        and "tests.coordinator.call_functions.tolerate " in str(outcome)
+    )
+
+
+HAZARDS: dict[str, Callable[[int, Any], bool]] = {
+    "raise": lambda item, outcome: type(outcome) is LookupError and outcome.args == (item,),
+    "raise an interrupt": lambda item, outcome: type(outcome) is KeyboardInterrupt and outcome.args == (item,),
+    "exit": lambda item, outcome: type(outcome) is SystemExit and outcome.code == item + 1,
+    "raise what cannot be pickled": is_error(RemoteError, "NeverPickledError", "words of it"),
+    "raise what cannot be rebuilt": is_error(RemoteError, "NeverRebuiltError", "words of it"),
+    "raise what is large": lambda item, outcome: outcome.args == (functions.large(item),),
+    "return what cannot be pickled": lambda _, outcome: (
+        type(outcome) is TypeError and "NeverPickled" in "".join(outcome.__notes__)
+    ),
+    "return what cannot be rebuilt": is_error(ResultTransportError, "ArithmeticError", "refuses to be rebuilt"),
+    "return what is large": lambda item, outcome: outcome == functions.large(item),
+    "die by a signal": has_died(signal.SIGKILL, None),
+}
+OTHER_DEATHS = {"die by a fault": has_died(signal.SIGSEGV, None), "die by os._exit": has_died(None, 5)}
+
+
+@pytest.mark.parametrize(
+    ("hazard", "map_name", "chunksize"),
+    [(hazard, *manner) for hazard in HAZARDS for manner in MANNERS]
+    + [(death, map_name, None) for death in OTHER_DEATHS for map_name in ("map", "map_unordered")],
+)
+def test_what_one_item_does_is_its_own(
+    executor: RingPoolExecutor, notes: str, hazard: str, map_name: str, chunksize: int | None
+) -> None:
+    call = partial(functions.tolerate, notes, hazard, WHERE)
+    found = list(getattr(executor, map_name)(call, range(N), chunksize=chunksize, return_exceptions=True))
+    assert sorted(functions.noted(notes)) == list(range(N))
+    is_right = (HAZARDS | OTHER_DEATHS)[hazard]
+    good = [2 * item for item in range(N) if item not in WHERE]
+    if map_name == "map":
+        assert [found[item // 2] for item in good] == good
+        assert [item for item in sorted(WHERE) if not is_right(item, found[item])] == []
+    else:
+        outcomes = [outcome for outcome in found if type(outcome) is not int]
+        assert sorted(outcome for outcome in found if type(outcome) is int) == good
+        assert len(outcomes) == len(WHERE)
+        assert all(any(is_right(item, outcome) for item in WHERE) for outcome in outcomes)
+
+
+def test_errors_of_items_say_where_they_were_raised(executor: RingPoolExecutor, notes: str) -> None:
+    call = partial(functions.tolerate, notes, "raise", frozenset({70, 71}))
+    found = list(executor.map(call, range(100), chunksize=50, return_exceptions=True))
+    assert all("in meet" in str(found[item].__cause__) for item in (70, 71))
+    assert found[70].__cause__ is not found[71].__cause__
+
+
+ARGUMENTS: dict[str, tuple[Any, Callable[[int, Any], bool]]] = {
+    "cannot be pickled": (functions.NeverPickled(), is_error(TypeError, "not to be pickled")),
+    "cannot be rebuilt": (functions.NeverRebuilt(), is_error(ArgumentTransportError, "refuses to be rebuilt")),
+    "is large": (functions.large(1), lambda _, outcome: outcome == functions.LARGE_BYTES),
+}
+
+
+@IN_ALL_MANNERS
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_what_one_item_is_is_its_own(
+    executor: RingPoolExecutor, notes: str, argument: str, map_name: str, chunksize: int | None
+) -> None:
+    value, is_right = ARGUMENTS[argument]
+    items = [value if item in WHERE else item for item in range(N)]
+    call = partial(functions.measure, notes)
+    found = list(getattr(executor, map_name)(call, items, chunksize=chunksize, return_exceptions=True))
+    good = [item for item in range(N) if item not in WHERE]
+    assert sorted(functions.noted(notes)) == good
+    bad = [outcome for outcome in found if not (type(outcome) is int and outcome < 2 * N)]
+    assert len(bad) == len(WHERE)
+    assert all(is_right(0, outcome) for outcome in bad)
+    if map_name == "map":
+        assert [found[item] for item in good] == [2 * item for item in good]
+    else:
+        assert sorted(outcome for outcome in found if type(outcome) is int and outcome < 2 * N) == [
+            2 * item for item in good
+        ]
+
+
+def test_an_argument_that_cannot_be_pickled_is_raised_at_its_turn(executor: RingPoolExecutor) -> None:
+    results = executor.map(functions.identity, [1, 2, functions.NeverPickled(), 4])
+    assert [next(results), next(results)] == [1, 2]
+    with pytest.raises(TypeError, match="not to be pickled") as caught:
+        next(results)
+    assert "made of instead" in "".join(caught.value.__notes__)
+
+
+def test_an_item_that_runs_over_its_time_fails_alone(executor: RingPoolExecutor, tmp_path: Path) -> None:
+    never = tmp_path / "gate"
+    call = partial(functions.wait_for_if, str(never), 150)
+    found = list(executor.options(timeout=1).map(call, range(300), return_exceptions=True))
+    assert [item for item, outcome in enumerate(found) if outcome != item] == [150]
+    assert type(found[150]) is TaskTimeoutError
+
+
+def test_items_that_are_large_all_of_them(executor: RingPoolExecutor) -> None:
+    items = [functions.large(item) for item in range(30)]
+    assert list(executor.map(functions.identity, items)) == items
+    assert list(executor.map(functions.large, range(30), chunksize=10)) == items
+
+
+@pytest.mark.parametrize("n_bytes", [900, 960, 961, 4096, 30_000, 300_000])
+def test_items_and_results_of_any_size(executor: RingPoolExecutor, n_bytes: int) -> None:
+    items = [bytes([item]) * n_bytes for item in range(100)]
+    assert list(executor.map(functions.identity, items)) == items
+    assert list(executor.map(functions.identity, items, chunksize=100)) == items
+    structured = [{"item": item} for item in items]
+    assert list(executor.map(functions.identity, structured)) == structured
+
+
+def test_values_come_back_as_they_were(executor: RingPoolExecutor) -> None:
+    items = [
+        0,
+        -1,
+        True,
+        None,
+        1 << 63,
+        (1 << 64) - 1,
+        1 << 64,
+        -(1 << 63),
+        1e308,
+        -0.0,
+        "",
+        "\udc80",
+        b"",
+        (),
+        [],
+        {1},
+    ]
+    items *= 50
+    found = list(executor.map(functions.identity, items))
+    assert found == items
+    assert list(map(type, found)) == list(map(type, items))
+    assert list(map(repr, found)) == list(map(repr, items))
+
+
+# ---- nobody waits behind a slow one ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slow", [0, 1, 1000, 2500, 4999])
+@pytest.mark.parametrize("map_name", ["map", "map_unordered"])
+def test_nobody_waits_behind_a_slow_item(executor: RingPoolExecutor, notes: str, map_name: str, slow: int) -> None:
+    """It ends when all others have been run: one that was stuck behind it would never be."""
+    call = partial(functions.note_but_one_waits, notes, slow, 4999)
+    found = list(getattr(executor, map_name)(call, range(5000)))
+    assert sorted(found) == list(range(5000))
+    assert sorted(functions.noted(notes)) == [item for item in range(5000) if item != slow]
+
+
+def test_calls_do_not_wait_behind_a_slow_one_either(executor: RingPoolExecutor, notes: str) -> None:
+    call = partial(functions.note_but_one_waits, notes, 300, 999)
+    futures = [executor.submit(call, item) for item in range(1000)]
+    assert [future.result(WATCHDOG_S) for future in futures] == list(range(1000))
+    assert len(functions.noted(notes)) == 999
+
+
+def test_a_slow_map_does_not_keep_a_call_waiting(executor: RingPoolExecutor, tmp_path: Path, notes: str) -> None:
+    gate = tmp_path / "gate"
+    call = partial(functions.note_and_hold, notes, str(gate))
+    results = executor.map(partial(functions.wait_for_if, str(gate), 5), range(10_000))
+    assert next(results) == 0
+    assert executor.submit(functions.double, 4).result(WATCHDOG_S) == 8
+    gate.touch()
+    assert list(results) == list(range(1, 10_000))
+    assert executor.submit(call, 0).result(WATCHDOG_S) == 0
+
+
+# ---- nothing is shared -----------------------------------------------------------------------------------------------
+
+
+@IN_ALL_MANNERS
+def test_items_share_no_argument(executor: RingPoolExecutor, map_name: str, chunksize: int | None) -> None:
+    shared: list[int] = []
+    found = list(getattr(executor, map_name)(functions.append, [shared] * 1000, chunksize=chunksize))
+    assert found == [[1]] * 1000
+    zipped = getattr(executor, map_name)(functions.append_to, [shared] * 1000, range(1000), chunksize=chunksize)
+    assert sorted(zipped) == [[item] for item in range(1000)]
+    assert shared == []
+
+
+@IN_ALL_MANNERS
+def test_what_the_function_holds_is_shared_in_a_worker(
+    executor: RingPoolExecutor, map_name: str, chunksize: int | None
+) -> None:
+    """It is sent once for a map, since it may be large. Other maps and calls have their own, as the caller has."""
+    held: list[int] = []
+    call = partial(functions.append_to, held)
+    for _ in range(2):
+        found = list(getattr(executor, map_name)(call, range(1000), chunksize=chunksize))
+        assert sorted(each[-1] for each in found) == list(range(1000))
+        assert sum(len(each) == 1 for each in found) <= 2  # the first in each worker
+    assert held == []
+    futures = [executor.submit(call, item) for item in range(10)]
+    assert [future.result(WATCHDOG_S) for future in futures] == [[item] for item in range(10)]
+
+
+def test_what_an_item_shares_with_itself_stays_shared(executor: RingPoolExecutor) -> None:
+    one: list[int] = []
+    assert all(executor.map(functions.are_one, [[one, one]] * 100))
+
+
+def test_results_share_nothing(executor: RingPoolExecutor) -> None:
+    found = list(executor.map(functions.identity, [[1]] * 100))
+    assert len(set(map(id, found))) == 100
+
+
+# ---- one map after the other -----------------------------------------------------------------------------------------
+
+
+def test_deaths_in_one_map_leave_the_other_alone(executor: RingPoolExecutor, tmp_path: Path) -> None:
+    dying = executor.map(
+        partial(functions.tolerate, str(tmp_path / "dying"), "die by a signal", frozenset({100, 101})),
+        range(200),
+        return_exceptions=True,
+    )
+    path = str(tmp_path / "living")
+    found = list(executor.map(partial(functions.note, path), range(N)))
+    assert found == list(range(N))
+    lost = [item for item, outcome in enumerate(dying) if isinstance(outcome, WorkerDiedError)]
+    assert lost == [100, 101]
+    runs = functions.noted(path)
+    assert len(runs) == len(set(runs)) == N
+
+
+def test_the_errors_of_items_can_be_pickled(executor: RingPoolExecutor, notes: str) -> None:
+    """So that they can be passed on."""
+    for hazard in ("die by os._exit", "raise what cannot be pickled", "return what cannot be rebuilt"):
+        call = partial(functions.tolerate, notes, hazard, frozenset({1}))
+        [_, error] = executor.map(call, range(2), return_exceptions=True)
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again)) == (type(error), str(error))
+
+
+def test_nothing_stays_in_the_ring(executor: RingPoolExecutor) -> None:
+    wait_until(lambda: executor.stats()[1:3] == (0, 0), "the end of all tasks")
+    assert executor.submit(os.getppid).result(WATCHDOG_S) > 0
