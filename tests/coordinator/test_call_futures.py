@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import (
     ALL_COMPLETED,
     FIRST_COMPLETED,
@@ -314,3 +314,96 @@ def test_the_counts_are_of_what_was_done(tmp_path: Path) -> None:
         assert (stats.completed, stats.failed, stats.queued, stats.in_ring, stats.retried) == (2002, 4, 0, 0, 0)
     assert own.stats().workers_alive == 0
     assert own.stats().completed == 2002
+
+
+# ---- several threads at once -----------------------------------------------------------------------------------------
+
+
+def test_a_cancel_waits_for_nobody(executor: RingPoolExecutor, held: Held) -> None:
+    """Not for the thread that brings results either, which may be in a callback that waits for whoever cancels."""
+    lock, entered = threading.Lock(), threading.Event()
+    queued = executor.submit(functions.double, 1)
+
+    def blocked(_future: Future[Any]) -> None:
+        entered.set()
+        assert lock.acquire(timeout=WATCHDOG_S)
+        lock.release()
+
+    with lock:
+        held.futures[0].add_done_callback(blocked)
+        held.gate.touch()
+        assert entered.wait(WATCHDOG_S)
+        queued.cancel()  # or not: the other worker may have come to it
+        assert executor.submit(functions.double, 2).cancel(), "it cannot have been published"
+    assert executor.submit(functions.double, 3).result(WATCHDOG_S) == 6
+
+
+def test_what_was_cancelled_never_ran_and_all_else_did_once(tmp_path: Path) -> None:
+    path, n = str(tmp_path / "notes"), 6000
+    with RingPoolExecutor(2) as own:
+        futures = [own.submit(functions.note, path, i) for i in range(n)]
+        cancelled: list[list[int]] = [[], []]
+
+        def cancel(mine: list[int], order: Iterable[int]) -> None:
+            mine.extend(i for i in order if i % 3 and futures[i].cancel())
+
+        threads = [
+            threading.Thread(target=cancel, args=(cancelled[0], range(n))),
+            threading.Thread(target=cancel, args=(cancelled[1], reversed(range(n)))),
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WATCHDOG_S)
+    gone = {i for i, future in enumerate(futures) if future.cancelled()}
+    assert gone == set(cancelled[0]) | set(cancelled[1])
+    assert sorted(functions.noted(path)) == [i for i in range(n) if i not in gone]
+    assert 0 < len(gone) < n
+    for i, future in enumerate(futures):
+        if i not in gone:
+            assert future.result(0) is not None
+
+
+def test_futures_that_are_asked_while_they_become_done_tell_no_half_truths(executor: RingPoolExecutor) -> None:
+    """Nothing of ``wait`` and ``as_completed`` exists in a future until it is asked for, from several threads here."""
+    failures: list[BaseException] = []
+    for _ in range(60):
+        futures = [executor.submit(functions.double, i) for i in range(60)]
+        called: list[int] = []
+
+        def ask(futures: list[Future[int]] = futures, called: list[int] = called) -> None:
+            try:
+                for future in reversed(futures):
+                    future.add_done_callback(lambda future: called.append(future.result(0)))
+                done, not_done = wait(futures, WATCHDOG_S)
+                assert (len(done), len(not_done)) == (60, 0)
+                assert sorted(future.result(0) for future in as_completed(futures, WATCHDOG_S)) == list(
+                    range(0, 120, 2)
+                )
+                assert all(future.result(WATCHDOG_S) == 2 * i for i, future in enumerate(futures))
+            except BaseException as failure:
+                failures.append(failure)
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        ask()
+        for thread in threads:
+            thread.join(WATCHDOG_S)
+        wait_until(lambda called=called: len(called) == 180, "every callback, once")
+    assert not failures
+
+
+def test_a_future_that_nobody_has_waited_in_is_like_any_other(executor: RingPoolExecutor, tmp_path: Path) -> None:
+    future = executor.submit(functions.double, 4)
+    wait_until(future.done, "its end")
+    assert "_condition" not in vars(future)
+    assert (future.running(), future.cancelled(), future.cancel()) == (False, False, False)
+    assert (future.exception(0), future.result(0)) == (None, 8)
+    assert "finished returned int" in repr(future)
+    called: list[Future[Any]] = []
+    future.add_done_callback(called.append)
+    assert called == [future]
+    assert wait([future], 0).done == {future}
+    with pytest.raises(AttributeError, match="nothing"):
+        future.nothing  # noqa: B018

@@ -135,7 +135,9 @@ def wait(_world: World, end: CoordinatorEnd) -> None:
 
 
 def cancel(_world: World, end: CoordinatorEnd) -> None:
-    end.cancel({N_WRAP, N_WRAP + 12})  # one that is done, and one that waits
+    cursors = end.ring.cursors()
+    for entry in end.ring.entries(end.ring.ready, cursors.ready_head, min(1, cursors.ready_tail - cursors.ready_head)):
+        end.refuse_unstarted(layout.slot_of(entry), layout.sequence_of(entry))
     end.cancel_unclaimed()
 
 

@@ -150,12 +150,24 @@ class RingMachine(RuleBasedStateMachine):
         self.free |= {layout.slot_of(entry) for entry in delivered}
         self.n_delivered += len(delivered)
 
-    @rule(chosen=st.sets(st.integers(0, 8)))
-    def cancel(self, chosen: set[int]) -> None:
-        sequences = {self.published - 1 - back for back in chosen}
-        waiting = {layout.sequence_of(entry) for entry in self.ready + self.retry} & sequences
-        assert self.coordinator.cancel(sequences) == len(waiting)
-        self.cancelled |= waiting
+    @rule(keep=st.integers(0, 8))
+    def cancel_unclaimed(self, keep: int) -> None:
+        waiting = [layout.sequence_of(entry) for entry in self.retry + self.ready][keep:]
+        assert self.coordinator.cancel_unclaimed(keep) == len(waiting)
+        self.cancelled.update(waiting)
+
+    @rule(chosen=st.integers(0, 8))
+    def refuse(self, chosen: int) -> None:
+        entries = self.retry + self.ready + self.done + [entry for worker in self.workers for entry in worker.claimed]
+        if not entries:
+            return
+        entry = sorted(entries)[chosen % len(entries)]
+        sequence = layout.sequence_of(entry)
+        started = {layout.sequence_of(it) for it in self.results}
+        started |= {layout.sequence_of(worker.last_started) for worker in self.workers if worker.last_started}
+        certain = self.coordinator.refuse_unstarted(layout.slot_of(entry), sequence)
+        assert certain == (sequence not in started)
+        self.cancelled.add(sequence)
 
     @rule(number=st.integers(0, 2))
     def take_back(self, number: int) -> None:
@@ -804,7 +816,8 @@ def half_done() -> Bench:
 COORDINATOR_STEPS: dict[str, Callable[[Bench], object]] = {
     "publish": lambda it: it.publish(1),
     "collect": lambda it: it.coordinator.collect(it.deliver),
-    "cancel": lambda it: it.coordinator.cancel(()),
+    "cancel": lambda it: it.coordinator.cancel_unclaimed(99),
+    "refuse": lambda it: it.coordinator.refuse_unstarted(0, 0),
     "take back": lambda it: it.coordinator.take_back(0),
     "settle": lambda it: it.settle(1),
     "rebuild": lambda it: it.coordinator._rebuild(),

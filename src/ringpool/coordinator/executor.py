@@ -25,13 +25,15 @@ from ringpool.coordinator.pool import Pool, WorkerLimits
 from ringpool.coordinator.supervisor import Death
 from ringpool.coordinator.tickets import Ticket
 from ringpool.shm import blobs, layout
-from ringpool.shm.layout import Encoding
+from ringpool.shm.dispatch import Task
+from ringpool.shm.layout import Encoding, Form
 from ringpool.workers import calls
 from ringpool.workers.setup import Setup
 
 RING_SLOTS = 1024
 LOGS_TIMEOUT_S = 5.0  # for handlers, to take what workers had logged when they ended
 FUNCTIONS_MAX = 1024  # known to the workers by an id; what is beyond is sent with each call
+_PLAIN = int(Form.PLAIN)
 _AT_HAND = (list, tuple, range, str, bytes, dict, set, frozenset)
 
 
@@ -209,8 +211,12 @@ class RingPoolExecutor(_Tasks):
             function_id = self._functions.get(fn, 0) if type(fn) in (FunctionType, BuiltinFunctionType) else 0
             if not function_id:
                 function_id = self._introduce(fn)
-            call = calls.encode_call(None if function_id else fn, args, kwargs)
-            task = pool.task(function_id, call.encoded, call.form)
+            body = calls.encode_plain(args) if function_id and not kwargs else None
+            if body is not None:
+                task = Task(function_id, body, 0, _PLAIN)
+            else:
+                call = calls.encode_call(None if function_id else fn, args, kwargs)
+                task = pool.task(function_id, call.encoded, call.form)
         except Exception as error:  # it cannot be sent
             future.set_running_or_notify_cancel()
             future.set_exception(error)

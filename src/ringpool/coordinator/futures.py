@@ -9,13 +9,20 @@ TaskBoard    results by task id, for whoever asks later: all that were not read,
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import CancelledError, Future
+from concurrent.futures._base import (  # pyright: ignore[reportMissingModuleSource]
+    CANCELLED,
+    CANCELLED_AND_NOTIFIED,
+    FINISHED,
+    PENDING,
+)
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ringpool.coordinator.limits import Condemned
-from ringpool.coordinator.tickets import Ticket
+from ringpool.coordinator.tickets import QUEUED, Ticket
 from ringpool.errors import RemoteError, TaskInDoubtError, WorkerDiedError
 from ringpool.shm import blobs
 from ringpool.shm.layout import Encoding, Status
@@ -26,6 +33,8 @@ if TYPE_CHECKING:
     from ringpool.coordinator.pump import Pump
 
 UNREAD_MAX = 65_536
+_DONE = frozenset((CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED))
+_CANCELLED = frozenset((CANCELLED, CANCELLED_AND_NOTIFIED))
 _OK, _BLOB = int(Status.OK), int(Encoding.BLOB)  # plain integers compare faster than the enums
 
 
@@ -86,26 +95,73 @@ def _name_of(source: Any) -> str:
 class PoolFuture(Future[Any]):
     """The future of one task. ``result()`` and ``exception()`` raise what the task raised, with the worker's traceback
     as ``__cause__``, and ``WorkerDiedError`` where workers died in it.
+
+    Most futures are read when they are done: nobody waits in one, or has put a callback into it. So what that takes is
+    made when somebody first asks for it: ``_condition``, ``_waiters`` and ``_done_callbacks`` are those of
+    ``concurrent.futures.Future``, which uses them under these names. Until then the pump finishes it without a lock,
+    and with ``_finishing`` it makes sure that nobody who has the condition sees the state change:
+
+        pump:      _finishing := True        | then look for _condition
+        another:   make _condition, locked   | then look at _finishing, and wait while it is set; unlock
     """
 
-    def __init__(self, pump: Pump) -> None:
-        super().__init__()
+    def __init__(self, pump: Pump) -> None:  # not the base's, which makes the condition
+        self._state = PENDING
+        self._result = None
+        self._exception = None
+        self._finishing = False
         self.ticket: Ticket | None = None
         self._pump = pump
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "_condition":
+            return self._make_condition()
+        if name in ("_waiters", "_done_callbacks"):
+            return self.__dict__.setdefault(name, [])
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _make_condition(self) -> threading.Condition:
+        condition = threading.Condition()
+        condition.acquire()
+        try:
+            found: threading.Condition = self.__dict__.setdefault("_condition", condition)
+            if found is condition:
+                while self._finishing and self._state == PENDING:
+                    time.sleep(0)
+            return found
+        finally:
+            condition.release()
+
     # ---- for the caller
 
-    def cancel(self) -> bool:
-        """Keep the task from starting; False where a worker has it already, or it is done."""
-        if not self.done():
-            self._pump.call(self._cancel_here)
-        return self.cancelled()
+    def done(self) -> bool:
+        """Whether it was cancelled, or has a result."""
+        return self._state in _DONE
 
-    def _cancel_here(self) -> None:
-        """In the pump's thread, so that nobody else settles this future meanwhile."""
-        ticket = self.ticket
-        if ticket is not None and not self.done() and self._pump.cancel(ticket):
-            self._cancelled()
+    def result(self, timeout: float | None = None) -> Any:
+        """The value, waiting up to ``timeout`` seconds (None: for ever)."""
+        if self._state == FINISHED and self._exception is None:
+            return self._result
+        return super().result(timeout)
+
+    def cancel(self) -> bool:
+        """Keep the task from starting; False where a worker has it already, or it is done. Waits for nobody."""
+        with self._condition:
+            ticket = self.ticket
+            if self._state not in _DONE and ticket is not None and self._pump.keep_from_starting(ticket):
+                self._set_cancelled()
+            elif self._state not in _CANCELLED:
+                return False
+        self._arrived()
+        self._invoke_callbacks()
+        return True
+
+    def _set_cancelled(self) -> None:
+        """With the condition held. What waits for it is told."""
+        self._state = CANCELLED_AND_NOTIFIED
+        for waiter in self._waiters:
+            waiter.add_cancelled(self)
+        self._condition.notify_all()
 
     def running(self) -> bool:
         """Whether a worker is at it."""
@@ -117,33 +173,53 @@ class PoolFuture(Future[Any]):
     def deliver(self, ticket: Ticket, record: ResultRecord) -> None:
         """The task has a result."""
         value, error = outcome_of(ticket, record)
-        if isinstance(error, CancelledError):
-            self._cancelled()
-        elif error is not None:
-            self.fail(ticket, error)
-        elif self.set_running_or_notify_cancel():
+        if error is not None:
+            if isinstance(error, CancelledError) and record.status == Status.CANCELLED:
+                self.drop(ticket)
+            else:
+                self.fail(ticket, error)
+            return
+        self._finishing = True
+        if "_condition" not in self.__dict__:
+            self._result = value
+            self._state = FINISHED
+        else:
+            self._finishing = False
+            if not self.set_running_or_notify_cancel():
+                return
             self.set_result(value)
-            self._arrived()
+        self._arrived()
 
     def fail(self, _ticket: Ticket, error: BaseException) -> None:
         """The task ended badly, or will never run."""
-        if self.done():
-            return
-        if self.set_running_or_notify_cancel():
-            self.set_exception(error)
-            self._arrived()
+        with self._condition:
+            if self._state in _DONE:
+                return
+            self.set_running_or_notify_cancel()
+        self.set_exception(error)
+        self._arrived()
 
     def drop(self, _ticket: Ticket) -> None:
-        """The task was taken out of the queue."""
-        self._cancelled()
+        """The task was cancelled: taken out of the queue, or not started by a worker."""
+        with self._condition:
+            if self._state in _DONE:
+                return
+            self._set_cancelled()
+        self._arrived()
+        self._invoke_callbacks()
+
+    def unspoiled(self, ticket: Ticket) -> bool:
+        """A worker did not start the task, because of a cancel that had come too late to be sure of: whether it is to
+        be queued again, because ``cancel`` said that it runs. It is as if it had never been in the ring, then.
+        """
+        with self._condition:
+            if self._state in _DONE:
+                return False
+            ticket.sequence, ticket.cancelled, ticket.spared = QUEUED, False, False
+            return True
 
     def settle(self) -> None:
         """A future tells its waiters at once."""
-
-    def _cancelled(self) -> None:
-        if not self.done() and super().cancel():
-            self.set_running_or_notify_cancel()
-            self._arrived()
 
     def _arrived(self) -> None:
         """It is done, and its waiters know."""

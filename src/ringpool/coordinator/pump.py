@@ -24,7 +24,7 @@ from ringpool.coordinator.balance import SPLIT_LOOK_S, TAKE_BACK_AFTER_S, Balanc
 from ringpool.coordinator.ending import Ending
 from ringpool.coordinator.staff import Staff
 from ringpool.coordinator.supervisor import Death, Supervisor
-from ringpool.coordinator.tickets import Part, Sink, Ticket
+from ringpool.coordinator.tickets import LEAVING, QUEUED, Part, Sink, Ticket
 from ringpool.errors import CoordinatorClosedError, RingpoolError
 from ringpool.shm import blobs, layout
 from ringpool.shm.dispatch import CoordinatorEnd, Task
@@ -77,7 +77,7 @@ class Pump:
         self._touched: set[Sink] = set()
         self._sleeping = False
         self._moved = False  # in this turn: a task into the ring, or out of it
-        self._stopping = False
+        self._stopping = self._cancels_all = False
         self._idle = threading.Lock()  # locked: not idle, as far as anybody has been told
         self._idle.acquire()
         self._begun = False
@@ -189,21 +189,27 @@ class Pump:
         ticket = self._tickets[slot] if 0 <= slot < len(self._tickets) else None
         return ticket if ticket is not None and ticket.sequence == layout.sequence_of(entry) else None
 
-    def cancel(self, ticket: Ticket) -> bool:
-        """Keep a task from starting. False where a worker has it already. Call it through ``call``."""
-        if ticket.sequence < 0:
-            ticket.cancelled = True
-            return True
-        if self.end.cancel((ticket.sequence,)):
-            ticket.cancelled = True
-            return True
-        return False
+    def keep_from_starting(self, ticket: Ticket) -> bool:
+        """Whether it is certain that no worker has started the task, or will. From any thread; waits for nobody. The
+        caller holds the lock without which its sink takes no outcome: until then, the slot is not given to another.
+        """
+        ticket.cancelled = True  # and then read ``sequence``; the pump has it the other way about
+        while (sequence := ticket.sequence) == LEAVING and not self._ending_of_thread.has_come:
+            time.sleep(0)
+        if sequence < 0:
+            return sequence == QUEUED
+        ticket.spared = True
+        try:
+            return self.end.refuse_unstarted(ticket.slot, sequence)
+        except ValueError:  # the ring is closed
+            return False
 
     def cancel_all(self) -> list[Ticket]:
         """Keep all tasks from starting that no worker has; those that were not published. Through ``call``.
 
         A worker that is on its way has the task that it is started for.
         """
+        self._cancels_all = True
         on_demand = self.staff.on_demand
         if on_demand:
             self._publish()
@@ -219,10 +225,8 @@ class Pump:
             for ticket in self._backlog.remove_if(lambda ticket: ticket.sink is inbox):
                 self._free_payload(ticket)
             tickets = [ticket for ticket in self._tickets if ticket is not None and ticket.sink is inbox]
-            self.end.refuse(
-                [slot for slot, ticket in enumerate(self._tickets) if ticket is not None and ticket.sink is inbox]
-            )
             for ticket in tickets:
+                self.end.refuse(ticket.slot, ticket.sequence)
                 if ticket.part is not None:
                     self._cut_short(ticket.part)
             inbox.retire(len(tickets))
@@ -310,9 +314,10 @@ class Pump:
             sequence = end.published
             slots = end.publish(tasks)
             for ticket, slot in zip(batch, slots, strict=True):
+                self._tickets[slot] = ticket
+                ticket.slot = slot
                 ticket.sequence = sequence
                 sequence += 1
-                self._tickets[slot] = ticket
             if self._out_of_chunks:
                 break
         return True
@@ -323,7 +328,9 @@ class Pump:
         tasks: list[Task] = []
         for _ in range(n):
             ticket = self._backlog.popleft()
+            ticket.sequence = LEAVING
             if ticket.cancelled:
+                ticket.sequence = QUEUED
                 self._free_payload(ticket)
                 continue
             task = ticket.task
@@ -331,6 +338,7 @@ class Pump:
                 placed = self._place(ticket)
                 if placed is None:
                     self._out_of_chunks = True
+                    ticket.sequence = QUEUED
                     self._backlog.append_front([ticket])
                     break
                 task = placed
@@ -370,6 +378,9 @@ class Pump:
         self._in_ring -= 1
         if ticket.timeout_s is not None:
             self.staff.limits.release()
+        if ticket.spared and record.status == _CANCELLED and not self._cancels_all and ticket.sink.unspoiled(ticket):
+            self._requeue([ticket])
+            return
         if ticket.task.blob:
             self._free_payload(ticket)
         if record.status == _OK:

@@ -16,6 +16,8 @@ from ringpool.shm.dispatch import Task
 from ringpool.shm.results import ResultRecord
 from ringpool.shm.vectors import Arena
 
+QUEUED, LEAVING = -1, -2  # instead of a sequence
+
 
 class Sink(Protocol):
     """Where a task's outcome goes. Called in the pump's thread: must be quick, and not raise."""
@@ -80,8 +82,11 @@ class Part(msgspec.Struct, eq=False):
 class Ticket(msgspec.Struct, eq=False):
     """A task on its way through the coordinator. ``sequence``: in the ring, from when it is published; -1 before.
 
-    ``source`` and ``output`` as the caller gave them; ``target``: the output's absolute path; ``result_blob``:
-    encoding, body and buffers of a result that is too large for its record, or its name, or the error of reading it.
+    Before that it is ``LEAVING`` for as long as the pump puts it there. ``slot``: in the ring, set before ``sequence``.
+    ``cancelled``: it is not to be published. ``spared``: its cancel came too late to be sure of; if a worker heeded it
+    all the same, the task is queued again. ``source`` and ``output`` as the caller gave them; ``target``: the output's
+    absolute path; ``result_blob``: encoding, body and buffers of a result that is too large for its record, or its
+    name, or the error of reading it.
     ``attempts_max``: how often it may be started whose workers die in it; ``timeout_s``: how long it may run;
     ``priority``: higher first; ``part``: of a vector; ``index``: of an item in its map.
     """
@@ -92,8 +97,10 @@ class Ticket(msgspec.Struct, eq=False):
     output: Any
     target: bytes | None = None
     result_blob: Any = None
-    sequence: int = -1
+    sequence: int = QUEUED
+    slot: int = -1
     cancelled: bool = False
+    spared: bool = False
     attempts_max: int = 1
     timeout_s: float | None = None
     priority: int = 0

@@ -12,7 +12,7 @@ at the next call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -286,34 +286,42 @@ class CoordinatorEnd:
 
     # ---- tasks not yet running
 
-    def cancel(self, sequences: Container[int]) -> int:
-        """Cancel those of the tasks that nobody has claimed, and say how many: they will be collected as CANCELLED."""
-        return self._cancel(lambda entry: layout.sequence_of(entry) in sequences)
-
-    def refuse(self, slots: Iterable[int]) -> None:
-        """Have the tasks in these slots cancelled when a worker comes to start them, claimed or not. One that runs, or
-        is just being started, does.
+    def refuse(self, slot: int, sequence: int) -> None:
+        """Have a task cancelled when a worker comes to start it, claimed or not. One that runs, or is just being
+        started, does. Only while the slot is that task's.
         """
-        words, tasks = self.ring.words, self.ring.tasks + layout.TASK_CANCEL_AT
-        for slot in slots:
-            words[tasks + slot * RECORD_BYTES >> 3] = 1
+        self.ring.words[self.ring.tasks + slot * RECORD_BYTES + layout.TASK_CANCEL_AT >> 3] = sequence + 1
+
+    def refuse_unstarted(self, slot: int, sequence: int) -> bool:
+        """``refuse``; and whether it is certain that no worker has started the task, or will. From any thread, without
+        the mutex.
+
+        A worker stores ``running``, then reads ``cancel``; here it is the other way about. The barrier falls before or
+        after the worker's read. After: it sees ``cancel``. Before: its earlier store to ``running`` is visible here.
+        """
+        ring, words = self.ring, self.ring.words
+        self.refuse(slot, sequence)
+        if not barrier.fence_all():
+            return False
+        running = (words[ring.worker_word(w, layout.W_RUNNING)] - 1 for w in range(ring.workers))
+        if any(layout.sequence_of(entry) == sequence for entry in running):
+            return False
+        barrier.fence_all()  # what no worker is at any more has its result, or was given back without one
+        return layout.sequence_of(words[ring.results + slot * RECORD_BYTES >> 3]) != sequence
 
     def cancel_unclaimed(self, keep: int = 0) -> int:
-        """Cancel all tasks that nobody has claimed, except the ``keep`` that come first; returns how many."""
-        return self._cancel(lambda _entry: True, keep)
-
-    def _cancel(self, wanted: Callable[[int], bool], keep: int = 0) -> int:
+        """Cancel all tasks that nobody has claimed, except the ``keep`` that come first; returns how many. They will be
+        collected as CANCELLED.
+        """
         ring = self.ring
 
         def section() -> int:  # a claim is made under the mutex too: nobody is looking at what stands in these lists
             cursors = ring.cursors()
             waiting = ring.entries(ring.retry, cursors.retry_head, cursors.retry_tail - cursors.retry_head)
             waiting += ring.entries(ring.ready, cursors.ready_head, cursors.ready_tail - cursors.ready_head)
-            cancelled = list(filter(wanted, waiting[keep:]))
-            for entry in cancelled:
-                at = ring.tasks + layout.slot_of(entry) * RECORD_BYTES + layout.TASK_CANCEL_AT
-                ring.words[at >> 3] = 1
-            return len(cancelled)
+            for entry in waiting[keep:]:
+                self.refuse(layout.slot_of(entry), layout.sequence_of(entry))
+            return len(waiting[keep:])
 
         return ring.lock.run(section)
 

@@ -74,7 +74,7 @@ Little-endian; every word is 8 bytes and aligned. N slots, W workers (at most 64
     0x0c   I    length           of the payload that follows, bytes; 0 where blob is set
     0x10   Q    blob             id of the payload's blob, 0: none
     0x18   Q    form             Form of the payload
-    0x20   Q    cancel           1: do not start it
+    0x20   Q    cancel           1 + the sequence of the task that is not to be started; 0: none
     0x28   Q    blame            attempt << 8 | deaths: how many workers died in it before that attempt
     0x30   1040s payload
 

@@ -52,8 +52,9 @@ class PostCall(Protocol):
 class Results:
     """The records of ``ring``, seen by worker ``index`` (or by the coordinator, which posts for the dead).
 
-    ``read_task(entry)``: function id, payload, blob id, form and cancel word of a task. ``post(entry, status, encoding,
-    payload, duration_ns, blob_bytes=0)`` commits its result; ``payload``: at most INLINE_BYTES.
+    ``read_task(entry)``: function id, payload, blob id and form of a task, and whether it is not to be started.
+    ``post(entry, status, encoding, payload, duration_ns, blob_bytes=0)`` commits its result; ``payload``: at most
+    INLINE_BYTES.
     """
 
     def __init__(self, ring: Ring, index: int) -> None:
@@ -69,12 +70,14 @@ class Results:
 
     def _make_read_task(self) -> Callable[[int], tuple[int, bytes, int, int, int]]:
         mapping, tasks_at, slot_mask, record_bytes = self._mapping, self._tasks + 8, layout.SLOT_MASK, RECORD_BYTES
-        read, payload_at = _read_task, PAYLOAD_AT - 8
+        read, payload_at, sequence_shift = _read_task, PAYLOAD_AT - 8, layout.SEQUENCE_SHIFT
 
         def read_task(entry: int) -> tuple[int, bytes, int, int, int]:
             at = tasks_at + (entry & slot_mask) * record_bytes
             function, length, blob, form, cancel = read(mapping, at)
             at += payload_at
+            if cancel:  # meant for this task, or for one that had the slot before it
+                cancel = cancel == (entry >> sequence_shift) + 1
             return function, mapping[at : at + length], blob, form, cancel
 
         return read_task
