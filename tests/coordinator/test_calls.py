@@ -136,7 +136,6 @@ def test_arguments_and_results_of_any_size(executor: RingPoolExecutor, n_bytes: 
 
 
 MAIN = """
-import sys
 from functools import partial
 from ringpool import RingPoolExecutor
 
@@ -171,8 +170,6 @@ if __name__ == "__main__":
             assert pool.submit(Shifter(5).shift, 1).result() == 6
             assert list(pool.map(partial(Shifter.shift, Shifter(2)), [1])) == [3]
             assert pool.submit(Shifter.shift, Shifter(4), 1).result() == 5
-            if sys.argv[0] in ("-c", "-"):
-                continue  # results of classes that no module has do not travel
             assert pool.submit(make, 3).result() == Shifter(3)
             assert list(pool.map(make, range(20))) == [Shifter(n) for n in range(20)]
             error = pool.submit(fail, "words of it").exception()
@@ -182,13 +179,109 @@ if __name__ == "__main__":
 """
 
 
+BACK = """
+import enum
+from dataclasses import dataclass
+from ringpool import RingPoolExecutor
+from ringpool.errors import RemoteError, ResultTransportError
+
+@dataclass
+class Point:
+    x: int
+
+class Colour(enum.Enum):
+    RED = 1
+
+class Outer:
+    class Inner:
+        pass
+
+class OwnError(Exception):
+    pass
+
+class PairError(Exception):
+    def __init__(self, first, second):
+        super().__init__(first)
+
+def make(kind):
+    class Local:
+        pass
+
+    match kind:
+        case "dataclass": return Point(3)
+        case "in a list": return [Point(1), 2]
+        case "enum": return Colour.RED
+        case "nested": return Outer.Inner()
+        case "class": return Outer.Inner
+        case "function": return make
+        case "lambda": return lambda: 0
+        case "local": return Local()
+        case "raise": raise OwnError("words of it", Point(4))
+        case "raise what cannot be rebuilt": raise PairError("words", "of it")
+    return kind()
+
+def fail(kind):
+    raise kind("words of it")
+
+class Gone(Exception):
+    pass
+
+gone = Gone
+del Gone
+
+def outcomes(pool, function, item):
+    yield lambda: pool.submit(function, item).result()
+    yield lambda: list(pool.map(function, [item] * 50, chunksize=50))[49]
+
+if __name__ == "__main__":
+    for method in ("forkserver", "spawn", "fork"):
+        with RingPoolExecutor(1, mp_context=method) as pool:
+            for function in (make, lambda kind: make(kind)):
+                def results(item):
+                    return [outcome() for outcome in outcomes(pool, function, item)]
+                def errors(item, function=function):
+                    for outcome in outcomes(pool, function, item):
+                        try:
+                            raise AssertionError(outcome())
+                        except Exception as error:
+                            yield error
+                assert results("dataclass") == [Point(3)] * 2
+                assert results("in a list") == [[Point(1), 2]] * 2
+                assert all(result is Colour.RED for result in results("enum"))
+                assert all(type(result) is Outer.Inner for result in results("nested"))
+                assert results("class") == [Outer.Inner] * 2
+                assert results("function") == [make] * 2
+                for outcome in outcomes(pool, function, "raise"):
+                    try:
+                        outcome()
+                    except OwnError as error:
+                        assert error.args == ("words of it", Point(4))
+                        assert "in make" in str(error.__cause__)
+                for error in errors("raise what cannot be rebuilt"):
+                    assert type(error) is RemoteError and "PairError: words" in str(error), repr(error)
+                for kind in ("lambda", "local"):
+                    for error in errors(kind):
+                        assert f"make.<locals>.{kind.capitalize()}".replace("Lambda", "<lambda>") in str(error), error
+                        assert "return value, of type" in "".join(error.__notes__)
+            if method == "fork":
+                continue  # such a worker gives back the very class
+            for error in errors(gone):
+                assert type(error) is ResultTransportError and "sent Gone by its name" in str(error), repr(error)
+            for error in errors(gone, fail):
+                assert type(error) is RemoteError and error.message == "words of it", repr(error)
+                assert "in fail" in str(error.__cause__) and "sent Gone by its name" in error.__notes__[0]
+    print("well done")
+"""
+
+
+@pytest.mark.parametrize("program", [MAIN, BACK], ids=["calls", "results"])
 @pytest.mark.parametrize("how", ["a script", "python -c", "standard input", "python -m"])
-def test_what_the_main_module_defines_can_be_called(tmp_path: Path, how: str) -> None:
+def test_what_the_main_module_defines_travels_both_ways(tmp_path: Path, program: str, how: str) -> None:
     script = tmp_path / "a_script.py"
-    script.write_text(MAIN)
+    script.write_text(program)
     arguments = {
         "a script": [str(script)],
-        "python -c": ["-c", MAIN],
+        "python -c": ["-c", program],
         "standard input": ["-"],
         "python -m": ["-m", "a_script"],
     }
@@ -196,7 +289,50 @@ def test_what_the_main_module_defines_can_be_called(tmp_path: Path, how: str) ->
         [sys.executable, *arguments[how]],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore::DeprecationWarning"},
-        input=MAIN if how == "standard input" else "",
+        input=program if how == "standard input" else "",
+        capture_output=True,
+        text=True,
+        timeout=WATCHDOG_S,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "well done\n", "")
+
+
+def test_what_stands_under_the_guard_of_a_script_is_not_found_and_says_so(tmp_path: Path) -> None:
+    script = tmp_path / "a_script.py"
+    script.write_text("""
+from ringpool import RingPoolExecutor
+from ringpool.errors import ArgumentTransportError
+
+if __name__ == "__main__":
+    def hidden(x):
+        return x
+
+    class Hidden:
+        pass
+
+    for method in ("forkserver", "spawn"):
+        with RingPoolExecutor(1, mp_context=method) as pool:
+            for name, outcome in (
+                ("hidden", lambda: pool.submit(hidden, 1).result()),
+                ("hidden", lambda: pool.submit(hidden, x=[1]).result()),
+                ("hidden", lambda: list(pool.map(hidden, range(50)))),
+                ("Hidden", lambda: pool.submit(id, Hidden()).result()),
+                ("Hidden", lambda: list(pool.map(id, [Hidden()] * 50, chunksize=50))),
+            ):
+                try:
+                    outcome()
+                except ArgumentTransportError as error:
+                    assert f"'{name}'" in str(error) and "at the top level of the module" in str(error), error
+                else:
+                    raise AssertionError(name)
+            assert pool.submit(abs, -1).result() == 1
+    with RingPoolExecutor(1, mp_context="fork") as pool:
+        assert (pool.submit(hidden, 1).result(), list(pool.map(hidden, range(3)))) == (1, [0, 1, 2])
+    print("well done")
+""")
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", script],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=WATCHDOG_S,
@@ -410,8 +546,20 @@ def test_a_task_that_ignores_signals_does_not_keep_its_worker_from_ending() -> N
 
 
 @pytest.mark.parametrize("daemon", [True, False])
-def test_threads_that_a_task_left_do_not_keep_its_worker_from_ending(daemon: bool) -> None:
+def test_threads_that_a_task_left_do_not_keep_its_worker_from_ending(
+    daemon: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
     with RingPoolExecutor(1) as own:
         pid = own.submit(functions.start_threads, daemon).result(WATCHDOG_S)
         assert own.submit(os.getpid).result(WATCHDOG_S) == pid
     assert not is_alive(pid)
+    words = f"ringpool: workers ({pid},) have not ended 5 s after they were told to, and are killed\n"
+    assert capfd.readouterr().err == ("" if daemon else words)
+
+
+def test_a_thread_that_a_task_left_has_time_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    with RingPoolExecutor(1) as own:
+        own.submit(functions.note_in_a_thread, str(path), 0.3).result(WATCHDOG_S)
+        assert not path.exists()
+    assert functions.noted(path) == [1]

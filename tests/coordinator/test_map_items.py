@@ -193,6 +193,26 @@ def test_nobody_waits_behind_a_slow_item(executor: RingPoolExecutor, notes: str,
     assert sorted(functions.noted(notes)) == [item for item in range(5000) if item != slow]
 
 
+@pytest.mark.parametrize("map_name", ["map", "map_unordered"])
+@pytest.mark.parametrize("chunksize", [None, 1250])
+@pytest.mark.parametrize("kind", ["int", "large", "mixed"])
+def test_results_do_not_wait_for_a_slow_item_behind_them(
+    executor: RingPoolExecutor, tmp_path: Path, map_name: str, chunksize: int | None, kind: str
+) -> None:
+    gate = tmp_path / "gate"
+    call = partial(functions.wait_for_if_and_give, str(gate), 2400, kind)
+    results = getattr(executor, map_name)(call, range(5000), chunksize=chunksize)
+    try:
+        n = 2400 if map_name == "map" else 4999 if chunksize is None else 4900  # those in its chunk wait with it
+        found = [next(results) for _ in range(n)]
+        assert not gate.exists()
+    finally:
+        gate.touch()
+    found += results
+    expected = [functions.wait_for_if_and_give(str(gate), -1, kind, item) for item in range(5000)]
+    assert (found if map_name == "map" else sorted(found, key=functions.item_of)) == expected
+
+
 def test_calls_do_not_wait_behind_a_slow_one_either(executor: RingPoolExecutor, notes: str) -> None:
     call = partial(functions.note_but_one_waits, notes, 300, 999)
     futures = [executor.submit(call, item) for item in range(1000)]

@@ -28,7 +28,7 @@ from tests.crash.vector_world import VectorWorld
 from ringpool import RingPoolExecutor
 from ringpool.errors import WorkerDiedError
 
-LENGTHS = (13, 4, 3)
+LENGTHS = (15, 4, 3, 6)
 
 
 # ---- alone -----------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def die_in(deadly: int, retries: int) -> None:
 
 
 @pytest.mark.parametrize("retries", [0, 2])
-@pytest.mark.parametrize("deadly", [0, 1, 6, 12, 13, 19])
+@pytest.mark.parametrize("deadly", [0, 1, 6, 8, 14, 15, 21, 22, 26])
 def test_an_item_that_kills_its_workers_fails_after_so_many_deaths(deadly: int, retries: int) -> None:
     die_in(deadly, retries)
 
@@ -80,7 +80,7 @@ def test_an_item_that_kills_its_workers_fails_after_so_many_deaths(deadly: int, 
 
 
 @can_take_back
-@pytest.mark.parametrize("stop_at", [0, 3, 14])
+@pytest.mark.parametrize("stop_at", [0, 3, 16])
 @sweeps(stride=197)
 def test_a_worker_killed_after_a_part_was_taken_from_it_loses_nothing(sweep: Sweep, stop_at: int) -> None:
     """It is at that item when half of those behind it are taken."""

@@ -23,7 +23,7 @@ from ringpool.shm.layout import OutcomeKind
 from ringpool.shm.vectors import Arena, Chunks, Span
 
 N_ITEMS = 3
-N_RUN, N_SPLIT = 400, 150
+N_RUN, N_SPLIT = 460, 150
 ITEMS = [10, 20, "three"]  # two plain words, and a stream
 
 
@@ -131,5 +131,5 @@ class Duel:
         assert self._read(span, n) + self._read(rest, N_ITEMS - n) == ITEMS
 
     def _read(self, span: Span, n: int) -> list[Any]:
-        plain, stream = self.arena.outcomes(span, n)
+        plain, stream = self.arena.outcomes(span, vectors.Done(n, self.arena.done(span).packed_bytes))
         return plain + [pickle.loads(body) for _, body in vectors.stream(stream)]

@@ -22,7 +22,7 @@ VECTORS, PIECES, BALANCE, PUMP = (
     "vectors.py",
     *(f"../coordinator/{file}" for file in ("pieces.py", "balance.py", "pump.py")),
 )
-STORE = "            words[progress] = i\n"
+STORE = "            words[progress] = packed | i\n"
 CALL = "                value = call(items[i])\n"
 PREFIX_ITEMS = "                words[prefix_items] = i - first\n"
 SPLIT = "        words[head + layout.V_LIMIT] = 0\n"
@@ -31,7 +31,11 @@ FENCE = (
     "            words[head + layout.V_LIMIT] = span.end\n"
     "            return span.end\n"
 )
-FOLLOWING = "        following = words[head + layout.V_PROGRESS] + 1  # read after the store above: see the module\n"
+FOLLOWING = (
+    "        following = (words[head + layout.V_PROGRESS] & _ITEM_MASK) + 1"
+    "  # read after the store above: see the module\n"
+)
+PACKED = "                        mapping[packed_end:end_of_it] = body\n"
 
 MUTANTS = [
     Mutant(
@@ -39,18 +43,18 @@ MUTANTS = [
         "worker",
         (
             Change(VECTORS, STORE, ""),
-            Change(VECTORS, CALL, f"{CALL}                words[progress] = i\n"),
+            Change(VECTORS, CALL, f"{CALL}                words[progress] = packed | i\n"),
         ),
     ),
     Mutant(
         "progress passes an item before its outcome stands",
         "worker",
-        (Change(VECTORS, CALL, f"{CALL}                words[progress] = i + 1\n"),),
+        (Change(VECTORS, CALL, f"{CALL}                words[progress] = packed | i + 1\n"),),
     ),
     Mutant(
         "progress does not pass the last item",
         "worker",
-        (Change(VECTORS, "        words[progress] = stop\n", ""),),
+        (Change(VECTORS, "        words[progress] = packed | stop\n", ""),),
     ),
     Mutant(
         "the end of the plain words is stored after what follows them",
@@ -70,11 +74,14 @@ MUTANTS = [
         "the type of the plain words is stored with the last of them",
         "worker",
         (
-            Change(VECTORS, "                    words[head + layout.V_PREFIX] = _PREFIXES[kind]\n", ""),
+            Change(
+                VECTORS, "prefix, words[head + layout.V_PREFIX] = _prefix_of(kind)", "prefix, code = _prefix_of(kind)"
+            ),
+            Change(VECTORS, "        tail = 0  # of the stream", "        code = 0\n        tail = 0  # of the stream"),
             Change(
                 VECTORS,
                 PREFIX_ITEMS,
-                f"                words[head + layout.V_PREFIX] = _PREFIXES.get(prefix, 0)\n{PREFIX_ITEMS}",
+                f"                words[head + layout.V_PREFIX] = code\n{PREFIX_ITEMS}",
             ),
         ),
     ),
@@ -122,9 +129,8 @@ MUTANTS = [
         (
             Change(
                 VECTORS,
-                "return values, self.mapping[at : self._end_of_stream(at, n - plain, (span.chunk + 1) * CHUNK_BYTES)]",
-                "return values, memoryview(self.mapping)[\n"
-                "            at : self._end_of_stream(at, n - plain, (span.chunk + 1) * CHUNK_BYTES)]",
+                "return values, self.mapping[at : self._end_of_stream(at, n - max(taken.n, plain), end)]",
+                "return values, memoryview(self.mapping)[at : self._end_of_stream(at, n - max(taken.n, plain), end)]",
             ),
         ),
     ),
@@ -155,7 +161,7 @@ MUTANTS = [
     Mutant(
         "a worker does not wait for the decision",
         "meeting",
-        (Change(VECTORS, "        return i < words[limit]\n", "        return True\n"),),
+        (Change(VECTORS, "        return i < bound\n", "        return True\n"),),
     ),
     Mutant(
         "a worker that meets an undecided limit takes it for none",
@@ -170,7 +176,7 @@ MUTANTS = [
     Mutant(
         "the item that is being run is taken too",
         "meeting",
-        (Change(VECTORS, "words[head + layout.V_PROGRESS] + 1  #", "words[head + layout.V_PROGRESS]  #"),),
+        (Change(VECTORS, "& _ITEM_MASK) + 1  # read", "& _ITEM_MASK)  # read"),),
     ),
     Mutant(
         "the publisher forgets what it has taken",
@@ -189,9 +195,43 @@ MUTANTS = [
         ),
     ),
     Mutant(
+        "progress tells of a packed outcome before that stands",
+        "worker",
+        (
+            Change(
+                VECTORS,
+                PACKED,
+                f"                        words[progress] = end_of_it - packed_at << 32 | i + 1\n{PACKED}",
+            ),
+        ),
+    ),
+    Mutant(
+        "progress tells of packed bytes when their item is long done",
+        "worker",
+        (
+            Change(VECTORS, "                        packed_end = end_of_it\n", ""),
+            Change(
+                VECTORS,
+                "                        packed = packed_end - packed_at << 32\n",
+                "                        packed = packed_end - packed_at << 32\n"
+                "                        packed_end = end_of_it\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "outcomes that were taken early are taken again",
+        "undisturbed",
+        (Change(PIECES, "part.taken, part.taken_ns = done, spent_ns", "part.taken_ns = spent_ns"),),
+    ),
+    Mutant(
+        "outcomes are taken early with the one whose blob nobody has fetched",
+        "undisturbed",
+        (Change(PIECES, "[-1][0] >= OutcomeKind.BLOB", "[-1][0] > OutcomeKind.ERROR_BLOB"),),
+    ),
+    Mutant(
         "a fork that comes back encodes its result",
         "forks",
-        (Change(VECTORS, "            words[progress] = i  # in a fork", "            # in a fork"),),
+        (Change(VECTORS, "            words[progress] = packed | i  # in a fork", "            # in a fork"),),
     ),
 ]
 
@@ -218,7 +258,7 @@ def _stand() -> Iterator[Stand]:
 
 def _worker() -> None:
     at = 1
-    while test_vectors_crash.kill(at, 0, lengths=(8, 2)):
+    while test_vectors_crash.kill(at, 0, lengths=(8, 2, 2)):
         at += 3
 
 

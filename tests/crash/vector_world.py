@@ -20,6 +20,7 @@ import mmap
 import os
 import select
 import signal
+import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -62,7 +63,7 @@ def _raise(error: BaseException) -> Any:
     raise error
 
 
-# What an item returns or raises, by its index; a vector of the first thirteen meets all that an outcome can be.
+# What an item returns or raises, by its index; a vector of the first fifteen meets all that an outcome can be.
 OUTCOMES: list[Callable[[int], Any]] = [
     lambda i: 3 * i + 1,
     lambda i: -i,
@@ -72,6 +73,8 @@ OUTCOMES: list[Callable[[int], Any]] = [
     lambda i: _raise(ValueError(i)),
     lambda i: (i, [i]),
     lambda i: _raise(StubbornError(f"stubborn {i}")),
+    lambda i: f"packed {i}" * 3,
+    lambda i: i % 2 == 0,
     lambda i: bytes([i]) * LARGE,
     lambda i: _raise(RuntimeError(i, bytes(LARGE))),
     lambda i: lambda: i,
@@ -79,6 +82,12 @@ OUTCOMES: list[Callable[[int], Any]] = [
     lambda i: i * 0.5,
     *[lambda i: None] * 4,
     *[lambda i: i * 0.25] * 3,
+    lambda i: "\xe4" * i,
+    lambda i: b"",
+    lambda i: -(2**40) * i,
+    lambda i: None,
+    lambda i: _raise(ValueError(i)),
+    lambda i: f"behind {i}",
 ]
 
 
@@ -178,13 +187,15 @@ class VectorWorld(World):
     def turn(self) -> None:
         """A turn of the pump."""
         self.pump._publish()
+        for ticket, began_ns in self.pump.balance._running_vectors():
+            ticket.sink.deliver_early(ticket, self.arena, time.monotonic_ns() - began_ns)
         if self.end.has_results:
             self.end.collect(self.pump._deliver)
 
     @property
     def is_done(self) -> bool:
-        """Whether all items have arrived."""
-        return self.inbox.n_arrived >= self.n_items
+        """Whether all items have arrived, and the vectors that brought them."""
+        return self.inbox.n_arrived >= self.n_items and self.pump._is_idle()
 
     def serve(self, worker: Child) -> bool:
         """Take turns until all has arrived, and the worker has ended; or until it has died: whether it has."""

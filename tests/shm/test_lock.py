@@ -352,20 +352,25 @@ def test_acquire_within_takes_over_from_the_dead(file: Path, mutex: Mutex) -> No
 
 
 def test_an_old_c_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock.platform, "libc_ver", lambda: ("glibc", "2.24"))
+    monkeypatch.setattr(lock.os, "confstr", lambda _name: "glibc 2.24")
     with mmap.mmap(-1, mmap.PAGESIZE) as mapping, pytest.raises(LockBrokenError, match=r"need glibc 2\.25 or newer"):
         lock.initialise_mutex(mapping, 0)
 
 
 @pytest.mark.parametrize(
     ("libc", "version"),
-    [(("glibc", "2.36"), (2, 36)), (("glibc", "2.40.9"), (2, 40)), (("", ""), (0, 0)), (("musl", "1.2"), (0, 0))],
+    [("glibc 2.36", (2, 36)), ("glibc 2.40.9", (2, 40)), ("", (0, 0)), (None, (0, 0)), ("musl 1.2", (0, 0))],
 )
 def test_the_c_librarys_version_is_read(
-    libc: tuple[str, str], version: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    libc: str | None, version: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock.platform, "libc_ver", lambda: libc)
+    monkeypatch.setattr(lock.os, "confstr", lambda _name: libc)
     assert lock.glibc_version() == version
+
+
+def test_a_c_library_that_does_not_know_the_question_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock.os, "confstr", lambda _name: os.sysconf("no such name"))
+    assert lock.glibc_version() == (0, 0)
 
 
 def test_the_kind_tells_a_robust_shared_mutex_from_other_bytes(mutex: Mutex) -> None:

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from tests.workers.test_values import same
@@ -24,10 +25,11 @@ from tests.workers.test_values import same
 from ringpool.errors import SegmentFormatError, SegmentMissingError, SharedMemoryFullError
 from ringpool.shm import barrier, layout, vectors
 from ringpool.shm.layout import CHUNK_BYTES, VECTOR_ITEMS_AT, OutcomeKind
-from ringpool.shm.vectors import ALL, Arena, Chunks, Span
+from ringpool.shm.vectors import ALL, Arena, Chunks, Done, Span
 
 N_CHUNKS = 3
 CHUNK = 1  # the one that is used: a step beyond either end of it is seen
+EARLY_MAX = 40  # so few items are looked at while they run as well
 NO_QUOTA = 1 << 30
 PICKLE, ERROR, BLOB, ERROR_BLOB = (
     int(kind) for kind in (OutcomeKind.PICKLE, OutcomeKind.ERROR, OutcomeKind.BLOB, OutcomeKind.ERROR_BLOB)
@@ -98,6 +100,7 @@ class Stand:
     def __init__(self, segment: str) -> None:
         self.arena = Arena(segment, N_CHUNKS)
         self.worker = Chunks.attach(segment)
+        self.marks: list[Done] = []  # before each item, and at the end
 
     def close(self) -> None:
         self.worker.close()
@@ -117,20 +120,36 @@ class Stand:
         span = Span(CHUNK, first, len(outcomes) if end is None else end, items_bytes, 0)
         self.arena.write(span, bytes(items_bytes))
 
+        early: list[Any] = []
+        taken = Done()
+        self.marks = []
+
         def call(item: int) -> Any:
             before(item)
+            nonlocal taken
             assert self.arena.progress(span) == item
+            self.marks.append(self.arena.done(span))
+            if len(outcomes) <= EARLY_MAX:  # whoever looks in meanwhile sees what there is so far, and no more
+                done = self.arena.done(span)
+                assert done.n == item - first
+                early.extend(self._read(span, done, taken))
+                taken = done
+                assert repr(early) == repr([as_read(outcome) for outcome in outcomes[first:item]])  # not a number too
             if isinstance(outcomes[item], BaseException):
                 raise outcomes[item]
             return outcomes[item]
 
         n = self.worker.run(span, range(len(outcomes)), call, encode, encode_error, quota)
         assert self.arena.progress(span) == first + n
+        self.marks.append(self.arena.done(span))
         return span, n
 
     def read(self, span: Span, n: int) -> list[Any]:
-        """The first ``n`` outcomes."""
-        plain, stream = self.arena.outcomes(span, n)
+        """The first ``n`` outcomes of what was run last, as they were when they stood."""
+        return self._read(span, self.marks[n] if n < len(self.marks) else self.arena.done(span))
+
+    def _read(self, span: Span, done: Done, taken: Done = Done()) -> list[Any]:  # noqa: B008  (immutable)
+        plain, stream = self.arena.outcomes(span, done, taken)
         return plain + [decode(kind, body) for kind, body in vectors.stream(stream)]
 
 
@@ -196,8 +215,8 @@ def test_an_outcome_of_any_type_comes_back_from_any_place(stand: Stand, outcome:
 
 @pytest.mark.parametrize("value", [None, -5, 0.5])
 def test_outcomes_of_one_plain_type_take_a_word_each_and_none_takes_nothing(stand: Stand, value: Any) -> None:
-    span, n = stand.run([value] * 100)
-    assert stand.arena.outcomes(span, n) == ([value] * 100, b"")
+    span, _ = stand.run([value] * 100)
+    assert stand.arena.outcomes(span, stand.arena.done(span)) == ([value] * 100, b"")
     outcomes_at = CHUNK * CHUNK_BYTES + vectors.outcomes_at(span)
     written = stand.arena.mapping[outcomes_at : (CHUNK + 1) * CHUNK_BYTES].rstrip(b"\0")
     assert len(written) <= (0 if value is None else 800)
@@ -233,20 +252,37 @@ runs_of_one_type = st.one_of(
     st.lists(st.none(), max_size=20),
     st.lists(st.integers(-(2**63), 2**63 - 1), max_size=20),
     st.lists(st.floats(), max_size=20),
+    st.lists(st.text(max_size=10), max_size=20),
+    st.lists(st.one_of(st.booleans(), st.binary(max_size=40), st.integers(), plain), max_size=20),
 )
+
+
+def packed(outcome: Any) -> bytes | None:
+    """As msgpack, where it is of a type that comes back as it was."""
+    try:
+        return msgspec.msgpack.encode(outcome) if type(outcome) in (bool, str, bytes, int, float, type(None)) else None
+    except (OverflowError, UnicodeEncodeError):
+        return None
 
 
 def runs_of(outcomes: list[Any], quota: int, room: int) -> int:
     """The model: how many items are run, where ``room`` bytes are left for outcomes."""
     kinds = {type(None): 0, int: 8, float: 8}
-    n_plain = 0
+    n_plain = used = 0
     width = kinds.get(type(outcomes[0])) if outcomes else None
+    if outcomes and type(outcomes[0]) in (bool, str, bytes):
+        for outcome in outcomes:
+            body = packed(outcome)
+            if body is None or used + len(body) + 16 > room:
+                break
+            used += len(body)
+            n_plain += 1
     if width is not None:
         while n_plain < len(outcomes) and type(outcomes[n_plain]) is type(outcomes[0]):
             if width and type(outcomes[0]) is int and not -(2**63) <= outcomes[n_plain] < 2**63:
                 break
             n_plain += 1
-    used = n_plain * (width or 0)
+        used = n_plain * width
     for i, outcome in enumerate(outcomes[:quota]):
         if i < n_plain:
             continue
@@ -310,7 +346,7 @@ def test_results_are_written_up_to_the_last_byte_of_a_chunk_and_one_more_is_sent
         assert stand.worker.run(span, (spare, 1 << 40), Spare, fill, fill, 2) == 2
         first_bytes = CHUNK_BYTES - outcomes_at - 16 - spare
         assert room.pop() == spare - 8, "what is left beside the head of one that went elsewhere"
-        assert stand.arena.outcomes(span, 2)[1][8 + first_bytes :] == layout.OUTCOME.pack(0, BLOB)
+        assert stand.arena.outcomes(span, stand.arena.done(span))[1][8 + first_bytes :] == layout.OUTCOME.pack(0, BLOB)
 
 
 @pytest.mark.parametrize("large", [bytes(CHUNK_BYTES), RuntimeError(bytes(CHUNK_BYTES))], ids=["value", "exception"])
@@ -591,12 +627,12 @@ def test_a_payload_of_another_length_is_no_span() -> None:
 
 
 def test_an_outcome_that_is_longer_than_its_chunk_is_an_error(stand: Stand) -> None:
-    span, n = stand.run(["a", "b", "c"])
+    span, n = stand.run([Length(1.5), "b", "c"])
     at = CHUNK * CHUNK_BYTES + vectors.outcomes_at(span)
     second = at + 8 + layout.OUTCOME.unpack_from(stand.arena.mapping, at)[0]
     for length in (CHUNK_BYTES, 2**31, 2**32 - 1, (CHUNK + 1) * CHUNK_BYTES - second - 8 + 1):
         layout.OUTCOME.pack_into(stand.arena.mapping, second, length, PICKLE)
-        assert stand.read(span, 1) == ["a"]
+        assert stand.read(span, 1) == [1.5]
         with pytest.raises(SegmentFormatError, match="run over its chunk"):
             stand.read(span, n)
 
@@ -605,15 +641,15 @@ def test_so_many_plain_outcomes_as_no_vector_has_are_an_error(stand: Stand) -> N
     span, n = stand.run([1, 2])
     for n_done in (-1, n + 1, ALL):
         with pytest.raises(SegmentFormatError, match="vector"):
-            stand.arena.outcomes(span, n_done)
+            stand.arena.outcomes(span, Done(n_done))
 
 
 def test_a_prefix_of_a_type_that_is_none_is_an_error(stand: Stand) -> None:
-    span, n = stand.run([1, 2])
-    for prefix in (3, ALL):
+    span, _ = stand.run([1, 2])
+    for prefix in (4, ALL):
         stand.arena.words[(CHUNK * CHUNK_BYTES >> 3) + layout.V_PREFIX] = prefix
         with pytest.raises(SegmentFormatError, match="vector"):
-            stand.arena.outcomes(span, n)
+            stand.arena.outcomes(span, stand.arena.done(span))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -626,7 +662,7 @@ def test_a_chunk_full_of_anything_is_read_or_refused(stand: Stand, seed: int) ->
             at = CHUNK * CHUNK_BYTES + lots.choice((lots.randrange(8, 32), lots.randrange(64, 300)))
             stand.arena.mapping[at] = lots.choice((0, 1, 0x7F, 0xFF, lots.randrange(256)))
         try:
-            plain, stream = stand.arena.outcomes(span, n)
+            plain, stream = stand.arena.outcomes(span, stand.arena.done(span))
         except SegmentFormatError:
             n_refused += 1
             continue

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, strategies as st
 from tests.workers.test_values import PLAIN, Colour, Point, same
 
-from ringpool.errors import ArgumentTransportError
+from ringpool.errors import ArgumentTransportError, RemoteError
 from ringpool.shm import blobs, owner, segment
 from ringpool.shm.layout import CHUNK_BYTES, Encoding, Form, ItemsEncoding
 from ringpool.workers import calls, values
@@ -319,6 +319,85 @@ def test_a_result_whose_pickling_exits_says_so_too() -> None:
     with pytest.raises(SystemExit) as caught:
         calls.encode_result([Exits()])
     assert any("return value, of type list" in note for note in caught.value.__notes__)
+
+
+# ---- what goes back by name ------------------------------------------------------------------------------------------
+
+
+def of_main(name: str, base: type = object) -> Any:
+    """A class as a worker has it that got it by value."""
+    return type(name.rpartition(".")[2], (base,), {"__module__": "__main__", "__qualname__": name})
+
+
+def returned(value: object) -> Any:
+    sent = calls.encode_result(value)
+    return values.decode(sent.encoding, sent.body, list(sent.buffers) or None)
+
+
+def raised(error: BaseException) -> BaseException:
+    sent = values.encode_error(error)
+    return values.decode_error(values.decode(sent.encoding, sent.body))
+
+
+def test_an_instance_of_a_class_of_main_is_one_of_the_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "Kind", true := of_main("Kind"), raising=False)
+    monkeypatch.setattr(true, "Inner", inner := of_main("Kind.Inner"), raising=False)
+    array = np.arange(5000)
+    found = returned([of_main("Kind")(), of_main("Kind.Inner")(), array, Point(1, 2)])
+    assert [type(each) for each in found] == [true, inner, np.ndarray, Point]
+    assert np.array_equal(found[2], array)
+    assert type(returned(true())) is true
+
+
+def test_an_exception_of_a_class_of_main_is_one_of_the_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = of_main("OwnError", ValueError)
+    sent = of_main("OwnError", ValueError)("words of it")
+    words = raised(sent)
+    assert isinstance(words, RemoteError)
+    assert (words.type_name, words.message) == ("OwnError", "words of it")
+    assert "OwnError by its name" in words.__notes__[0]
+    monkeypatch.setattr(sys.modules["__main__"], "OwnError", true, raising=False)
+    error = raised(sent)
+    assert (type(error), error.args) == (true, ("words of it",))
+    assert "words of it" in str(error.__cause__)
+
+
+def test_a_name_that_the_reader_does_not_have_says_so() -> None:
+    with pytest.raises(AttributeError, match=r"a worker sent Kind\.Inner by its name"):
+        returned(of_main("Kind.Inner")())
+
+
+@pytest.mark.parametrize("name", ["make.<locals>.Kind", "<lambda>"])
+def test_what_has_no_name_does_not_go_by_it(name: str) -> None:
+    with pytest.raises((pickle.PicklingError, AttributeError)) as caught:
+        calls.encode_result(of_main(name)())
+    assert any("return value, of type" in note for note in caught.value.__notes__)
+
+
+def test_two_classes_of_one_name_do_not_become_one() -> None:
+    with pytest.raises(pickle.PicklingError, match="Kind"):
+        calls.encode_result([of_main("Kind")(), of_main("Kind")()])
+
+
+NESTED = """
+class Inner(Kind):
+    pass
+
+Kind.Inner, Inner.__qualname__ = Inner, "Kind.Inner"
+
+def make():
+    class Local:
+        pass
+    return Local
+
+sys.stdout.buffer.write(calls.encode_call(None, (Kind.Inner, Kind, make()), {}).encoded.body)
+"""
+
+
+def test_a_class_that_goes_by_value_keeps_its_whole_name() -> None:
+    _, classes, _ = calls.decode_call(call, Form.PICKLED, interactive(["-c", PROGRAM.format(body=NESTED)], ""), None)
+    assert [each.__qualname__ for each in classes] == ["Kind.Inner", "Kind", "make.<locals>.Local"]
+    assert classes[1].Inner is classes[0]
 
 
 # ---- arrays ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
     a claim of several tasks that has not moved for 20 ms      its unstarted tasks go back to the ring
     a vector of many items, while some worker is idle          the items that it has not come to are shared out
+    a vector that has been under way for 20 ms                 the outcomes that it has so far are handed over
 
 Used by the pump's thread alone.
 """
@@ -9,9 +10,9 @@ Used by the pump's thread alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from ringpool.coordinator.tickets import Part, Ticket
+from ringpool.coordinator.tickets import Part, Sink, Ticket
 from ringpool.shm import layout
 from ringpool.shm.dispatch import CoordinatorEnd
 from ringpool.shm.vectors import Arena
@@ -31,11 +32,13 @@ class Balance:
         self._claims: list[int] = [0] * end.ring.workers
         self._watched_at = time.monotonic()
 
-    def watch_claims(self) -> None:
-        """Break up claims of several tasks that do not move: a long one has got in among short ones."""
+    def watch_claims(self) -> bool:
+        """Break up claims of several tasks that do not move: a long one has got in among short ones. Whether it was
+        time to look.
+        """
         now = time.monotonic()
         if now - self._watched_at < TAKE_BACK_AFTER_S:
-            return
+            return False
         self._watched_at = now
         ring = self._end.ring
         for worker in range(ring.workers):
@@ -43,6 +46,25 @@ class Balance:
             if claim == self._claims[worker] and claim & layout.CLAIM_COUNT_MASK > 1:
                 self.n_taken_back += self._end.take_back(worker)
             self._claims[worker] = claim
+        return True
+
+    def deliver_overdue(self, arena: Arena) -> list[Sink]:
+        """What there is of vectors that have been under way for long goes to their sinks; to which."""
+        sinks: list[Sink] = []
+        now_ns = time.monotonic_ns()
+        for ticket, began_ns in self._running_vectors():
+            spent_ns = now_ns - began_ns
+            if spent_ns > TAKE_BACK_AFTER_S * 1e9 and ticket.sink.deliver_early(ticket, arena, spent_ns):
+                sinks.append(ticket.sink)
+        return sinks
+
+    def _running_vectors(self) -> Iterator[tuple[Ticket, int]]:
+        """The vectors that workers are at, and since when (CLOCK_MONOTONIC, ns)."""
+        ring = self._end.ring
+        for worker in range(ring.workers):
+            ticket = self._ticket_of(ring.words[ring.worker_word(worker, layout.W_RUNNING)] - 1)
+            if ticket is not None and ticket.part is not None and ticket.part.chunk is not None:
+                yield ticket, ring.words[ring.worker_word(worker, layout.W_TASK_START)]
 
     def split_vectors(self, arena: Arena) -> list[Ticket]:
         """While workers are idle and nothing waits: parts of vectors that others are at, as new tickets."""
@@ -53,12 +75,9 @@ class Balance:
             return []
         taken: list[Ticket] = []
         now_ns = time.monotonic_ns()
-        for worker in range(ring.workers):
-            ticket = self._ticket_of(ring.words[ring.worker_word(worker, layout.W_RUNNING)] - 1)
-            if ticket is None or ticket.part is None or not ticket.part.splits or ticket.part.chunk is None:
-                continue
-            elapsed_ns = now_ns - ring.words[ring.worker_word(worker, layout.W_TASK_START)]
-            part = self._split(arena, ticket.part, elapsed_ns, n_idle)
+        for ticket, began_ns in self._running_vectors():
+            assert ticket.part is not None
+            part = self._split(arena, ticket.part, now_ns - began_ns, n_idle) if ticket.part.splits else None
             if part is not None:
                 self.n_taken_back += part.n
                 taken.append(Ticket(ticket.task, ticket.sink, None, None, priority=ticket.priority, part=part))

@@ -11,7 +11,7 @@ Used by the pump's thread alone, and only after the worker's proven death.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -24,11 +24,10 @@ from ringpool.errors import CrashLoopError, InitializerError, RingpoolError
 from ringpool.shm import blobs, layout
 from ringpool.shm.dispatch import ClaimedTask, CoordinatorEnd
 from ringpool.shm.layout import Form, Status
-from ringpool.workers import tasks
-from ringpool.workers.files import output
-from ringpool.workers.files.target import resolve_target
-from ringpool.workers.filetasks import staged_path
 from ringpool.workers.process import EXIT_INITIALIZER, EXIT_WORN_OUT
+
+if TYPE_CHECKING:
+    from ringpool.coordinator.staged import StagedOutputs
 
 
 class Estate(NamedTuple):
@@ -55,7 +54,6 @@ class Estates:
         self._ticket_of = ticket_of
         self._why = why
         self._segment = end.ring.segment.name
-        self._token = end.ring.segment.header.uuid.hex()[:16]
         self._claims_seen = -1
 
     def settle(self, death: Death) -> Estate:
@@ -104,11 +102,7 @@ class Estates:
     def _decide(self, claim: ClaimedTask) -> Action:
         disk = Disk.UNKNOWN
         if claim.status is Status.COMMITTING:
-            target = self._target(claim.entry)
-            assert target is not None
-            device, inode = self._end.results.staged_file(claim.entry)
-            side = output.which_side(staged_path(self._token, claim.entry, target), target, dev=device, ino=inode)
-            disk = Disk[side.name]
+            disk = self._staged().side(claim.entry)
         return recovery.decide(
             Where.CLAIMED,
             alive=False,
@@ -125,23 +119,18 @@ class Estates:
 
     def _tidy(self, claim: ClaimedTask, action: Action) -> None:
         """Remove what the dead attempt left: its staged output, and its half-written result."""
-        target = self._target(claim.entry)
-        if target is not None and action is not Action.DOUBT:
-            output.discard_staged(staged_path(self._token, claim.entry, target))
+        form = self._end.results.read_task(claim.entry)[3]
+        if form == Form.FILE and action is not Action.DOUBT:
+            self._staged().discard(claim.entry)
         ticket = self._ticket_of(claim.entry)
         if action is not Action.FINISH and (ticket is None or ticket.part is None):  # a vector's is one of its outcomes
             sequence, attempt = layout.sequence_of(claim.entry), layout.attempt_of(claim.entry)
             blobs.unlink(blobs.result_name(self._segment, sequence, attempt))
 
-    def _target(self, entry: int) -> bytes | None:
-        """Where the output of ``entry`` belongs, symlinks followed as its worker has followed them."""
-        _, payload, blob, form, _ = self._end.results.read_task(entry)
-        if form != Form.FILE:
-            return None
-        if blob:
-            _, payload, _ = blobs.read(blobs.payload_name(self._segment, blob))
-        target = tasks.decode_payload(payload).target
-        return None if target is None else resolve_target(target)
+    def _staged(self) -> StagedOutputs:
+        from ringpool.coordinator.staged import StagedOutputs  # here: see there
+
+        return StagedOutputs(self._end)
 
     def _is_crash_loop(self, failed_to_start: bool) -> bool:
         """Count deaths of workers that took nothing, with nobody taking anything in between."""

@@ -27,10 +27,10 @@ import socket
 import threading
 import time
 import traceback
-from multiprocessing.connection import Connection
 
 from ringpool.coordinator.ending import Ending
 from ringpool.workers import logs
+from ringpool.workers.descriptor import Descriptor
 from ringpool.workers.logs import LogSender
 
 MESSAGE_BYTES_MAX = 65_536
@@ -84,7 +84,7 @@ class LogInbox:
         pair = self._pair
         if self._closing or not pair:
             return LogSender(None, 0, levels, disabled_to)
-        end = Connection(os.dup(pair[1].fileno()), readable=False)
+        end = Descriptor(os.dup(pair[1].fileno()))
         return LogSender(end, self._message_bytes_max, levels, disabled_to)
 
     def close(self, timeout_s: float) -> None:

@@ -30,8 +30,8 @@ from ringpool.shm.dispatch import Task
 from ringpool.shm.layout import Form
 from ringpool.workers import calls
 
-VECTOR_NS = 1_000_000  # work in a vector: so that what it costs is a hundredth of it
-UNDER_WAY_NS = 20_000_000  # work under way for each worker: longer than another thread may keep the pump from running
+VECTOR_NS = 8_000_000  # work in a vector: so that what it costs is a hundredth of it
+UNDER_WAY_NS = 40_000_000  # work under way for each worker: longer than another thread may keep the pump from running
 UNDER_WAY_ITEMS_MAX = 131_072
 VECTOR_ITEMS_MAX = 4096
 GROWTH_MAX = 16  # from one size of vectors to the next: a first, short task may not be like the others
@@ -39,6 +39,7 @@ HELD_ITEMS_MAX = 16_384
 HELD_BYTES_MAX = 1 << 26
 DRAW_S = 0.001  # an iterator that takes longer has its items sent before it is asked for more
 DRAW_GROUP_MAX = 32
+REFILL_AT = 0.75  # of what may be under way: below that, more is sent
 FILL_S = 0.001  # how long items are drawn while results wait to be taken
 
 
@@ -70,7 +71,7 @@ class Sizer:
         if piece.spent_ns:
             self._ns = self._ns * 0.75 + piece.spent_ns
             self._items = self._items * 0.75 + piece.n
-            self._bytes = self._bytes * 0.75 + len(piece.outcomes)
+            self._bytes = self._bytes * 0.75 + piece.n_bytes
 
     @property
     def n(self) -> int:
@@ -143,17 +144,23 @@ class MapRun:
 
     def fill(self) -> None:
         """Draw items and send them, as far as they may be under way; but not for long while results wait."""
-        began_s = time.monotonic()
         arrived, sent = self.inbox.arrived, False
+        began_s = time.monotonic()
+        if not self._wants_more():
+            return
         while not self._exhausted and (n := self._room()) > 0:
             items = self._draw(n)
             if items:
                 index, self._n_drawn = self._n_drawn, self._n_drawn + len(items)
                 self._send(items, index)
-                self._pool.pump.wake()
                 sent = True
-            if arrived and sent and time.monotonic() - began_s > FILL_S:
-                return
+            if sent and (not self._at_hand or time.monotonic() - began_s > FILL_S):  # to draw more may take long
+                self._pool.pump.wake()
+                if arrived and time.monotonic() - began_s > FILL_S:
+                    return
+                sent = False
+        if sent:
+            self._pool.pump.wake()
 
     def _fill_meanwhile(self) -> None:
         """In the pump's thread, while nobody takes results: items that are at hand need not wait for that."""
@@ -163,6 +170,11 @@ class MapRun:
                 self.fill()
             finally:
                 self._turn.release()
+
+    def _wants_more(self) -> bool:
+        """Whether so few items are under way that it is time to send some: several vectors at once, not one by one."""
+        n_under_way = self._n_drawn - self.inbox.n_arrived - self._n_unsent
+        return self._options.buffersize is not None or n_under_way <= self._sizer.under_way_max * REFILL_AT
 
     def _room(self) -> int:
         """How many items may be drawn now."""
@@ -294,14 +306,14 @@ class MapRun:
             piece = arrived.popleft()
             self._sizer.observe(piece)
             self._held[piece.index if self._options.ordered else len(self._held) + self._n_taken] = piece
-            self._held_bytes += piece.n_bytes
+            self._held_bytes += piece.size_bytes
 
     def _take(self) -> Piece | None:
         piece = self._held.pop(self._next_index if self._options.ordered else self._n_taken, None)
         if piece is not None:
             self._n_taken += 1
             self._next_index += piece.n
-            self._held_bytes -= piece.n_bytes
+            self._held_bytes -= piece.size_bytes
         return piece
 
     # ---- the end

@@ -37,8 +37,9 @@ class Failure:
 class Piece(msgspec.Struct, eq=False):
     """Outcomes of consecutive items, as they arrive; ``values`` is whole once ``decode`` has run.
 
-    ``spent_ns`` in the function; ``outcomes``: a stream of further ones, see ``vectors``; ``blob``: what one of them
-    left in shared memory; ``failed``: whether there may be a ``Failure`` among them.
+    ``spent_ns`` in the function; ``outcomes``: a stream of further ones, see ``vectors``; ``n_bytes`` that they took
+    in their chunk, plain words not counted; ``blob``: what one of them left in shared memory; ``failed``: whether there
+    may be a ``Failure`` among them.
     """
 
     index: int
@@ -46,13 +47,14 @@ class Piece(msgspec.Struct, eq=False):
     values: list[Any]
     spent_ns: int = 0
     outcomes: bytes = b""
+    n_bytes: int = 0
     blob: Any = None
     failed: bool = False
 
     @property
-    def n_bytes(self) -> int:
+    def size_bytes(self) -> int:
         """About how much memory it holds."""
-        return 8 * self.n + len(self.outcomes)
+        return 8 * self.n + self.n_bytes
 
     def decode(self) -> None:
         """Make values of the stream."""
@@ -131,14 +133,10 @@ class MapInbox(Inbox):
             self.dropped()
             return []
         span = part.span(part.chunk)
-        n_done = 0 if record.status == _CANCELLED else min(arena.progress(span) - part.first, part.n)
-        first = part.first + n_done
-        if n_done:
-            plain, outcomes = arena.outcomes(span, n_done)
-            piece = Piece(part.index + part.first, n_done, plain, record.duration_ns, outcomes)
-            if outcomes:
-                piece.blob = self._blob_of(blob)
-            self.put(piece)
+        done = vectors.Done() if record.status == _CANCELLED else arena.done(span)
+        first = part.first + done.n
+        if done.n > part.taken.n:
+            self.put(self._piece(part, span, arena, done, record.duration_ns, blob))
         if first == part.end:
             return []
         if record.status == _OK:  # its worker was told to end, or its chunk was full
@@ -147,11 +145,46 @@ class MapInbox(Inbox):
         if record.status == _DIED:
             return self._after_death(ticket, part, record, first)
         _, error = outcome_of(ticket, record)
-        if not n_done:  # it could not be begun at all: the function cannot be had
+        if not done.n:  # it could not be begun at all: the function cannot be had
             self._fail_rest(part, first, error or CancelledError())
             return []
         self.put(Piece(part.index + first, 1, [Failure(error or CancelledError())], failed=True))
         return [self._again(ticket, part.of(first + 1, part.end))] if first + 1 < part.end else []
+
+    def deliver_early(self, ticket: Ticket, arena: Arena, spent_ns: int) -> bool:
+        """A vector has been under way for long: take what there is of its outcomes; whether there was anything new."""
+        part = ticket.part
+        assert part is not None
+        assert part.chunk is not None
+        span = part.span(part.chunk)
+        done = arena.done(span)
+        if self.closed or done.n <= part.taken.n:
+            return False
+        piece = self._piece(part, span, arena, done, spent_ns)
+        if piece.outcomes and vectors.stream(piece.outcomes)[-1][0] >= OutcomeKind.BLOB:
+            return False  # with which a vector ends: the rest comes with its result
+        self.put(piece)
+        part.taken, part.taken_ns = done, spent_ns
+        return True
+
+    def _piece(
+        self,
+        part: Part,
+        span: vectors.Span,
+        arena: Arena,
+        done: vectors.Done,
+        spent_ns: int,
+        blob: str | None = None,
+    ) -> Piece:
+        """Its outcomes so far, without those taken before."""
+        taken = part.taken
+        plain, outcomes = arena.outcomes(span, done, taken)
+        n_bytes = done.packed_bytes - taken.packed_bytes + len(outcomes)
+        index, n, spent_ns = part.index + part.first + taken.n, done.n - taken.n, max(0, spent_ns - part.taken_ns)
+        piece = Piece(index, n, plain, spent_ns, outcomes, n_bytes)
+        if outcomes and blob is not None:
+            piece.blob = self._blob_of(blob)
+        return piece
 
     def _after_death(self, ticket: Ticket, part: Part, record: ResultRecord, first: int) -> list[Ticket]:
         """Its worker died in item ``first``: that one is blamed, those behind it were never begun."""

@@ -112,8 +112,8 @@ class Pool:
         self.n_workers = n_workers
         try:
             self._end = CoordinatorEnd(self._segment)
-            n_started = 0 if on_demand else n_workers
-            self.pump = pump = Pump(self._end, n_started, memory_limit_bytes, on_exit)
+            n_started = 1 if on_demand else n_workers  # it begins with a first task
+            self.pump = pump = Pump(self._end, n_started, on_demand, memory_limit_bytes, on_exit)
             self.supervisor = Supervisor(
                 context,
                 lambda w: (WorkerArguments(name, w, claims_max, SPINS, *limits), setup()),
@@ -132,8 +132,9 @@ class Pool:
         try:
             self._signals_installed = True
             signals.install()
-            self.pump.begin(self.supervisor)
-            self.supervisor.begin()
+            self.pump.staff.supervisor = self.supervisor
+            self.supervisor.begin()  # first: to start a process takes longest
+            self.pump.begin()
         except BaseException:
             self.abort()
             raise

@@ -23,7 +23,7 @@ from ringpool.coordinator.backlog import Backlog
 from ringpool.coordinator.balance import SPLIT_LOOK_S, TAKE_BACK_AFTER_S, Balance
 from ringpool.coordinator.ending import Ending
 from ringpool.coordinator.staff import Staff
-from ringpool.coordinator.supervisor import Death, Supervisor
+from ringpool.coordinator.supervisor import Death
 from ringpool.coordinator.tickets import LEAVING, QUEUED, Part, Sink, Ticket
 from ringpool.errors import CoordinatorClosedError, RingpoolError
 from ringpool.shm import blobs, layout
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 IDLE_WAIT_S = 0.1
 STOP_TIMEOUT_S = 1.0
 COLLECT_EVERY_S = 0.016  # how long results may wait for company, while the workers have more to do ...
-CROWD = 8  # ... and so many arrive in that time
+CROWD = 3  # ... and so many arrive in that time
 SPINS = 60  # looks for results before the pump sleeps, about 100 us, where few tasks are under way
 PUBLISH_MAX = 256
 PRIORITIES_DEEP = 2  # tasks in the ring for each worker, where there are priorities
@@ -56,6 +56,7 @@ class Pump:
         self,
         end: CoordinatorEnd,
         n_started: int,
+        on_demand: bool = False,
         memory_limit_bytes: int | None = None,
         on_exit: Callable[[Death, str], None] | None = None,
     ) -> None:
@@ -65,7 +66,7 @@ class Pump:
         self.n_completed = self.n_failed = 0
         self.segment = end.ring.segment.name
         self.balance = Balance(end, self.ticket_of)
-        self.staff = Staff(end, self.ticket_of, n_started, memory_limit_bytes, on_exit)
+        self.staff = Staff(end, self.ticket_of, n_started, on_demand, memory_limit_bytes, on_exit)
         self._n_vectors = 0  # in the ring
         self._out_of_chunks = False  # the first in the backlog is a vector, and waits for a chunk
         self._is_deep = False  # there are priorities, and enough is in the ring
@@ -90,9 +91,8 @@ class Pump:
 
     # ---- for other threads
 
-    def begin(self, supervisor: Supervisor) -> None:
+    def begin(self) -> None:
         """Start the thread. Raises ``RuntimeError`` where that cannot be: the interpreter ends, or has no room."""
-        self.staff.supervisor = supervisor
         self._thread.start()
         self._begun = True
 
@@ -282,9 +282,13 @@ class Pump:
             self._fail_all(self.broken)
         look_s = None
         if self._in_ring:
-            self.balance.watch_claims()
-            if self._n_vectors and not self._backlog and self.arena is not None:
-                self._split_vectors(self.arena)
+            is_time = self.balance.watch_claims()
+            if self._n_vectors and self.arena is not None:
+                if is_time:
+                    self._touched.update(self.balance.deliver_overdue(self.arena))
+                    self._after_delivery()
+                if not self._backlog:
+                    self._split_vectors(self.arena)
             self.staff.hire()
             look_s = self.staff.limits.watch(time.monotonic_ns())
         self._sleep(look_s)

@@ -22,7 +22,8 @@ from ringpool.shm.dispatch import CoordinatorEnd
 class Staff:
     """Used by the pump's thread alone, except ``supervisor``, which is set before that begins, and the counts.
 
-    ``n_started``: so many are started by whoever makes the supervisor, the others when tasks wait for them.
+    ``n_started``: so many are started by whoever makes the supervisor, the others when tasks wait for them, which is
+    ``on_demand``.
     ``on_exit(death, reason)`` is told of each that ended. ``leaving``: they end because they were told to.
     """
 
@@ -31,13 +32,14 @@ class Staff:
         end: CoordinatorEnd,
         ticket_of: Callable[[int], Ticket | None],
         n_started: int,
+        on_demand: bool,
         memory_limit_bytes: int | None,
         on_exit: Callable[[Death, str], None] | None,
     ) -> None:
         self.supervisor: Supervisor | None = None
         self.n_deaths = self.n_retried = self.n_recycled = 0
         self.leaving = False
-        self.on_demand = n_started < end.ring.workers
+        self.on_demand = on_demand
         self.limits = Limits(end, memory_limit_bytes, lambda entry: _timeout_of(ticket_of(entry)))
         self._end = end
         self._n_started = n_started

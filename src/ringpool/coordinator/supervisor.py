@@ -26,7 +26,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 from multiprocessing import forkserver
-from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any, cast
@@ -34,6 +33,7 @@ from typing import Any, cast
 import msgspec
 
 from ringpool.coordinator.ending import Ending
+from ringpool.workers.descriptor import Descriptor
 from ringpool.workers.process import WorkerArguments, main
 from ringpool.workers.setup import Setup
 
@@ -53,6 +53,11 @@ class Death(msgspec.Struct, frozen=True):
     exitcode: int | None
 
 
+def _say(words: str) -> None:
+    with contextlib.suppress(OSError):  # nobody listens
+        os.write(2, f"ringpool: {words}\n".encode())
+
+
 class _Guards:
     """The write ends that this process holds. A fork of it must not keep them, or the kernel would not close them."""
 
@@ -64,12 +69,12 @@ class _Guards:
             before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._close_in_child
         )
 
-    def open(self) -> tuple[Connection, int]:
+    def open(self) -> tuple[Descriptor, int]:
         with self._lock:
             read_end, write_end = os.pipe()
             self._write_ends.add(write_end)
             self._used = True
-        return Connection(read_end, writable=False), write_end
+        return Descriptor(read_end), write_end
 
     def close(self, write_end: int) -> None:
         with self._lock:
@@ -130,7 +135,7 @@ class _Worker:
     before the read end, which has the lower number.
     """
 
-    def __init__(self, process: BaseProcess, pidfd: int, guard: Connection, write_end: int) -> None:
+    def __init__(self, process: BaseProcess, pidfd: int, guard: Descriptor, write_end: int) -> None:
         self.process = process
         self.pid: int = process.pid or 0
         self.pidfd = pidfd
@@ -205,6 +210,8 @@ class Supervisor:
             return
         self._wake()
         if not self._ending.wait(timeout_s):
+            if not self._killing:
+                _say(f"workers {self.pids} have not ended {timeout_s:g} s after they were told to, and are killed")
             self.kill_all()
             self._ending.wait(KILL_TIMEOUT_S)
 
@@ -270,8 +277,7 @@ class Supervisor:
         self._poll.register(pidfd, select.POLLIN)
 
     def _cannot_start(self, index: int, error: Exception) -> None:
-        with contextlib.suppress(OSError):  # nobody listens
-            os.write(2, f"ringpool: worker {index} cannot be started: {type(error).__name__}: {error}\n".encode())
+        _say(f"worker {index} cannot be started: {type(error).__name__}: {error}")
         time.sleep(self._start_retry_s)  # EMFILE, EAGAIN and their like may pass; the next start comes with this death
         self._start_retry_s = min(2 * self._start_retry_s, START_RETRY_MAX_S)
         self._on_death(Death(index, 0, None, None))

@@ -48,12 +48,17 @@ class VectorSink(Sink, Protocol):
         """
         ...
 
+    def deliver_early(self, ticket: Ticket, arena: Arena, spent_ns: int) -> bool:
+        """A vector has been under way for long: take what there is of its outcomes; whether there was anything new."""
+        ...
+
 
 class Part(msgspec.Struct, eq=False):
     """What a vector's ticket is about: items [first, end) of those that ``items`` holds.
 
     ``index``: of item 0 in its map. ``splits``: whether a part may be taken away. ``deaths``: of workers, in its first
-    item. ``chunk``: of the arena, while it is in the ring.
+    item. ``chunk``: of the arena, while it is in the ring. ``taken``: outcomes that were, before its end, and
+    ``taken_ns``: what they took.
     """
 
     items: bytes
@@ -64,6 +69,8 @@ class Part(msgspec.Struct, eq=False):
     splits: bool = True
     deaths: int = 0
     chunk: int | None = None
+    taken: vectors.Done = vectors.Done()
+    taken_ns: int = 0
 
     @property
     def n(self) -> int:

@@ -8,13 +8,13 @@ the other's store. Costs the rare side about a microsecond, the frequent side no
 from __future__ import annotations
 
 import ctypes
-import platform
+import os
 
 _NUMBERS = {"x86_64": 324, "aarch64": 283}
 _GLOBAL_EXPEDITED = 2
 _REGISTER_GLOBAL_EXPEDITED = 4
 _syscall = ctypes.PyDLL(None).syscall
-_number = _NUMBERS.get(platform.machine())
+_number = _NUMBERS.get(os.uname().machine)
 
 
 def register() -> bool:

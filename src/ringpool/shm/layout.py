@@ -90,10 +90,11 @@ Little-endian; every word is 8 bytes and aligned. N slots, W workers (at most 64
 
     VECTOR          the head of a chunk of the arena: a task of many items, see ``vectors``. Written by the publisher
                     before the task is visible, then by the worker that runs it, except limit (the coordinator)
-    0x00   Q    progress         the item being run, or next to be: all before it have outcomes in the chunk
+    0x00   Q    progress         the item being run, or next to be: all before it have outcomes in the chunk; and
+                                 << 32, how many bytes of them are packed
     0x08   Q    limit            items from here on are not this task's any more; 0: that is being decided
-    0x10   Q    prefix           Prefix: the type that the first outcomes share
-    0x18   Q    prefix_items     how many of them stand as plain words; all ones: all, so far
+    0x10   Q    prefix           Prefix: how the first outcomes stand
+    0x18   Q    prefix_items     how many of them do, before the stream; all ones: all, so far
     0x40        items, then outcomes, each on a multiple of 8
 
     entry = seq:36 | attempt:6 | slot:22
@@ -103,8 +104,8 @@ Truth is which list holds a slot: ready [H, T), retry [RH, RT), a worker's claim
 
 from __future__ import annotations
 
-import hashlib
 import struct
+import zlib
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -227,11 +228,12 @@ class ItemsEncoding(IntEnum):
 
 
 class Prefix(IntEnum):
-    """Which outcomes stand as plain 8-byte words, before the stream."""
+    """How outcomes stand before the stream: as plain 8-byte words, or packed."""
 
     NONE = 0  # None: no words at all
     INT = 1
     FLOAT = 2
+    PACKED = 3  # msgpack, one behind the other
 
 
 class OutcomeKind(IntEnum):
@@ -327,7 +329,7 @@ def _format_id() -> int:
     words += [V_PROGRESS, V_LIMIT, V_PREFIX, V_PREFIX_ITEMS, VECTOR_ITEMS_AT, CHUNK_BYTES]
     enums = (RunState, Status, Encoding, Form, ItemsEncoding, Prefix, OutcomeKind)
     words += [f"{e.name}={e.value}" for enum in enums for e in enum]
-    return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), "little")
+    return zlib.crc32(repr(words).encode())
 
 
 FORMAT_ID = _format_id()

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import platform
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -37,7 +37,7 @@ SPINS = 24  # about 5 us, ten times a critical section
 SLEEP_S = 2e-5  # the holder is preempted, stopped or dead
 TID_MASK = 0x3FFFFFFF
 KIND_AT = 16  # __kind in pthread_mutex_t, on x86-64 and aarch64
-MUTEX_BYTES = 48 if platform.machine() == "aarch64" else 40
+MUTEX_BYTES = 48 if os.uname().machine == "aarch64" else 40
 
 _PTHREAD_PROCESS_SHARED = 1
 _PTHREAD_MUTEX_ROBUST = 1
@@ -48,7 +48,10 @@ T = TypeVar("T")
 
 def glibc_version() -> tuple[int, int]:
     """Major and minor version of the running glibc; (0, 0) on another libc."""
-    name, version = platform.libc_ver()
+    try:
+        name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+    except (ValueError, OSError):  # another libc does not know the question
+        return (0, 0)
     major, _, minor = version.partition(".")
     return (int(major), int(minor.partition(".")[0] or 0)) if name == "glibc" and major.isdigit() else (0, 0)
 

@@ -8,7 +8,6 @@ kernel has released what it held. Reclaim only on this proof, never on a heartbe
 from __future__ import annotations
 
 import os
-import uuid
 from typing import NamedTuple
 
 
@@ -54,8 +53,8 @@ def this_process() -> Owner:
 
 def boot_id() -> bytes:
     """16 bytes that change with every boot."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as text:
-        return uuid.UUID(text.read().strip()).bytes
+    with open("/proc/sys/kernel/random/boot_id", "rb", buffering=0) as text:
+        return bytes.fromhex(text.read().strip().replace(b"-", b"").decode())
 
 
 def pid_namespace() -> int:

@@ -19,9 +19,7 @@ import contextlib
 import errno
 import mmap
 import os
-import platform
 import re
-import secrets
 import struct
 import sys
 import zlib
@@ -85,7 +83,7 @@ def create(slots: int, workers: int, claims_max: int = layout.CLAIMS_MAX) -> Seg
         if not 1 <= value <= top:
             raise ValueError(f"{what} must be from 1 to {top}, not {value}")
     me = owner.this_process()
-    name = f"rp.{owner.pid_namespace()}.{me.pid}.{me.start}.{secrets.token_hex(4)}"
+    name = f"rp.{owner.pid_namespace()}.{me.pid}.{me.start}.{os.urandom(4).hex()}"
     places = layout.sections(slots, workers, claims_max)
     try:
         return _create(name, me, places, slots, workers, claims_max)
@@ -109,7 +107,7 @@ def _create(name: str, me: owner.Owner, places: layout.Sections, slots: int, wor
         (
             *(0, layout.VERSION, layout.HEADER_BYTES, size_bytes, *machine()),  # no magic number yet
             *(slots, workers, claims_max, layout.RECORD_BYTES, *offsets),
-            *(*me, owner.boot_id(), owner.pid_namespace(), secrets.token_bytes(16), layout.FORMAT_ID),
+            *(*me, owner.boot_id(), owner.pid_namespace(), os.urandom(16), layout.FORMAT_ID),
         )
     )
     layout.HEADER.pack_into(mapping, 0, *header)
@@ -229,7 +227,7 @@ def checksum(head: bytes) -> int:
 
 def machine() -> tuple[int, int, int, int, int]:
     """This machine, as headers say it: machine, byte_order, mutex_bytes, libc_major, libc_minor."""
-    number = _MACHINES.get(platform.machine(), 0)
+    number = _MACHINES.get(os.uname().machine, 0)
     return (number, 1 if sys.byteorder == "little" else 2, lock.MUTEX_BYTES, *lock.glibc_version())
 
 

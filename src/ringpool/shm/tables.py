@@ -20,7 +20,6 @@ import errno
 import mmap
 import os
 import re
-import secrets
 import stat
 import struct
 
@@ -100,7 +99,7 @@ def _write_header(mapping: mmap.mmap, places: Places) -> TableHeader:
             *(0, entries.VERSION, entries.HEADER_BYTES, places.size_bytes, *segment.machine()),  # no magic number yet
             *(places.capacity, places.buckets, places.chunks, entries.CHUNK_BYTES),
             *(places.buckets_at, places.entries_at, places.chunks_at),
-            *(*owner.this_process(), owner.boot_id(), owner.pid_namespace(), secrets.token_bytes(16)),
+            *(*owner.this_process(), owner.boot_id(), owner.pid_namespace(), os.urandom(16)),
             entries.FORMAT_ID,
         )
     )

@@ -18,7 +18,8 @@ That several items share a record shows nowhere:
    Either the worker sees limit 0, and waits for the decision, or the publisher sees that it is at item i, and leaves it
    that. So an item is run by the one whose it is, and never by two.
 
-Outcomes are plain words as long as all have the type of the first (None, int, float), then a stream of records.
+Outcomes are plain words as long as all have the type of the first (None, int, float), or are packed one behind the
+other as long as msgpack takes them (bool, str, bytes first); then comes a stream of records.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any, NamedTuple
 
+import msgspec
 import posix_ipc
 
 from ringpool.errors import SegmentFormatError, SegmentMissingError, SharedMemoryFullError
@@ -40,17 +42,43 @@ from ringpool.shm.layout import CHUNK_BYTES, VECTOR_ITEMS_AT, OutcomeKind, Prefi
 from ringpool.shm.segment import SHM_DIRECTORY
 
 ALL = (1 << 64) - 1
+_ITEM_MASK = (1 << 32) - 1
 _CHUNK_WORDS = CHUNK_BYTES >> 3
 _OUTCOME_BYTES = layout.OUTCOME.size
-_PREFIXES: dict[type, int] = {NoneType: Prefix.NONE, int: Prefix.INT, float: Prefix.FLOAT}
+_PACKABLE = frozenset((bool, str, bytes, int, float, NoneType))
 _YIELDS_BEFORE_SLEEP = 100
 RESTORES = 16  # in a vector: about 10 us, and a vector is about 1 ms of work
 _write_head = layout.VECTOR.pack_into
 _write_outcome = layout.OUTCOME.pack_into
 
 
+class _Packed:
+    """No value has this type: what ``prefix`` is while outcomes are packed."""
+
+
 class _Stream:
-    """No value has this type: what ``prefix`` is once the stream has begun."""
+    """Nor this one: what ``prefix`` is once the stream has begun."""
+
+
+_PREFIXES: tuple[tuple[type, type, int], ...] = (
+    (NoneType, NoneType, Prefix.NONE),
+    (int, int, Prefix.INT),
+    (float, float, Prefix.FLOAT),
+    *((kind, _Packed, Prefix.PACKED) for kind in (str, bytes, bool)),
+)
+_pack: Callable[[object], bytes] = msgspec.msgpack.Encoder().encode
+_unpack_list: Callable[[bytes], list[Any]] = msgspec.msgpack.Decoder(list[Any]).decode
+_PACKED_LIST = struct.Struct(">BI")  # the head of a msgpack array: 0xdd, and how many follow
+
+
+class Done(NamedTuple):
+    """How far a vector is: its first ``n`` items have outcomes, ``packed_bytes`` of them packed."""
+
+    n: int = 0
+    packed_bytes: int = 0
+
+
+_NOTHING = Done()
 
 
 class Span(NamedTuple):
@@ -146,14 +174,16 @@ class Chunks:
         first, end = span.first, span.end
         head = span.chunk * _CHUNK_WORDS
         progress, limit, prefix_items = head + layout.V_PROGRESS, head + layout.V_LIMIT, head + layout.V_PREFIX_ITEMS
-        plain_at = head + (outcomes_at(span) >> 3) - first
+        mapping, packed_at = self.mapping, (head << 3) + outcomes_at(span)
+        plain_at = (packed_at >> 3) - first
         chunk_end = (span.chunk + 1) * CHUNK_BYTES
         prefix: type | None = None  # of the outcomes so far; no value has type None
+        packed_end, packed = packed_at, 0  # the latter: what ``progress`` says of it
         tail = 0  # of the stream, once there is one
         stop = min(end, first + max(quota, 0))
         restore_at = first + 1
         for i in range(first, stop):
-            words[progress] = i
+            words[progress] = packed | i
             if i == restore_at:
                 restore_at += max(1, (end - first) // RESTORES)
                 if not restore():
@@ -167,10 +197,17 @@ class Chunks:
                 value, failed = None, error
             else:
                 kind: type = type(value)  # pyright: ignore[reportUnknownVariableType]
-                if prefix is None and (kind is int or kind is float or kind is NoneType):
-                    words[head + layout.V_PREFIX] = _PREFIXES[kind]
-                    prefix = kind
-                if kind is prefix:
+                if prefix is None:
+                    prefix, words[head + layout.V_PREFIX] = _prefix_of(kind)
+                if prefix is _Packed:
+                    body = _packed(value, chunk_end - packed_end)
+                    if body is not None:
+                        end_of_it = packed_end + len(body)
+                        mapping[packed_end:end_of_it] = body
+                        packed_end = end_of_it
+                        packed = packed_end - packed_at << 32
+                        continue
+                elif kind is prefix:
                     try:
                         if kind is int:
                             signed[plain_at + i] = value
@@ -179,33 +216,36 @@ class Chunks:
                         continue
                     except ValueError:  # beyond 64 bits; or this is a fork, and the next store raises again
                         pass
-            words[progress] = i  # in a fork of this worker: raises, before it encodes, and perhaps writes a blob
+            words[progress] = packed | i  # in a fork of this worker: raises, before it encodes, and writes a blob
             if not tail:
                 words[prefix_items] = i - first
-                tail = plain_at + (first if prefix is None or prefix is NoneType else i) << 3
+                if prefix is _Packed:
+                    tail = packed_end
+                else:
+                    tail = plain_at + (first if prefix is None or prefix is NoneType else i) << 3
                 prefix = _Stream
             room = chunk_end - tail - 2 * _OUTCOME_BYTES  # the head of the next one has its place in any case
             code, body = encode(value, room) if failed is None else encode_error(failed, room)
-            _write_outcome(self.mapping, tail, len(body), code)
+            _write_outcome(mapping, tail, len(body), code)
             tail += _OUTCOME_BYTES
-            self.mapping[tail : tail + len(body)] = body
+            mapping[tail : tail + len(body)] = body
             tail += len(body)
             if code >= OutcomeKind.BLOB:  # outcomes are larger than the publisher thought: it will make vectors shorter
                 stop = i + 1
                 break
-        words[progress] = stop
+        words[progress] = packed | stop
         return stop - first
 
     def _may_run(self, limit: int, i: int) -> bool:
         """Whether item ``i`` is still this worker's, once the publisher has decided it."""
         words, n = self.words, 0
-        while not words[limit]:
+        while not (bound := words[limit]):  # once: by a second look it may be undecided again
             n += 1
             if n < _YIELDS_BEFORE_SLEEP:
                 os.sched_yield()
             else:
                 time.sleep(0.001)  # its publisher was stopped in between; where it has died, this process ends as well
-        return i < words[limit]
+        return i < bound
 
     # ---- the publisher's side
 
@@ -217,7 +257,7 @@ class Chunks:
 
     def progress(self, span: Span) -> int:
         """The item that is run, or comes next. Of a living worker a hint."""
-        return self.words[span.chunk * _CHUNK_WORDS + layout.V_PROGRESS]
+        return self.words[span.chunk * _CHUNK_WORDS + layout.V_PROGRESS] & _ITEM_MASK
 
     def split(self, span: Span, share: Callable[[int], int]) -> int:
         """Take items from the worker that runs ``span``: it keeps ``share(n)`` of the ``n`` that it has not come to.
@@ -229,30 +269,48 @@ class Chunks:
         if not barrier.fence_all():
             words[head + layout.V_LIMIT] = span.end
             return span.end
-        following = words[head + layout.V_PROGRESS] + 1  # read after the store above: see the module
+        following = (words[head + layout.V_PROGRESS] & _ITEM_MASK) + 1  # read after the store above: see the module
         end = span.end if following >= span.end else following + share(span.end - following)
         words[head + layout.V_LIMIT] = max(end, 1)
         return end
 
-    def outcomes(self, span: Span, n: int) -> tuple[list[Any], bytes]:
-        """The first ``n`` outcomes: those that are plain words, and the stream of the others, for ``stream``.
+    def done(self, span: Span) -> Done:
+        """Which items of ``span`` have outcomes that stand, whether its worker lives and goes on or not."""
+        word = self.words[span.chunk * _CHUNK_WORDS + layout.V_PROGRESS]
+        barrier.fence_all()  # the outcomes were stored before: now this process sees them too
+        return Done(min(word & _ITEM_MASK, span.end) - span.first, word >> 32)
 
-        Only after the task's result was collected, or its worker's proven death. Raises ``SegmentFormatError`` where
-        something has written into the chunk that had no business there.
+    def outcomes(self, span: Span, done: Done, taken: Done = _NOTHING) -> tuple[list[Any], bytes]:
+        """The outcomes that are ``done``, without those ``taken`` before: values, and then the others as a stream, see
+        ``stream``. Raises ``SegmentFormatError`` where something has written into the chunk that had no business there.
         """
         head, at = span.chunk * _CHUNK_WORDS, span.chunk * CHUNK_BYTES + outcomes_at(span)
+        n, end = done.n, (span.chunk + 1) * CHUNK_BYTES
         plain = min(n, self.words[head + layout.V_PREFIX_ITEMS])
         prefix, word = self.words[head + layout.V_PREFIX], at >> 3
-        if not 0 <= n <= span.end - span.first or prefix > Prefix.FLOAT:
+        if not 0 <= taken.n <= n <= span.end - span.first or prefix > Prefix.PACKED:
             raise SegmentFormatError(self.segment, "the head of a vector was written over")
+        first = min(taken.n, plain)
         if prefix == Prefix.NONE:
-            values: list[Any] = [None] * plain
+            values: list[Any] = [None] * (plain - first)
+        elif prefix == Prefix.PACKED:
+            values = self._unpacked(plain - first, at + taken.packed_bytes, min(at + done.packed_bytes, end))
+            at += done.packed_bytes
         else:
-            values = (self._signed if prefix == Prefix.INT else self._floats)[word : word + plain].tolist()
+            values = (self._signed if prefix == Prefix.INT else self._floats)[word + first : word + plain].tolist()
             at += plain << 3
         if plain == n:
             return values, b""
-        return values, self.mapping[at : self._end_of_stream(at, n - plain, (span.chunk + 1) * CHUNK_BYTES)]
+        at = self._end_of_stream(at, taken.n - first, end)
+        return values, self.mapping[at : self._end_of_stream(at, n - max(taken.n, plain), end)]
+
+    def _unpacked(self, n: int, first: int, end: int) -> list[Any]:
+        if not n:
+            return []
+        try:
+            return _unpack_list(_PACKED_LIST.pack(0xDD, n) + self.mapping[first:end])
+        except msgspec.DecodeError as error:
+            raise SegmentFormatError(self.segment, f"the outcomes of a vector were written over: {error}") from None
 
     def _end_of_stream(self, at: int, n: int, end: int) -> int:
         try:
@@ -263,6 +321,23 @@ class Chunks:
         if at > end:
             raise SegmentFormatError(self.segment, "the outcomes of a vector run over its chunk")
         return at
+
+
+def _prefix_of(kind: type) -> tuple[type, int]:
+    """What the prefix is where the first outcome is of this type: marker, and ``Prefix``."""
+    for known, prefix, code in _PREFIXES:  # no dict: a type may have no hash
+        if kind is known:
+            return prefix, code
+    return _Packed, Prefix.PACKED  # with none of them packed, as yet
+
+
+def _packed(value: object, room: int) -> bytes | None:
+    """``value`` as msgpack, where it is of a type that comes back the same, and leaves room for another outcome."""
+    try:
+        body = _pack(value) if type(value) in _PACKABLE else None
+    except (OverflowError, UnicodeEncodeError, TypeError):  # beyond 64 bits; a lone surrogate; a type without a hash
+        return None
+    return body if body is not None and len(body) + 2 * _OUTCOME_BYTES <= room else None
 
 
 def outcomes_at(span: Span) -> int:

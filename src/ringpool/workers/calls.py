@@ -30,6 +30,10 @@ from ringpool.workers import values
 _pack: Callable[[object], bytes] = msgspec.msgpack.Encoder().encode
 _unpack: Callable[[bytes | memoryview], Any] = msgspec.msgpack.Decoder().decode
 _MSGPACK, _PICKLE = int(Encoding.MSGPACK), int(Encoding.PICKLE)
+_GUARDED = (
+    '; a worker imports the program\'s main module without what stands under `if __name__ == "__main__":`, so define '
+    "it above that, at the top level of the module"
+)
 
 
 class Call(NamedTuple):
@@ -82,10 +86,10 @@ def _dumps(value: object, buffers: list[memoryview] | None = None) -> bytes:
         except Exception:
             if buffers:
                 buffers.clear()
-    import cloudpickle  # here, because most programs never need it
+    from ringpool.workers import byvalue  # here, because most programs never need cloudpickle
 
     try:
-        return cloudpickle.dumps(value, 5, buffer_callback=keep)
+        return byvalue.dumps(value, keep)
     except Exception as error:
         error.add_note(
             "ringpool: neither pickle nor cloudpickle can send it to a worker; send what it is made of instead"
@@ -136,7 +140,10 @@ def rebuild(body: bytes | memoryview, buffers: list[memoryview] | None = None) -
     try:
         return pickle.loads(body, buffers=buffers)
     except BaseException as error:  # unpickling may run anything, sys.exit too
-        raise ArgumentTransportError(type(error).__qualname__, str(error)) from error
+        reason = str(error)
+        if isinstance(error, AttributeError) and "main__" in reason and sys.modules["__main__"].__name__ != "__main__":
+            reason += _GUARDED  # multiprocessing has imported it, as "__mp_main__"
+        raise ArgumentTransportError(type(error).__qualname__, reason) from error
 
 
 def encode_result(value: object) -> values.Encoded:

@@ -29,10 +29,10 @@ import pickle
 import select
 import socket
 import time
-from multiprocessing.connection import Connection
 from typing import Any
 
 from ringpool.workers.confinement import Confinement
+from ringpool.workers.descriptor import Descriptor
 
 PATIENCE_S = 5.0
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL  # per call: O_NONBLOCK would be shared with whoever has the socket
@@ -52,7 +52,7 @@ class LogSender:
     """
 
     def __init__(
-        self, end: Connection | None, message_bytes_max: int, levels: dict[str, int], disabled_to: int
+        self, end: Descriptor | None, message_bytes_max: int, levels: dict[str, int], disabled_to: int
     ) -> None:
         self._end = end
         self._message_bytes_max = message_bytes_max

@@ -20,7 +20,7 @@ import os
 import sys
 import time
 import traceback
-from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -30,9 +30,12 @@ from ringpool.shm.layout import Encoding, Form
 from ringpool.shm.results import Results
 from ringpool.workers.callrunner import CallRunner
 from ringpool.workers.confinement import Confinement, name_process
-from ringpool.workers.filetasks import FileRunner
+from ringpool.workers.descriptor import Descriptor
 from ringpool.workers.posting import Post
 from ringpool.workers.setup import InitializerFailure, Setup
+
+if TYPE_CHECKING:
+    from ringpool.workers.filetasks import FileRunner
 
 EXIT_ORPHAN = 69  # the coordinator was gone before this process was bound to it
 EXIT_UNSOUND = 70  # a task closed descriptors that this process needs
@@ -60,7 +63,7 @@ class WorkerArguments(msgspec.Struct, frozen=True):
     rss_max_bytes: int = 0
 
 
-def main(arguments: WorkerArguments, guard: Connection, setup: Setup | None = None) -> None:
+def main(arguments: WorkerArguments, guard: Descriptor, setup: Setup | None = None) -> None:
     """The body of a worker process. Returns only when told to stop."""
     code = EXIT_BROKEN
     try:
@@ -111,7 +114,7 @@ class Worker:
         self.rss_max_bytes = arguments.rss_max_bytes
         self.is_mortal = bool(arguments.tasks_max or arguments.rss_max_bytes)
         self.post = Post(self.segment, self.results, confinement)
-        self.files = FileRunner(self.segment, self.post, confinement)
+        self.files: FileRunner | None = None
         self.calls = CallRunner(self.segment, self.post, confinement, self.end.grant)
         self.n_tasks = self.busy_ns = 0
         self._n_of_claim = 0  # tasks run of the claim at hand
@@ -159,11 +162,17 @@ class Worker:
             self.post.cancelled(entry)
             return start_ns
         if form == _FILE:
-            return self.files.run(entry, function_id, payload, blob, start_ns)
+            return (self.files or self._make_files()).run(entry, function_id, payload, blob, start_ns)
         if form == _VECTOR:
             quota = self.tasks_max - self.n_tasks - self._n_of_claim - self.calls.n_extra
             return self.calls.run_vector(entry, function_id, payload, start_ns, quota)
         return self.calls.run(entry, function_id, form, payload, blob, start_ns)
+
+    def _make_files(self) -> FileRunner:
+        from ringpool.workers.filetasks import FileRunner  # here: half of what a worker would import at its start
+
+        self.files = FileRunner(self.segment, self.post, self.confinement)
+        return self.files
 
     def _is_worn_out(self, now_ns: int) -> bool:
         """Whether this process has run its number of tasks, or has more memory than it is to have; the latter is looked

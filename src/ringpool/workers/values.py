@@ -6,6 +6,8 @@
 
 A reader gets views into the blob's mapping for out-of-band buffers: read-only in a worker, private copy-on-write
 where the result arrives. The mapping lives as long as any of them.
+
+A class that a worker got by value, because pickle could not name it, goes back by name, see ``byname``.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import msgspec
 from ringpool.errors import RemoteError, ResultTransportError, RingpoolError
 from ringpool.shm import blobs
 from ringpool.shm.layout import INLINE_BYTES, Encoding
+from ringpool.workers import byname
 
 OUT_OF_BAND_MIN_BYTES = 4096
 PLAIN = frozenset({NoneType, bool, int, float, str, bytes})
@@ -59,7 +62,12 @@ def encode(value: object) -> Encoded:
         except (OverflowError, UnicodeEncodeError):
             pass  # an int beyond 64 bits, a str with surrogates (a path that is not UTF-8)
     large: list[memoryview] = []
-    return Encoded(_PICKLE, pickle.dumps(value, 5, buffer_callback=keeper(large)), tuple(large))
+    try:
+        return Encoded(_PICKLE, pickle.dumps(value, 5, buffer_callback=keeper(large)), tuple(large))
+    except pickle.PicklingError:
+        large.clear()
+    body = byname.dumps(value, keeper(large))  # raises the same, unless it was for that
+    return Encoded(_PICKLE, body, tuple(large))
 
 
 def keeper(large: list[memoryview]) -> Callable[[pickle.PickleBuffer], bool]:
@@ -112,13 +120,15 @@ def encode_error(error: BaseException) -> Encoded:
     """An exception with its traceback. One that cannot be pickled and rebuilt becomes a ``RemoteError`` in words."""
     text = "".join(traceback.format_exception(error))
     try:
-        body = pickle.dumps((error, text), 5)
-        pickle.loads(
-            body
-        )  # many an exception can be pickled and not be rebuilt: find that out here, not in the collector
+        try:
+            body = pickle.dumps((error, text), 5)
+            pickle.loads(
+                body
+            )  # many an exception can be pickled and not be rebuilt: find that out here, not in the collector
+        except pickle.PicklingError:
+            body = pickle.dumps((byname.ErrorByName(error, _in_words(error, text)), text), 5)
     except BaseException:  # pickling may run anything, sys.exit too
-        words = RemoteError(type(error).__qualname__, _message(error), text)
-        body = pickle.dumps((words, text), 5)
+        body = pickle.dumps((_in_words(error, text), text), 5)
     return Encoded(_PICKLE, body)
 
 
@@ -132,6 +142,10 @@ def decode_error(value: tuple[BaseException, str]) -> BaseException:
 def undecodable(error: BaseException, type_name: str) -> RingpoolError:
     """The error for a value that arrived as bytes and cannot be rebuilt here."""
     return ResultTransportError(type_name, f"it cannot be rebuilt here: {type(error).__name__}: {_message(error)}")
+
+
+def _in_words(error: BaseException, text: str) -> RemoteError:
+    return RemoteError(type(error).__qualname__, _message(error), text)
 
 
 def _message(error: BaseException) -> str:

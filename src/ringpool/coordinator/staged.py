@@ -1,0 +1,43 @@
+"""What a dead worker had staged of the outputs of its file tasks. Apart, because calls stage nothing: an executor need
+not import what this takes.
+"""
+
+from __future__ import annotations
+
+from ringpool.coordinator.recovery import Disk
+from ringpool.shm import blobs
+from ringpool.shm.dispatch import CoordinatorEnd
+from ringpool.workers import tasks
+from ringpool.workers.files import output
+from ringpool.workers.files.target import resolve_target
+from ringpool.workers.filetasks import staged_path
+
+
+class StagedOutputs:
+    """The staged outputs of tasks in the ring of ``end``; an entry is that of a file task."""
+
+    def __init__(self, end: CoordinatorEnd) -> None:
+        self._end = end
+        self._segment = end.ring.segment.name
+        self._token = end.ring.segment.header.uuid.hex()[:16]
+
+    def side(self, entry: int) -> Disk:
+        """Where the output is that was being committed."""
+        target = self._target(entry)
+        assert target is not None
+        device, inode = self._end.results.staged_file(entry)
+        return Disk[output.which_side(staged_path(self._token, entry, target), target, dev=device, ino=inode).name]
+
+    def discard(self, entry: int) -> None:
+        """Remove what is staged, if there is anything."""
+        target = self._target(entry)
+        if target is not None:
+            output.discard_staged(staged_path(self._token, entry, target))
+
+    def _target(self, entry: int) -> bytes | None:
+        """Where the output of ``entry`` belongs, symlinks followed as its worker has followed them."""
+        _, payload, blob, _, _ = self._end.results.read_task(entry)
+        if blob:
+            _, payload, _ = blobs.read(blobs.payload_name(self._segment, blob))
+        target = tasks.decode_payload(payload).target
+        return None if target is None else resolve_target(target)

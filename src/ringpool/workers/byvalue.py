@@ -1,0 +1,39 @@
+"""Pickles of what pickle cannot name: classes and functions go by value, through cloudpickle."""
+
+from __future__ import annotations
+
+import functools
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any, cast
+
+import cloudpickle
+
+_STATE_SETTER = 5  # where a reducer's tuple has it, see ``object.__reduce__``
+_Base: type[pickle.Pickler] = cast("Any", cloudpickle).CloudPickler  # it has no types
+
+
+def dumps(value: object, keep: Callable[[pickle.PickleBuffer], bool] | None = None) -> bytes:
+    """``value`` as bytes, with ``keep`` as its ``buffer_callback``. Raises what pickle raises."""
+    file = io.BytesIO()
+    _Pickler(file, 5, buffer_callback=keep).dump(value)
+    return file.getvalue()
+
+
+class _Pickler(_Base):
+    """A class within a class or a function arrives with its whole name, by which ``byname`` may send it back."""
+
+    def reducer_override(self, obj: Any, /) -> Any:
+        reduced: Any = super().reducer_override(obj)
+        if not issubclass(type(obj), type) or obj.__qualname__ == obj.__name__:
+            return reduced
+        if reduced is NotImplemented or len(reduced) <= _STATE_SETTER:  # it goes by name
+            return reduced
+        return (*reduced[:_STATE_SETTER], functools.partial(set_state, reduced[_STATE_SETTER], obj.__qualname__))
+
+
+def set_state(set_rest: Callable[[type, Any], object], name: str, made: type, state: Any) -> None:
+    """Make a class what it was: as cloudpickle does, and its name."""
+    set_rest(made, state)
+    made.__qualname__ = name
