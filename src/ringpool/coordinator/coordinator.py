@@ -18,6 +18,7 @@ import msgspec
 from ringpool.coordinator.filerun import FileResult, FileRun, RunInbox
 from ringpool.coordinator.futures import TaskBoard, TaskFuture
 from ringpool.coordinator.pool import Pool
+from ringpool.coordinator.staged import StagedOutputs as StagedOutputs  # not when it is needed: see there
 from ringpool.coordinator.tickets import Ticket
 from ringpool.errors import InputMissingError, ParameterError
 from ringpool.shm import blobs, layout
