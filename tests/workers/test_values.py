@@ -10,6 +10,7 @@ import secrets
 import sys
 from collections import namedtuple
 from collections.abc import Iterator
+from concurrent.futures.process import _RemoteTraceback as RemoteTraceback
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from ringpool.errors import RemoteError, ResultTransportError, SegmentMissingErr
 from ringpool.shm import owner, segment
 from ringpool.shm.layout import INLINE_BYTES, Encoding
 from ringpool.workers import values
-from ringpool.workers.values import RemoteTraceback
 
 Point = namedtuple("Point", "x y")
 MSGPACK, PICKLE = int(Encoding.MSGPACK), int(Encoding.PICKLE)

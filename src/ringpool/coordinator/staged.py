@@ -1,6 +1,7 @@
-"""What a dead worker had staged of the outputs of its file tasks. Apart, because calls stage nothing: an executor need
-not import what this takes. Whoever queues file tasks imports it before: when a program ends by Ctrl-C, and an import then
-makes a ``namedtuple``, Python 3.11 forgets that it was Ctrl-C, and exits with 1.
+"""What a dead worker had staged of the outputs of its file tasks.
+
+Apart, because calls stage nothing: an executor need not import what this takes. Whoever queues file tasks imports it
+before: where a program ends by Ctrl-C, and an import then makes a ``namedtuple``, Python 3.11 forgets what it ended by.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ringpool.errors import ArgumentTransportError
 from ringpool.shm.layout import INLINE_BYTES, Encoding, Form, ItemsEncoding
 from ringpool.workers import values
 
@@ -143,6 +142,8 @@ def rebuild(body: bytes | memoryview, buffers: list[memoryview] | None = None) -
         reason = str(error)
         if isinstance(error, AttributeError) and "main__" in reason and sys.modules["__main__"].__name__ != "__main__":
             reason += _GUARDED  # multiprocessing has imported it, as "__mp_main__"
+        from ringpool.errors import ArgumentTransportError  # here: no worker imports this at its start
+
         raise ArgumentTransportError(type(error).__qualname__, reason) from error
 
 

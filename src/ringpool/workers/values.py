@@ -15,13 +15,12 @@ from __future__ import annotations
 import pickle
 import traceback
 from collections.abc import Callable, Iterable
-from concurrent.futures.process import _RemoteTraceback as RemoteTraceback  # pyright: ignore[reportPrivateUsage]
 from types import NoneType
 from typing import Any, NamedTuple
 
 import msgspec
 
-from ringpool.errors import RemoteError, ResultTransportError, RingpoolError
+from ringpool.errors import RemoteError, RingpoolError
 from ringpool.shm import blobs
 from ringpool.shm.layout import INLINE_BYTES, Encoding
 from ringpool.workers import byname
@@ -113,6 +112,8 @@ def encode_result(value: object) -> Encoded:
     try:
         return encode(value)
     except Exception as error:
+        from ringpool.errors import ResultTransportError  # here, and above: no worker imports this at its start
+
         raise ResultTransportError(type(value).__qualname__, f"{type(error).__name__}: {error}") from error
 
 
@@ -134,6 +135,8 @@ def encode_error(error: BaseException) -> Encoded:
 
 def decode_error(value: tuple[BaseException, str]) -> BaseException:
     """The exception of ``encode_error``, with its traceback as its cause, as ``ProcessPoolExecutor`` has it."""
+    from concurrent.futures.process import _RemoteTraceback as RemoteTraceback  # pyright: ignore[reportPrivateUsage]
+
     error, text = value
     error.__cause__ = RemoteTraceback(f'\n"""\n{text}"""')  # pyright: ignore[reportArgumentType]  (typeshed errs)
     return error
@@ -141,6 +144,8 @@ def decode_error(value: tuple[BaseException, str]) -> BaseException:
 
 def undecodable(error: BaseException, type_name: str) -> RingpoolError:
     """The error for a value that arrived as bytes and cannot be rebuilt here."""
+    from ringpool.errors import ResultTransportError
+
     return ResultTransportError(type_name, f"it cannot be rebuilt here: {type(error).__name__}: {_message(error)}")
 
 
