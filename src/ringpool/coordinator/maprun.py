@@ -1,10 +1,10 @@
 """A map under way: items are drawn lazily, sent together while they are short, and come back in order or as they end.
 
     items --draw--> n of them --send--> tickets --> pump --> workers
-                      ^ Sizer: about 1 ms of work to a vector, tens of milliseconds under way
+                      ^ Sizer: about 8 ms of work to a vector, 40 ms and more under way
     next() <- piece <- held (in order) <- arrived <--------- pump
 
-Bounds: items under way, by the work in them, at most 131,072; items drawn and not given out, at most 16,384, or twice
+Bounds: items under way, by the work in them, at most 65,536; items drawn and not given out, at most 16,384, or twice
 as many as may be under way, and about 64 MiB of results.
 """
 
@@ -32,7 +32,7 @@ from ringpool.workers import calls
 
 VECTOR_NS = 8_000_000  # work in a vector: so that what it costs is a hundredth of it
 UNDER_WAY_NS = 40_000_000  # work under way for each worker: longer than another thread may keep the pump from running
-UNDER_WAY_ITEMS_MAX = 131_072
+UNDER_WAY_ITEMS_MAX = 65_536
 VECTOR_ITEMS_MAX = 4096
 GROWTH_MAX = 16  # from one size of vectors to the next: a first, short task may not be like the others
 HELD_ITEMS_MAX = 16_384

@@ -47,7 +47,7 @@ _CHUNK_WORDS = CHUNK_BYTES >> 3
 _OUTCOME_BYTES = layout.OUTCOME.size
 _PACKABLE = frozenset((bool, str, bytes, int, float, NoneType))
 _YIELDS_BEFORE_SLEEP = 100
-RESTORES = 16  # in a vector: about 10 us, and a vector is about 1 ms of work
+RESTORES = 16  # in a vector: about 10 us, and a vector is milliseconds of work
 _write_head = layout.VECTOR.pack_into
 _write_outcome = layout.OUTCOME.pack_into
 
