@@ -300,8 +300,10 @@ def test_what_the_main_module_defines_travels_both_ways(tmp_path: Path, program:
 def test_what_stands_under_the_guard_of_a_script_is_not_found_and_says_so(tmp_path: Path) -> None:
     script = tmp_path / "a_script.py"
     script.write_text("""
+import logging
 from ringpool import RingPoolExecutor
-from ringpool.errors import ArgumentTransportError
+from ringpool.errors import ArgumentTransportError, InitializerError
+logging.disable()
 
 if __name__ == "__main__":
     def hidden(x):
@@ -326,6 +328,13 @@ if __name__ == "__main__":
                 else:
                     raise AssertionError(name)
             assert pool.submit(abs, -1).result() == 1
+        with RingPoolExecutor(1, mp_context=method, initializer=hidden, initargs=(1,)) as pool:
+            try:
+                pool.submit(abs, -1).result()
+            except InitializerError as error:
+                assert "'hidden'" in str(error) and "at the top level of the module" in str(error), error
+            else:
+                raise AssertionError("initializer")
     with RingPoolExecutor(1, mp_context="fork") as pool:
         assert (pool.submit(hidden, 1).result(), list(pool.map(hidden, range(3)))) == (1, [0, 1, 2])
     print("well done")

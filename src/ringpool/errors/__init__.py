@@ -22,7 +22,7 @@
       TaskTimeoutError           the task ran longer than it may, and its worker was killed (also a TimeoutError)
       TaskInDoubtError           the worker died while it committed, and the disk does not tell how far it got
       RemoteError                a worker's exception that cannot travel between processes, in words
-      ArgumentTransportError     a call's arguments cannot be rebuilt in the worker (also a BrokenProcessPool)
+      ArgumentTransportError     what was sent for a call cannot be rebuilt in the worker (also a BrokenProcessPool)
       ResultTransportError       a result that cannot travel between processes (also a BrokenProcessPool)
       PoolError                  the pool as a whole
         CoordinatorClosedError     it is closed

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
+from ringpool.workers import calls
+
 Initializer = Callable[..., object]
 
 
@@ -59,7 +61,7 @@ class Setup:
             self.sender.install()
         try:
             if self._pickled is not None:
-                self._initializer, self._initargs = pickle.loads(self._pickled)
+                self._initializer, self._initargs = calls.rebuild(self._pickled)
             if self._initializer is not None:
                 self._initializer(*self._initargs)
         except BaseException as error:
