@@ -31,7 +31,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -44,8 +43,7 @@ from typing import Any, NamedTuple
 from benchmarks import measure, pool_peers as peers
 from benchmarks.measure import Case, Claim, Figure, at_least, at_most
 from benchmarks.pool_peers import Call, Pools
-
-from ringpool import atomic_write
+from benchmarks.pool_tasks import compute, compute_or_die, copy_hashed, no_op, target_of
 
 WORKERS = 2
 ALONE = "two processes alone"
@@ -93,42 +91,6 @@ class Scale(NamedTuple):
 
 FULL = Scale(measure.ROUNDS, 0.25, 400_000, 5_000, 1_000, 20_000, 2_000, 1_000_000)
 QUICK = Scale(measure.QUICK_ROUNDS, 0.08, 100_000, 1_000, 300, 6_000, 500, 300_000)
-
-
-# ---- what the workers run
-
-
-def no_op(item: Any) -> Any:
-    """The task that costs nothing; its result shows that it was run."""
-    return item
-
-
-def compute(iterations: int) -> int:
-    """A fixed amount of computing."""
-    total = 0
-    for i in range(iterations):
-        total += i & 1
-    return total
-
-
-def compute_or_die(task: tuple[int, bool]) -> int:
-    """``compute``, or the end of this process."""
-    iterations, dies = task
-    if dies:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return compute(iterations)
-
-
-def copy_hashed(source: str) -> str:
-    """Read a file of the tree ``in``, and write its content atomically to its place in the tree ``out``; its digest."""
-    with open(source, "rb", buffering=0) as file:
-        content = file.read()
-    atomic_write(_target(source), content, durability="atomic")
-    return hashlib.sha256(content).hexdigest()
-
-
-def _target(source: str) -> str:
-    return source.replace("/in/", "/out/", 1)
 
 
 # ---- turns
@@ -314,11 +276,11 @@ def _make_sources(directory: str, n: int) -> tuple[list[str], list[str]]:
 def _remove_written(directory: str, sources: Sequence[str]) -> None:
     """Remove the outputs; raises ``RuntimeError`` where they are not what they should be."""
     written = {os.path.join(place, name) for place, _, names in os.walk(f"{directory}/out") for name in names}
-    if written != {*map(_target, sources)}:
+    if written != {*map(target_of, sources)}:
         raise RuntimeError(f"{len(written)} files were written for {len(sources)}, or under other names")
     for source in sources[::SAMPLE_EVERY]:
-        if Path(source).read_bytes() != Path(_target(source)).read_bytes():
-            raise RuntimeError(f"{_target(source)} is no copy of {source}")
+        if Path(source).read_bytes() != Path(target_of(source)).read_bytes():
+            raise RuntimeError(f"{target_of(source)} is no copy of {source}")
     for path in written:
         os.unlink(path)
 

@@ -32,7 +32,7 @@ from ringpool.workers import calls
 
 VECTOR_NS = 8_000_000  # work in a vector: so that what it costs is a hundredth of it
 UNDER_WAY_NS = 40_000_000  # work under way for each worker: longer than another thread may keep the pump from running
-UNDER_WAY_ITEMS_MAX = 65_536
+UNDER_WAY_ITEMS_MAX = 32_768
 VECTOR_ITEMS_MAX = 4096
 GROWTH_MAX = 16  # from one size of vectors to the next: a first, short task may not be like the others
 HELD_ITEMS_MAX = 16_384

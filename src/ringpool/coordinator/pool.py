@@ -267,8 +267,17 @@ def _context(chosen: str | BaseContext | None) -> BaseContext:
         if getattr(server, "_preload_modules", None) == [
             "__main__"
         ]:  # the default: the program has not asked for its own
-            context.set_forkserver_preload(_PRELOAD)
+            context.set_forkserver_preload(_preload())
     return context
+
+
+def _preload() -> list[str]:
+    """What the fork server imports, so that workers need not. It does not import the main module of ``python -m``,
+    which will import what it has imported here; of that, we answer for our own modules.
+    """
+    if getattr(sys.modules["__main__"], "__spec__", None) is None:
+        return _PRELOAD
+    return _PRELOAD + sorted(name for name in sys.modules if name.startswith("ringpool."))
 
 
 def _start_method() -> str:
