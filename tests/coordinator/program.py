@@ -118,7 +118,7 @@ class Program:
         found: list[str] = []
 
         def said() -> bool:
-            lines = self.out.splitlines()
+            lines = self.out.split("\n")[:-1]  # whole ones: a print may arrive in pieces
             found.extend(line.removeprefix(word).strip() for line in lines if line.startswith(word))
             assert found or self.process.poll() is None, f"it ended without saying {word}:\n{self.out}\n{self.err}"
             return bool(found)

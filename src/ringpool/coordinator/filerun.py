@@ -96,10 +96,11 @@ class FileRun(Iterator[FileResult]):
     raised when all that was drawn before it has been given out. One thread at a time takes from it.
     """
 
+    _closed = True  # until it is whole: Ctrl-C may come in between
+
     def __init__(
         self, pump: Pump, inbox: RunInbox, tickets: Iterator[Ticket], window: int, check_open: Callable[[], None]
     ) -> None:
-        self._closed = False
         self._pid = os.getpid()
         self._pump = pump
         self._inbox = inbox
@@ -110,6 +111,7 @@ class FileRun(Iterator[FileResult]):
         self._under_way = 0
         self._exhausted = False
         self._input_error: Exception | None = None
+        self._closed = False
 
     def __iter__(self) -> FileRun:
         return self

@@ -124,6 +124,8 @@ class Pool:
         except BaseException:
             segment.unlink(name)
             raise
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)  # anew, so that it comes before what was imported meanwhile wants to do at exit
         _open.add(self)
         if not on_demand:
             self._begin()
@@ -295,6 +297,3 @@ def _close_all() -> None:
             pool.abort()
         else:
             pool.close()
-
-
-atexit.register(_close_all)
