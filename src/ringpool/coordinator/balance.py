@@ -80,7 +80,7 @@ class Balance:
             part = self._split(arena, ticket.part, now_ns - began_ns, n_idle) if ticket.part.splits else None
             if part is not None:
                 self.n_taken_back += part.n
-                taken.append(Ticket(ticket.task, ticket.sink, None, None, priority=ticket.priority, part=part))
+                taken.append(Ticket(ticket.task, ticket.sink, ticket.source, None, priority=ticket.priority, part=part))
         return taken
 
     @staticmethod
