@@ -394,6 +394,16 @@ def test_futures_that_are_asked_while_they_become_done_tell_no_half_truths(execu
     assert not failures
 
 
+def test_cancelled_again_a_future_calls_nobody_again(executor: RingPoolExecutor, held: Held) -> None:
+    queued = [executor.submit(functions.double, i) for i in range(3)]
+    called: list[Future[Any]] = []
+    for future in queued:
+        future.add_done_callback(called.append)
+        assert future.cancel()
+        assert future.cancel()
+    assert called == queued
+
+
 def test_a_future_that_nobody_has_waited_in_is_like_any_other(executor: RingPoolExecutor, tmp_path: Path) -> None:
     future = executor.submit(functions.double, 4)
     wait_until(future.done, "its end")

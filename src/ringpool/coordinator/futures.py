@@ -127,7 +127,7 @@ class PoolFuture(Future[Any]):
             found: threading.Condition = self.__dict__.setdefault("_condition", condition)
             if found is condition:
                 while self._finishing and self._state == PENDING:
-                    time.sleep(0)
+                    time.sleep(0)  # a few bytecodes of the pump's; it takes no lock among them
             return found
         finally:
             condition.release()
@@ -148,10 +148,11 @@ class PoolFuture(Future[Any]):
         """Keep the task from starting; False where a worker has it already, or it is done. Waits for nobody."""
         with self._condition:
             ticket = self.ticket
-            if self._state not in _DONE and ticket is not None and self._pump.keep_from_starting(ticket):
-                self._set_cancelled()
-            elif self._state not in _CANCELLED:
+            if self._state in _DONE:
+                return self._state in _CANCELLED
+            if ticket is None or not self._pump.keep_from_starting(ticket):
                 return False
+            self._set_cancelled()
         self._arrived()
         self._invoke_callbacks()
         return True

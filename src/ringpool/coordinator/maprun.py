@@ -4,7 +4,7 @@
                       ^ Sizer: about 8 ms of work to a vector, 40 ms and more under way
     next() <- piece <- held (in order) <- arrived <--------- pump
 
-Bounds: items under way, by the work in them, at most 65,536; items drawn and not given out, at most 16,384, or twice
+Bounds: items under way, by the work in them, at most 32,768; items drawn and not given out, at most 16,384, or twice
 as many as may be under way, and about 64 MiB of results.
 """
 

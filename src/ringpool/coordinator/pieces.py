@@ -15,7 +15,7 @@ import msgspec
 from ringpool.coordinator.futures import error_of, outcome_of
 from ringpool.coordinator.inbox import Inbox
 from ringpool.coordinator.tickets import Part, Ticket
-from ringpool.errors import RemoteError
+from ringpool.errors import RemoteError, SegmentFormatError
 from ringpool.shm import blobs, vectors
 from ringpool.shm.layout import OutcomeKind, Status
 from ringpool.shm.results import ResultRecord
@@ -160,7 +160,10 @@ class MapInbox(Inbox):
         done = arena.done(span)
         if self.closed or done.n <= part.taken.n:
             return False
-        piece = self._piece(part, span, arena, done, spent_ns)
+        try:
+            piece = self._piece(part, span, arena, done, spent_ns)
+        except SegmentFormatError:  # the vector's result will say so, to this map alone
+            return False
         if piece.outcomes and vectors.stream(piece.outcomes)[-1][0] >= OutcomeKind.BLOB:
             return False  # with which a vector ends: the rest comes with its result
         self.put(piece)

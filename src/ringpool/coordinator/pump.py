@@ -195,7 +195,7 @@ class Pump:
         """
         ticket.cancelled = True  # and then read ``sequence``; the pump has it the other way about
         while (sequence := ticket.sequence) == LEAVING and not self._ending_of_thread.has_come:
-            time.sleep(0)
+            time.sleep(0)  # while the pump publishes, in which it waits for no lock of a future
         if sequence < 0:
             return sequence == QUEUED
         ticket.spared = True
