@@ -17,6 +17,14 @@
       OutputCollisionError       two inputs map to one output
       OutputPatternError         a pattern for outputs cannot be used
       OutputMissingError         a task function ended without writing its output
+      InputChangedError          an input was changed while its task ran
+      ListError                  a list or manifest of inputs cannot be read
+      CommandTemplateError       a command template cannot be used
+      CommandError               a command did not end well
+      JobError                   a batch job as a whole
+        JobMissingError            there is none in that directory
+        JobBusyError               another process runs one there
+        LedgerError                its ledger cannot be used
       WorkerDiedError            the worker died while it ran this task (also a BrokenProcessPool)
         MemoryLimitError           it was killed, because it held more memory than it may
       TaskTimeoutError           the task ran longer than it may, and its worker was killed (also a TimeoutError)
@@ -130,26 +138,40 @@ if TYPE_CHECKING:
         ResultTransportError as ResultTransportError,
         WorkerDiedError as WorkerDiedError,
     )
-
-_BROKEN = frozenset(
-    (
-        "ArgumentTransportError",
-        "CrashLoopError",
-        "InitializerError",
-        "MemoryLimitError",
-        "ResultTransportError",
-        "WorkerDiedError",
+    from ringpool.errors.jobs import (
+        CommandError as CommandError,
+        CommandTemplateError as CommandTemplateError,
+        InputChangedError as InputChangedError,
+        JobBusyError as JobBusyError,
+        JobError as JobError,
+        JobMissingError as JobMissingError,
+        LedgerError as LedgerError,
+        ListError as ListError,
     )
-)
+
+_LAZY = {
+    name: module
+    for module, names in {
+        "broken": (
+            "ArgumentTransportError CrashLoopError InitializerError MemoryLimitError ResultTransportError "
+            "WorkerDiedError"
+        ),
+        "jobs": (
+            "CommandError CommandTemplateError InputChangedError JobBusyError JobError JobMissingError LedgerError "
+            "ListError"
+        ),
+    }.items()
+    for name in names.split()
+}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _BROKEN:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module("ringpool.errors.broken"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_BROKEN})
+    return sorted({*globals(), *_LAZY})
