@@ -33,6 +33,14 @@ if TYPE_CHECKING:
     from ringpool.coordinator.futures import (
         TaskFuture as TaskFuture,
     )
+    from ringpool.coordinator.inputs import (
+        InputFile as InputFile,
+    )
+    from ringpool.coordinator.job import (
+        Job as Job,
+        JobOptions as JobOptions,
+        Report as Report,
+    )
     from ringpool.errors import (
         AtomicWriteError as AtomicWriteError,
         BatchWriteError as BatchWriteError,
@@ -112,6 +120,8 @@ _HOMES = {
         "coordinator.executor": "ExecutorStats ExecutorView RingPoolExecutor TaskOptions WorkerExit",
         "coordinator.filerun": "FileResult FileRun",
         "coordinator.futures": "TaskFuture",
+        "coordinator.inputs": "InputFile",
+        "coordinator.job": "Job JobOptions Report",
         "errors": (
             "AtomicWriteError BatchWriteError CommittedWithErrors DurabilityError FileMissingError "
             "FileOperationError LockTimeoutError RingpoolError StatusTimeoutError TransactionConflictError "

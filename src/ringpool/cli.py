@@ -32,7 +32,8 @@ import msgspec
 
 from ringpool import __version__
 from ringpool.coordinator.coordinator import Coordinator, FileResult, FileTask
-from ringpool.coordinator.inputs import InputFile, OutputPattern, list_inputs, with_outputs
+from ringpool.coordinator.inputs import InputFile, list_inputs, relpaths_are_unique
+from ringpool.coordinator.outputs import NamedOutputs, OutputPattern, with_outputs
 from ringpool.errors import InputMissingError, PoolError, RingpoolError, SegmentError
 from ringpool.shm import layout
 from ringpool.workers import tasks
@@ -227,10 +228,11 @@ def _check_function(options: RunOptions) -> OutputPattern | None:
 
 
 def _pair(options: RunOptions, pattern: OutputPattern | None) -> Iterator[tuple[InputFile, str | None]]:
-    files = list_inputs(options.inputs, exclude_under=pattern and pattern.base)
+    files = list_inputs(options.inputs, exclude_under=() if pattern is None else (pattern.base,))
     if pattern is None:
         return ((file, None) for file in files)
-    return with_outputs(files, pattern, one_source=len(options.inputs) == 1)
+    pairs = with_outputs(files, NamedOutputs([pattern.pattern]), one_source=relpaths_are_unique(options.inputs))
+    return ((file, outputs[0]) for file, outputs in pairs)
 
 
 def _found_locks(base: Path) -> None:

@@ -1,18 +1,19 @@
-"""Inputs and outputs of a batch: what is listed, in which order, and which patterns are refused."""
+"""Inputs of a batch: what is listed, in which order, and what filters leave out."""
 
 from __future__ import annotations
 
 import os
-import pickle
+import sqlite3
 import tracemalloc
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
 
-from ringpool.coordinator.inputs import InputFile, OutputPattern, Scope, list_inputs, with_outputs
-from ringpool.errors import InputMissingError, OutputCollisionError, OutputPatternError
+from ringpool.coordinator import inputs
+from ringpool.coordinator.inputs import InputFile, largest_first, list_inputs, relpaths_are_unique, scratch_error
+from ringpool.coordinator.outputs import NamedOutputs, with_outputs
+from ringpool.errors import InputMissingError, ListError
 from ringpool.workers.files.naming import random_token, staging_name
 
 
@@ -23,8 +24,14 @@ def grow(root: Path, *files: str) -> Path:
     return root
 
 
-def relpaths(*sources: str | Path, exclude_under: Path | None = None) -> list[str]:
-    return [file.relpath for file in list_inputs(sources, exclude_under=exclude_under)]
+def relpaths(*sources: str | Path, under: Path | None = None, **filters: Sequence[str]) -> list[str]:
+    places = [] if under is None else [under]
+    return [file.relpath for file in list_inputs(sources, exclude_under=places, **filters)]
+
+
+def places_of_open_files() -> list[str]:
+    with os.scandir("/proc/self/fd") as entries:
+        return sorted(os.readlink(entry.path) for entry in entries)
 
 
 # ---- what is listed --------------------------------------------------------------------------------------------------
@@ -67,18 +74,18 @@ def test_ringpools_own_files_are_not_inputs(tmp_path: Path) -> None:
 
 def test_the_place_of_the_outputs_is_not_entered_even_when_it_appears_during_the_walk(tmp_path: Path) -> None:
     grow(tmp_path, "a", "in/b")
-    files = list_inputs([tmp_path], exclude_under=tmp_path / "out")
+    files = list_inputs([tmp_path], exclude_under=[tmp_path / "out", tmp_path / "meta"])
     assert next(files).relpath == "a"
-    grow(tmp_path, "out/a.gz")
+    grow(tmp_path, "out/a.gz", "meta/a.json")
     os.symlink("out", tmp_path / "another name for it")
     assert [file.relpath for file in files] == ["in/b"]
-    assert relpaths(tmp_path, exclude_under=tmp_path / "in" / ".." / "out") == ["a", "in/b"]
+    assert relpaths(tmp_path, under=tmp_path / "in" / ".." / "out") == ["a", "in/b", "meta/a.json"]
 
 
 def test_a_source_is_taken_even_where_the_outputs_go(tmp_path: Path) -> None:
     grow(tmp_path, "a", "b/c")
-    assert relpaths(tmp_path, exclude_under=tmp_path) == ["a", "b/c"]
-    assert relpaths(tmp_path / "b", exclude_under=tmp_path) == ["c"]
+    assert relpaths(tmp_path, under=tmp_path) == ["a", "b/c"]
+    assert relpaths(tmp_path / "b", under=tmp_path) == ["c"]
 
 
 def test_what_is_written_beside_inputs_during_the_walk_is_not_an_input(tmp_path: Path) -> None:
@@ -147,7 +154,7 @@ def test_a_missing_source_is_an_error_before_anything_is_drawn(
 def test_listing_is_lazy_and_its_memory_does_not_grow_with_the_number_of_files(tmp_path: Path) -> None:
     for directory in range(40):
         grow(tmp_path, *(f"{directory:02}/{file:03}" for file in range(50)))
-    pairs = with_outputs(list_inputs([tmp_path]), OutputPattern("out/{parent}/{stem}.gz"), one_source=True)
+    pairs = with_outputs(list_inputs([tmp_path]), NamedOutputs(["out/{parent}/{stem}.gz"]), one_source=True)
     tracemalloc.start()
     try:
         next(pairs)
@@ -181,6 +188,7 @@ TREE = ("a.jpg", "b.png", "x/c.jpg", "x/y/d.jpg", "x/y/e.txt", "x/.h/f.jpg", ".g
         ("x/.*/*", [".h/f.jpg"]),
         ("z[1]/i.jpg", ["i.jpg"]),  # it exists as it is written
         ("z[[]1]/*", ["z[1]/i.jpg"]),
+        ("*/**", ["x/c.jpg", "x/y/d.jpg", "x/y/e.txt", "z[1]/i.jpg"]),  # below a directory, not the directory
     ],
 )
 def test_a_glob_matches_as_in_a_shell(
@@ -193,146 +201,156 @@ def test_a_glob_matches_as_in_a_shell(
     assert all(Path(file.path).is_file() for file in list_inputs([pattern]))
 
 
-# ---- patterns --------------------------------------------------------------------------------------------------------
+# ---- filters ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("pattern", "relpath", "output", "base"),
+    ("include", "exclude", "expected"),
     [
-        ("thumbs/{relpath}.webp", "2020/sea.jpg", "thumbs/2020/sea.jpg.webp", "thumbs"),
-        ("{relpath}.gz", "a", "a.gz", "."),
-        ("/abs/out-{name}", "p/q.tar.gz", "/abs/out-q.tar.gz", "/abs"),
-        ("../o/{stem}{suffix}", "p/q.tar.gz", "../o/q.tar.gz", "../o"),
-        ("o/{parent}/{stem}.gz", "p/r/q.txt", "o/p/r/q.gz", "o"),
-        ("o/{parent}/{stem}.gz", "q.txt", "o/q.gz", "o"),
-        ("{parent}/{stem}.gz", "q.txt", "q.gz", "."),
-        ("o/x{parent}/{name}", "q.txt", "o/x/q.txt", "o"),
-        ("o/{suffix}/{name}", "README", "o/README", "o"),
-        ("o/{{{stem}}}", "q.txt", "o/{q}", "o"),
-        ("{{x}}/{name}", "q", "{x}/q", "{x}"),
-        ("o/{name}", ".bashrc", "o/.bashrc", "o"),
-        ("o/{stem}+{suffix}", ".bashrc", "o/.bashrc+", "o"),
-        ("all.txt", "q", "all.txt", "."),
+        (["*.jpg"], [], [".g.jpg", "a.jpg", "x/c.jpg", "x/.h/f.jpg", "x/y/d.jpg", "z[1]/i.jpg"]),
+        (["*.png", "e.*"], [], ["b.png", "x/y/e.txt"]),
+        (["x/*.jpg"], [], ["x/c.jpg"]),
+        (["/*.jpg"], [], [".g.jpg", "a.jpg"]),
+        (["./x/*/*"], [], ["x/.h/f.jpg", "x/y/d.jpg", "x/y/e.txt"]),
+        (["**/y/*"], [], ["x/y/d.jpg", "x/y/e.txt"]),
+        (["x/**"], [], ["x/c.jpg", "x/.h/f.jpg", "x/y/d.jpg", "x/y/e.txt"]),
+        (["x/**/*.jpg"], [], ["x/c.jpg", "x/.h/f.jpg", "x/y/d.jpg"]),
+        (["y/"], [], ["x/y/d.jpg", "x/y/e.txt"]),
+        (["x"], [], []),  # a directory is no file
+        ([""], [], []),
+        ([], ["*.jpg"], ["b.png", "x/y/e.txt"]),
+        ([], [".*"], ["a.jpg", "b.png", "x/c.jpg", "x/y/d.jpg", "x/y/e.txt", "z[1]/i.jpg"]),
+        ([], ["y"], [".g.jpg", "a.jpg", "b.png", "x/c.jpg", "x/.h/f.jpg", "z[1]/i.jpg"]),
+        ([], ["x/y"], [".g.jpg", "a.jpg", "b.png", "x/c.jpg", "x/.h/f.jpg", "z[1]/i.jpg"]),
+        ([], ["x/y/"], [".g.jpg", "a.jpg", "b.png", "x/c.jpg", "x/.h/f.jpg", "z[1]/i.jpg"]),
+        ([], ["/y", "a.jpg/", "x/**", "z?1?"], [".g.jpg", "a.jpg", "b.png"]),
+        (["*.jpg"], ["x", "a.*"], [".g.jpg", "z[1]/i.jpg"]),  # what excludes wins
     ],
 )
-def test_a_pattern_makes_an_output_of_a_relpath(pattern: str, relpath: str, output: str, base: str) -> None:
-    made = OutputPattern(pattern)
-    assert made.path_for(InputFile("in/" + relpath, relpath)) == output
-    assert str(made.base) == base
-
-
-@pytest.mark.parametrize(
-    ("pattern", "says"),
-    [
-        ("o/{size}", "{size}; there are {relpath}, {parent}, {name}, {stem}, {suffix}"),
-        ("o/{}", "unknown field {}"),
-        ("o/{0}", "unknown field {0}"),
-        ("o/{stem.x}", "unknown field {stem.x}"),
-        ("o/{stem!r}", "unknown field {stem!r}"),
-        ("o/{stem:>9}", "unknown field {stem:>9}"),
-        ("o/{stem", "{{ or }}"),
-        ("o/stem}", "{{ or }}"),
-        ("", "names a directory"),
-        ("o/", "names a directory"),
-        ("o/{relpath}/", "names a directory"),
-        ("o/{relpath}/.", "names a directory"),
-        ("o/{parent}/..", "names a directory"),
-        ("o/{parent}/../{name}", "before the first field only"),
-    ],
-)
-def test_a_pattern_that_cannot_be_used_is_refused_at_once(pattern: str, says: str) -> None:
-    with pytest.raises(OutputPatternError) as caught:
-        OutputPattern(pattern)
-    assert says in str(caught.value)
-    assert repr(pattern) in str(caught.value)
-    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "relpath"),
-    [
-        ("{suffix}/{name}", "README"),  # /README
-        ("o/{suffix}", "README"),  # o/
-        ("o/{suffix}", "a."),  # o/.
-        ("o/{stem}{suffix}", ".."),  # what no listing gives out, but a caller may
-        ("o/{relpath}", "../a"),
-        ("o/{parent}/x", "../../a"),
-        ("{relpath}", "/etc/passwd"),
-    ],
-)
-def test_an_output_that_would_leave_its_base_is_refused(pattern: str, relpath: str) -> None:
-    with pytest.raises(OutputPatternError, match="no file below"):
-        OutputPattern(pattern).path_for(InputFile(relpath, relpath))
-
-
-# ---- collisions ------------------------------------------------------------------------------------------------------
-
-
-def outputs(pattern: str, files: Iterable[str], *, one_source: bool = True) -> list[str]:
-    inputs = [InputFile("in/" + file, file) for file in files]
-    return [output for _, output in with_outputs(inputs, OutputPattern(pattern), one_source=one_source)]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "files", "one_source"),
-    [
-        ("o/all", ["a", "b"], True),
-        ("o/{stem}", ["a.txt", "a.md"], True),
-        ("o/{parent}/{stem}.gz", ["x/a.txt", "x/a.md"], True),
-        ("o/{name}", ["x/a", "y/a"], True),
-        ("o/{parent}{stem}", ["x/ya", "xy/a"], True),
-        ("o/{relpath}", ["a", "a"], False),
-    ],
-)
-def test_two_inputs_with_one_output_fail_when_the_second_is_drawn(
-    pattern: str, files: list[str], one_source: bool
+def test_filters_take_and_leave_out_by_name_or_by_relpath(
+    tmp_path: Path, include: list[str], exclude: list[str], expected: list[str]
 ) -> None:
-    inputs = (InputFile(f"source{n}/{file}", file) for n, file in enumerate(files))
-    pairs = with_outputs(inputs, OutputPattern(pattern), one_source=one_source)
-    output = next(pairs)[1]
-    with pytest.raises(OutputCollisionError) as caught:
-        next(pairs)
-    assert caught.value.args == (output, f"source0/{files[0]}", f"source1/{files[1]}")
+    grow(tmp_path, *TREE)
+    assert relpaths(tmp_path, include=include, exclude=exclude) == expected
+
+
+def test_filters_are_for_what_a_glob_finds_too_and_that_may_be_nothing(tmp_path: Path) -> None:
+    grow(tmp_path, *TREE)
+    assert relpaths(f"{tmp_path}/x/**", include=["*.jpg"], exclude=["y"]) == ["c.jpg"]
+    assert relpaths(f"{tmp_path}/x/**", exclude=["*"]) == []
+    with pytest.raises(InputMissingError):
+        relpaths(f"{tmp_path}/q/**", exclude=["*"])
+
+
+def test_what_a_source_or_a_list_names_is_not_filtered(tmp_path: Path) -> None:
+    grow(tmp_path, "d/a.txt", "d/b.md")
+    (tmp_path / "list").write_text(f"{tmp_path}/d/a.txt\n")
+    sources = [tmp_path / "d/a.txt", f"@{tmp_path}/list", tmp_path / "d"]
+    filters = {"include": ["*.md"], "exclude": ["d", "a.*"]}
+    assert [os.path.basename(path) for path in relpaths(*sources, **filters)] == ["a.txt", "a.txt", "b.md"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every directory")
+def test_an_excluded_directory_that_cannot_be_read_is_no_error(tmp_path: Path) -> None:
+    grow(tmp_path, "locked/a", "b")
+    (tmp_path / "locked").chmod(0)
+    try:
+        assert relpaths(tmp_path, exclude=["locked/"]) == ["b"]
+    finally:
+        (tmp_path / "locked").chmod(0o700)
+
+
+@pytest.mark.parametrize("exclude", [["skip"], []])
+def test_an_excluded_directory_is_not_entered(tmp_path: Path, exclude: list[str]) -> None:
+    files = list_inputs([grow(tmp_path, "a", "skip/b", "walk/c")], exclude=exclude)
+    assert next(files).relpath == "a"
+    (tmp_path / "skip").rename(tmp_path / "elsewhere")
+    os.symlink("skip", tmp_path / "skip")  # whoever enters it now gets an error
+    if exclude:
+        assert [file.relpath for file in files] == ["walk/c"]
+    else:
+        with pytest.raises(OSError, match="symbolic links"):
+            next(files)
+
+
+# ---- lists among the sources -----------------------------------------------------------------------------------------
+
+
+def test_a_list_is_a_source_among_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(grow(tmp_path, "a", "d/b", "@here"))
+    (tmp_path / "list").write_text("d/b\nmissing\n")
+    assert relpaths("a", "@list", "d") == ["a", "d/b", "missing", "b"]
+    assert relpaths("./@here", Path("@here")) == ["@here", "@here"]
+
+
+def test_a_list_that_is_not_there_is_an_error_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(grow(tmp_path, "a", "@here"))
+    with pytest.raises(ListError, match=r"list of inputs here: No such file or directory.*\./@name"):
+        list_inputs(["a", "@here"])
+
+
+def test_standard_input_is_read_once() -> None:
+    with pytest.raises(ListError, match="named twice"):
+        list_inputs(["-", "@-"])
 
 
 @pytest.mark.parametrize(
-    ("pattern", "scope"),
+    ("sources", "unique"),
     [
-        ("o/{relpath}.gz", Scope.NOWHERE),
-        ("o/{relpath}{suffix}", Scope.SOURCE),
-        ("o/{parent}/{stem}.gz", Scope.DIRECTORY),
-        ("{parent}/{name}", Scope.DIRECTORY),
-        ("o/{parent}/x/{name}", Scope.SOURCE),
-        ("o/{parent}-{name}", Scope.SOURCE),
-        ("o/{parent}/{relpath}", Scope.SOURCE),
-        ("o/{stem}/{parent}/{name}", Scope.SOURCE),
-        ("o/{name}", Scope.SOURCE),
-        ("o/x", Scope.SOURCE),
+        (["a"], True),
+        ([Path("-")], True),
+        (["./@a"], True),
+        (["-"], False),
+        (["@a"], False),
+        (["a", "b"], False),
+        ([], False),
     ],
 )
-def test_outputs_are_remembered_only_as_far_as_they_may_come_again(pattern: str, scope: Scope) -> None:
-    assert OutputPattern(pattern).scope is scope
+def test_relpaths_are_unique_only_where_there_is_one_source_that_is_no_list(
+    sources: list[str | Path], unique: bool
+) -> None:
+    assert relpaths_are_unique(sources) is unique
 
 
-NAMES = st.text("ab./-", min_size=1, max_size=7)
-PATTERNS = st.lists(
-    st.sampled_from(["{relpath}", "{parent}", "{name}", "{stem}", "{suffix}", "/", "a", "-"]), max_size=6
-)
+# ---- order -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(NAMES, max_size=12, unique=True), PATTERNS.map(lambda parts: "o/" + "".join(parts)))
-def test_no_collision_is_missed_by_remembering_less(names: list[str], pattern: str) -> None:
-    files = {name for name in names if not {"", ".", ".."} & set(name.split("/"))}
-    by_directory = sorted(files, key=lambda name: (name.rpartition("/")[0], name))
+def test_the_largest_comes_first_and_equals_in_their_order(tmp_path: Path) -> None:
+    files: list[InputFile] = []
+    sizes = [3, 0, 70_000, 3, None, 5, 3]
+    for number, size_bytes in enumerate(sizes):
+        path = tmp_path / os.fsdecode(b"caf\xe9-%d" % number)
+        if size_bytes is not None:
+            path.write_bytes(bytes(size_bytes))
+        parameters = {"n": number, "big": 1 << 80, "nested": [None, {"a": 1.5}]} if number % 2 else None
+        files.append(InputFile(str(path), path.name, parameters))
+    files.append(InputFile("nul\0byte", "x"))
+    assert list(largest_first(iter(files))) == [files[n] for n in (2, 5, 0, 3, 6, 1, 4, 7)]
+    assert list(largest_first(iter(()))) == []
+
+
+def test_what_orders_by_size_is_on_disk_and_leaves_nothing_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "SCRATCH_CACHE_KIB", 256)
+    files = (InputFile(f"/nowhere/{'x' * 200}/{n}", f"{n}") for n in range(20_000))
+    before = places_of_open_files()
+    tracemalloc.start()
     try:
-        everything = outputs(pattern, by_directory, one_source=False)
-    except OutputCollisionError:
-        with pytest.raises(OutputCollisionError):
-            outputs(pattern, by_directory)
-    except OutputPatternError:
-        return
-    else:
-        assert outputs(pattern, by_directory) == everything
-        assert len(set(everything)) == len(everything)
-        assert all(".." not in output.split("/") and output.startswith("o/") for output in everything)
+        ordered = largest_first(files)
+        assert next(ordered).relpath == "0"
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000  # all paths together are 4 MB
+    finally:
+        tracemalloc.stop()
+    on_disk = set(places_of_open_files()) - set(before)
+    assert any("etilqs" in place and place.endswith("(deleted)") for place in on_disk)
+    del ordered
+    assert places_of_open_files() == before
+
+
+def test_an_error_of_the_temporary_database_names_its_place_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SQLITE_TMPDIR", "/full")
+    said = str(scratch_error(sqlite3.OperationalError("database or disk is full")))
+    assert "database or disk is full" in said
+    assert "SQLITE_TMPDIR" in said
+    assert "'/full'" in said

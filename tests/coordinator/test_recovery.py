@@ -25,7 +25,7 @@ class Case(NamedTuple):
 
     def words(self) -> dict[str, str]:
         """What the table calls them."""
-        results = {Status.EMPTY: "empty", Status.COMMITTING: "committing"}
+        results = {Status.EMPTY: "empty", Status.COMMITTING: "committing", Status.STAGED: "staged"}
         return {
             "list": self.where.name.lower(),
             "holder": "alive" if self.alive else "dead",

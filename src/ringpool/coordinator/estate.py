@@ -1,6 +1,7 @@
 """What a dead worker leaves: its claims, settled by the table of ``recovery``.
 
     death --> claims --> decide each --+-- DELIVER, FINISH, FAIL, DOUBT --> done     (posted for the dead where needed)
+                                       +-- COMMIT -- put in place --------> done
                                        +-- REQUEUE ----------------------> retry, as it was
                                        +-- RETRY ------------------------> retry, next attempt, one more death
     all of it in one commit of the ring; before that, what the dead attempt left on disk and in /dev/shm is removed
@@ -28,6 +29,9 @@ from ringpool.workers.process import EXIT_INITIALIZER, EXIT_WORN_OUT
 
 if TYPE_CHECKING:
     from ringpool.coordinator.staged import StagedOutputs
+    from ringpool.coordinator.stagedjobs import StagedJobs
+
+ERROR_WORDS_BYTES = layout.INLINE_BYTES - 8
 
 
 class Estate(NamedTuple):
@@ -62,11 +66,15 @@ class Estates:
         done: list[int] = []
         again: list[int] = []
         blamed: list[int] = []
+        staged: list[int] = []
         claims = self._end.claims_of_dead(death.index)
         for claim in claims:
             action = self._decide(claim)
             if action is Action.REQUEUE:
                 again.append(claim.entry)
+                continue
+            if action is Action.COMMIT:
+                staged.append(claim.entry)
                 continue
             if action is not Action.DELIVER:
                 self._tidy(claim, action)
@@ -83,6 +91,8 @@ class Estates:
             elif action is Action.DOUBT:
                 self._end.post_for_dead(claim.entry, Status.IN_DOUBT)
             done.append(claim.entry)
+        self._commit(staged)
+        done += staged
         failed_to_start = self._end.failed_to_start(death.index)
         self._end.settle(death.index, done, again, blamed)
         recycled = death.exitcode == EXIT_WORN_OUT or (death.exitcode == 0 and not claims)
@@ -103,6 +113,8 @@ class Estates:
         disk = Disk.UNKNOWN
         if claim.status is Status.COMMITTING:
             disk = self._staged().side(claim.entry)
+        elif claim.status is Status.STAGED:
+            disk = self._staged_jobs().side(claim.entry)
         return recovery.decide(
             Where.CLAIMED,
             alive=False,
@@ -122,10 +134,24 @@ class Estates:
         form = self._end.results.read_task(claim.entry)[3]
         if form == Form.FILE and action is not Action.DOUBT:
             self._staged().discard(claim.entry)
+        if form == Form.JOB and action is not Action.DOUBT:
+            self._staged_jobs().discard(claim.entry)
         ticket = self._ticket_of(claim.entry)
         if action is not Action.FINISH and (ticket is None or ticket.part is None):  # a vector's is one of its outcomes
             sequence, attempt = layout.sequence_of(claim.entry), layout.attempt_of(claim.entry)
             blobs.unlink(blobs.result_name(self._segment, sequence, attempt))
+
+    def _commit(self, entries: list[int]) -> None:
+        """Put in place what a dead worker had staged, and give each task its result."""
+        for task in self._staged_jobs().commit(entries) if entries else ():
+            self._end.results.retract(task.entry)
+            words = f"{type(task.error).__name__}: {task.error}".encode(errors="replace")[:ERROR_WORDS_BYTES]
+            self._end.post_for_dead(task.entry, Status.ERROR, msgspec.msgpack.encode(words.decode(errors="ignore")))
+
+    def _staged_jobs(self) -> StagedJobs:
+        from ringpool.coordinator.stagedjobs import StagedJobs
+
+        return StagedJobs(self._end)
 
     def _staged(self) -> StagedOutputs:
         from ringpool.coordinator.staged import StagedOutputs  # here: see there

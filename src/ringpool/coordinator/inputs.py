@@ -1,48 +1,50 @@
-"""What files a batch consists of: its inputs, streamed, and the output that belongs to each.
+"""What files a batch consists of: its inputs, streamed.
 
     source                 inputs                                                        relpath
     a file                 that file                                                     its name
     a directory            every file below it                                           as seen from that directory
     photos/**/*.jpg        the files that match: * ? [...] within a name, ** any depth   as seen from photos
+    -, @files.txt          what that list names, there or not; - is standard input       see ``lists``
 
-    output pattern         the input photos/2020/sea.tar.gz of the source photos/
-    {relpath}              2020/sea.tar.gz
-    {parent}               2020              empty at the top, where the slash after it goes as well
-    {name}                 sea.tar.gz
-    {stem} {suffix}        sea.tar  .gz
+    filter                 is matched by                                                 examples
+    no slash               the name                                                      *.jpg   .git
+    a slash                the relpath; ** any depth                                     raw/*.jpg   2020/**   /top.txt
+    a slash at the end     a directory, and so is all that is below it                   build/   raw/old/
 
 A walk is in order: a directory's files by name, then its subdirectories by name. A directory is read as a whole before
 its first file is given out, so that what a run writes beside its inputs is not taken for one of them; memory grows with
 the largest directory, not with the number of files. Symbolic links are followed, except to a directory that is being
 walked. Left out are ringpool's own files, what vanishes meanwhile, and what is neither file nor directory.
+
+Filters are for what a walk or a glob finds; a file that a source or a list names is an input in any case, and so is a
+directory entered that a source names. Of what is found, an input is what matches one ``include`` (if there are any)
+and no ``exclude``. A directory that matches an ``exclude`` is not entered. Unlike in a source, * and ** take names with
+a leading dot.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import pickle
 import re
 import stat
-import string
-from collections.abc import Callable, Iterable, Iterator
-from enum import Enum
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import translate
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ringpool.errors import InputMissingError, OutputCollisionError, OutputPatternError
+from ringpool.coordinator.lists import STANDARD_INPUT, InputFile as InputFile, read_list
+from ringpool.errors import InputMissingError, ListError
 from ringpool.workers.files.naming import is_staging_name
 
+if TYPE_CHECKING:
+    import sqlite3
+
 OWN_DIRECTORY = ".ringpool"
+SCRATCH_CACHE_KIB = 16_384
 _MAGIC = re.compile(r"[*?[]")
-
-
-class InputFile(NamedTuple):
-    """A file to work on: its ``path``, as the source was given, and its path relative to that source."""
-
-    path: str
-    relpath: str
 
 
 class _Directory(NamedTuple):
@@ -54,22 +56,57 @@ class _Directory(NamedTuple):
     states: frozenset[int]
 
 
+class _Limits(NamedTuple):
+    """Where a walk does not go, and what it leaves out."""
+
+    exclude_under: tuple[Path, ...]
+    filters: _Filters | None
+
+
 # ---- inputs ----------------------------------------------------------------------------------------------------------
 
 
-def list_inputs(sources: Iterable[str | Path], *, exclude_under: Path | None = None) -> Iterator[InputFile]:
-    """The files that ``sources`` (files, directories, globs) stand for, each found when it is asked for.
+def list_inputs(
+    sources: Iterable[str | Path],
+    *,
+    exclude_under: Sequence[Path] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Iterator[InputFile]:
+    """The files that ``sources`` (files, directories, globs, lists) stand for, each found when it is asked for.
 
-    What a source names is taken in any case. A walk does not enter the directory ``exclude_under``, the place of the
-    outputs, which need not exist yet.
+    What a source names is taken in any case. A walk does not enter the directories ``exclude_under``, the places of the
+    outputs, which need not exist yet. ``include`` and ``exclude`` are filters. A ``Path`` is never a list:
+    ``Path("-")`` is the file of that name, which as text is ``./-``.
 
-    Raises ``InputMissingError`` at once where a source is not there or a glob matches nothing; ``OSError`` later where
-    a directory cannot be read, since to leave out what is in it would look like success.
+    Raises at once ``InputMissingError`` where a source is not there or a glob matches nothing, and ``ListError`` where
+    a list is not there or standard input is named twice; ``OSError`` later where a directory cannot be read, since to
+    leave out what is in it would look like success, and ``ListError`` where a list cannot be read on.
     """
-    return chain.from_iterable([_open_source(os.fspath(source), exclude_under) for source in sources])
+    named = list(sources)
+    if sum(_list_of(source) == STANDARD_INPUT for source in named) > 1:
+        raise ListError(STANDARD_INPUT, 0, "it is named twice, and can be read once")
+    limits = _Limits(tuple(exclude_under), _Filters(include, exclude) if include or exclude else None)
+    return chain.from_iterable([_open_source(source, limits) for source in named])
 
 
-def _open_source(source: str, exclude_under: Path | None) -> Iterable[InputFile]:
+def relpaths_are_unique(sources: Sequence[str | Path]) -> bool:
+    """Whether ``list_inputs`` gives no relpath twice: one file, directory or glob. A list may name a file twice."""
+    return len(sources) == 1 and _list_of(sources[0]) is None
+
+
+def _list_of(source: str | Path) -> str | None:
+    """The path of the list that ``source`` stands for, None where it is no list."""
+    if isinstance(source, Path):
+        return None
+    return source[1:] if source.startswith("@") else STANDARD_INPUT if source == STANDARD_INPUT else None
+
+
+def _open_source(source: str | Path, limits: _Limits) -> Iterable[InputFile]:
+    listed = _list_of(source)
+    if listed is not None:
+        return read_list(listed)
+    source = os.fspath(source)
     try:
         found = os.stat(source)
     except PermissionError:
@@ -77,19 +114,23 @@ def _open_source(source: str, exclude_under: Path | None) -> Iterable[InputFile]
     except (OSError, ValueError):
         if not _MAGIC.search(source):
             raise InputMissingError(source) from None
-        return _open_glob(source, exclude_under)
+        return _open_glob(source, limits)
     if not stat.S_ISDIR(found.st_mode):
         return (InputFile(source, os.path.basename(source)),)
-    return _walk(_Directory(_as_prefix(source), "", frozenset(), frozenset()), exclude_under, None)
+    return _walk(_Directory(_as_prefix(source), "", frozenset(), frozenset()), limits, None)
 
 
-def _open_glob(source: str, exclude_under: Path | None) -> Iterator[InputFile]:
-    glob = _Glob(source)
-    matches = _walk(_Directory(glob.prefix, "", frozenset(), glob.start), exclude_under, glob)
+def _open_glob(source: str, limits: _Limits) -> Iterator[InputFile]:
+    prefix, parts = _split_glob(source)
+    glob = _Glob(parts, takes_dots=False)
+    root = _Directory(prefix, "", frozenset(), glob.start)
+    matches = _walk(root, limits._replace(filters=None), glob)
     first = next(matches, None)
     if first is None:
         raise InputMissingError(source)
-    return chain((first,), matches)
+    if limits.filters is None:
+        return chain((first,), matches)
+    return _walk(root, limits, glob)  # what matches may all be filtered out: that is no mistake in the source
 
 
 def _as_prefix(directory: str) -> str:
@@ -98,16 +139,18 @@ def _as_prefix(directory: str) -> str:
     return "" if bare == "." else bare + "/"
 
 
-def _walk(root: _Directory, exclude_under: Path | None, glob: _Glob | None) -> Iterator[InputFile]:
+def _walk(root: _Directory, limits: _Limits, glob: _Glob | None) -> Iterator[InputFile]:
     waiting = [root]
     while waiting:
         directory = waiting.pop()
         identity = _identity(directory.path or ".")
         if identity is None or identity in directory.ancestors:
             continue
-        if directory is not root and exclude_under is not None and identity == _identity(exclude_under):
+        if directory is not root and any(identity == _identity(place) for place in limits.exclude_under):
             continue
         files, subdirectories = _list(directory, glob)
+        if limits.filters is not None:
+            files, subdirectories = limits.filters.keep(directory.relpath, files, subdirectories)
         for name in files:
             yield InputFile(directory.path + name, directory.relpath + name)
         ancestors = directory.ancestors | {identity}
@@ -158,43 +201,40 @@ def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
         raise
 
 
+# ---- globs -----------------------------------------------------------------------------------------------------------
+
+
 class _Glob:
     """A glob, as a machine that reads a path name by name.
 
     State i says that the names so far fit the first i parts of the pattern; a ``**`` may stay in its state. As in a
-    shell, a name's leading dot is matched only by a dot. A pattern that ends in a slash stands for all that is in the
-    directories which it matches.
+    shell, a name's leading dot is matched only by a dot, unless ``takes_dots``.
     """
 
-    def __init__(self, pattern: str) -> None:
-        magic = _MAGIC.search(pattern)
-        cut = pattern.rfind("/", 0, magic.start() if magic else len(pattern)) + 1
-        parts = [part for part in pattern[cut:].split("/") if part]
-        if pattern.endswith("/"):
-            parts += ["**", "*"]
-        self.prefix = pattern[:cut]
-        self._parts = [_matcher(part) for part in parts]
+    def __init__(self, parts: list[str], *, takes_dots: bool) -> None:
+        if parts[-1:] == ["**"]:
+            parts = [*parts, "*"]  # below it, not itself
+        self._takes_dots = takes_dots
+        self._parts = [_matcher(part, takes_dots) for part in parts]
         self._end = len(parts)
         self.start = self._skipping({0}) - {self._end}
 
     def states_below(self, states: frozenset[int], name: str) -> frozenset[int]:
         """The states in the directory ``name``; none where nothing below it can match."""
-        return self._after(states, name) - {self._end}
-
-    def accepts(self, states: frozenset[int], name: str) -> bool:
-        """Whether the pattern is matched by the path that led to ``states`` and ends in ``name``."""
-        return self._end in self._after(states, name)
-
-    def _after(self, states: frozenset[int], name: str) -> frozenset[int]:
         reached: set[int] = set()
         for state in states:
             matches = self._parts[state]
             if matches is None:
-                if not name.startswith("."):
+                if self._takes_dots or not name.startswith("."):
                     reached.add(state)
             elif matches(name):
                 reached.add(state + 1)
-        return self._skipping(reached)
+        return self._skipping(reached) - {self._end}
+
+    def accepts(self, states: frozenset[int], name: str) -> bool:
+        """Whether the pattern is matched by the path that led to ``states`` and ends in ``name``."""
+        matches = self._parts[-1] if self._end - 1 in states else None
+        return matches is not None and bool(matches(name))
 
     def _skipping(self, states: set[int]) -> frozenset[int]:
         """``states`` and those which they lead to where a ``**`` stands for nothing."""
@@ -206,126 +246,115 @@ class _Glob:
         return frozenset(reached)
 
 
-def _matcher(part: str) -> Callable[[str], object] | None:
+def _split_glob(source: str) -> tuple[str, list[str]]:
+    """Where the walk of a glob begins, and the parts of what is to match below that.
+
+    One that ends in a slash stands for all that is in the directories which it matches.
+    """
+    magic = _MAGIC.search(source)
+    cut = source.rfind("/", 0, magic.start() if magic else len(source)) + 1
+    parts = [part for part in source[cut:].split("/") if part]
+    return source[:cut], [*parts, "**"] if source.endswith("/") else parts
+
+
+def _matcher(part: str, takes_dots: bool) -> Callable[[str], object] | None:
     """What says whether a name fits ``part`` of a glob; None for ``**``, which any fits."""
     if part == "**":
         return None
     matches = re.compile(translate(part)).match
-    return matches if part.startswith(".") else lambda name: not name.startswith(".") and matches(name)
+    if takes_dots or part.startswith("."):
+        return matches
+    return lambda name: not name.startswith(".") and matches(name)
 
 
-# ---- outputs ---------------------------------------------------------------------------------------------------------
+# ---- filters ---------------------------------------------------------------------------------------------------------
 
 
-class Scope(Enum):
-    """How far two inputs of one source may lie apart, where a pattern gives both the same output."""
+class _Filters:
+    """What is taken of a directory's names: those that match an ``include``, if there are any, and no ``exclude``."""
 
-    NOWHERE = "no two have the same output"
-    DIRECTORY = "they are in one directory"
-    SOURCE = "they are anywhere in the source"
+    def __init__(self, include: Sequence[str], exclude: Sequence[str]) -> None:
+        self._includes_all = not include
+        self._include = [_filter(pattern, below=True) for pattern in include]
+        self._exclude = [_filter(pattern) for pattern in exclude if not pattern.endswith("/")]
+        self._exclude_directories = [*self._exclude, *(_filter(each) for each in exclude if each.endswith("/"))]
+
+    def keep(self, relpath: str, files: list[str], subdirectories: list[str]) -> tuple[list[str], list[str]]:
+        """Those to take of the names in the directory ``relpath``, which is empty or ends in a slash."""
+        parents = relpath.split("/")[:-1]
+        included = _any(self._include, parents)
+        excluded = _any(self._exclude, parents)
+        left_out = _any(self._exclude_directories, parents)
+        kept = [name for name in files if (self._includes_all or included(name)) and not excluded(name)]
+        return kept, [name for name in subdirectories if not left_out(name)]
 
 
-class OutputPattern:
-    """Where outputs go: a path with fields in braces (``thumbs/{relpath}.webp``); a brace of its own is written twice.
+def _filter(pattern: str, *, below: bool = False) -> _Glob:
+    """``pattern`` as a glob; ``below``: one that ends in a slash stands for what is below the directory."""
+    parts = [part for part in pattern.split("/") if part not in ("", ".")]
+    if "/" not in pattern.rstrip("/"):
+        parts = ["**", *parts] if parts else []
+    if below and pattern.endswith("/"):
+        parts.append("**")
+    return _Glob(parts, takes_dots=True)
 
-    Attributes: ``pattern`` (str); ``base`` (``Path``), the directory before the first field, which no output leaves;
-    ``fields`` (frozenset of str); ``scope`` (``Scope``), where to look for two inputs with one output.
 
-    Raises ``OutputPatternError`` for an unknown field, and for a pattern that names no file.
+def _any(globs: list[_Glob], parents: list[str]) -> Callable[[str], bool]:
+    """What says whether a name in the directory below ``parents`` is matched by one of ``globs``."""
+    reading: list[tuple[_Glob, frozenset[int]]] = []
+    for glob in globs:
+        states = glob.start
+        for parent in parents:
+            states = glob.states_below(states, parent)
+        if states:
+            reading.append((glob, states))
+    return lambda name: any(glob.accepts(states, name) for glob, states in reading)
+
+
+# ---- order -----------------------------------------------------------------------------------------------------------
+
+
+def largest_first(files: Iterable[InputFile]) -> Iterator[InputFile]:
+    """``files``, the largest first; those of one size in the order in which they came. All are listed before the first.
+
+    A file that is not there comes last. Memory is bounded: names and sizes are in a database on disk, in the directory
+    for temporary files. Raises ``OSError`` where that has no room.
     """
-
-    FIELDS = ("relpath", "parent", "name", "stem", "suffix")
-
-    def __init__(self, pattern: str | Path) -> None:
-        self.pattern = os.fspath(pattern)
-        self._tokens = self._parse()
-        self.fields = frozenset(field for _, field in self._tokens if field)
-        leading = self._tokens[0][0]
-        self._base = leading[: leading.rfind("/") + 1]
-        self.base = Path(self._base)
-        parts = self._render(dict.fromkeys(self.FIELDS, "x"))[len(self._base) :].split("/")
-        if parts[-1] in ("", ".", ".."):
-            raise OutputPatternError(self.pattern, "it names a directory; let it end in a file's name, such as {name}")
-        if ".." in parts:
-            raise OutputPatternError(self.pattern, "`..` may stand before the first field only")
-        self.scope = self._scope()
-
-    def _parse(self) -> list[tuple[str, str | None]]:
-        """The pattern as pairs of a literal and the field that follows it, None after the last."""
-        tokens: list[tuple[str, str | None]] = []
-        literal = ""
-        try:
-            for text, field, form, conversion in string.Formatter().parse(self.pattern):
-                literal += text
-                if field is None:  # a doubled brace, or the end
-                    continue
-                if field not in self.FIELDS or form or conversion:
-                    written = field + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
-                    known = ", ".join(f"{{{name}}}" for name in self.FIELDS)
-                    raise OutputPatternError(self.pattern, f"unknown field {{{written}}}; there are {known}")
-                tokens.append((literal, field))
-                literal = ""
-        except ValueError as error:
-            reason = f"{str(error).lower()}; write a brace that belongs to the path twice, {{{{ or }}}}"
-            raise OutputPatternError(self.pattern, reason) from None
-        return [*tokens, (literal, None)]
-
-    def _scope(self) -> Scope:
-        if [field for _, field in self._tokens] == ["relpath", None]:
-            return Scope.NOWHERE
-        (_, first), rest = self._tokens[0], self._tokens[1:]
-        if first == "parent" and rest[0][0].startswith("/") and self.fields <= {"parent", "name", "stem", "suffix"}:
-            again = any(field == "parent" for _, field in rest)
-            deeper = "/" in "".join(literal for literal, _ in rest)[1:]
-            if not again and not deeper:  # each directory of inputs has a directory of outputs to itself
-                return Scope.DIRECTORY
-        return Scope.SOURCE
-
-    def _render(self, values: dict[str, str]) -> str:
-        rendered = ""
-        nothing_yet = False  # an empty {parent} at the start of a name: {parent}/{name} must not become /name
-        for literal, field in self._tokens:
-            rendered += literal[1:] if nothing_yet and literal.startswith("/") else literal
-            if field is not None:
-                nothing_yet = field == "parent" and not values[field] and rendered[-1:] in ("", "/")
-                rendered += values[field]
-        return rendered
-
-    def path_for(self, file: InputFile) -> str:
-        """The output of ``file``. Raises ``OutputPatternError`` where that would be no file below ``base``."""
-        parent, _, name = file.relpath.rpartition("/")
-        stem, suffix = os.path.splitext(name)
-        values = {"relpath": file.relpath, "parent": parent, "name": name, "stem": stem, "suffix": suffix}
-        rendered = self._render(values)
-        parts = rendered[len(self._base) :].split("/")
-        if ".." in parts or parts[-1] in ("", ".") or (not self._base and not parts[0]):
-            reason = (
-                f"it makes {rendered!r} of the input {file.path}, which is no file below {self.base}; use {{relpath}}"
-            )
-            raise OutputPatternError(self.pattern, reason)
-        return self._base + "/".join(part for part in parts if part not in ("", "."))
+    scratch = open_scratch("CREATE TABLE inputs (n INTEGER PRIMARY KEY, size_bytes INTEGER, file BLOB)")
+    try:
+        rows = ((_size_bytes(file.path), pickle.dumps(tuple(file))) for file in files)
+        scratch.executemany("INSERT INTO inputs (size_bytes, file) VALUES (?, ?)", rows)
+        for (file,) in scratch.execute("SELECT file FROM inputs ORDER BY size_bytes DESC, n"):
+            yield InputFile(*pickle.loads(file))
+    except scratch.Error as error:
+        raise scratch_error(error) from error
+    finally:
+        scratch.close()
 
 
-def with_outputs(
-    inputs: Iterable[InputFile], pattern: OutputPattern, *, one_source: bool
-) -> Iterator[tuple[InputFile, str]]:
-    """Each input with its output.
+def _size_bytes(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return -1
 
-    ``one_source`` (bool): ``inputs`` are what ``list_inputs`` gives for a single source, so no relpath comes twice.
-    Raises ``OutputCollisionError`` when the second of two inputs with one output is drawn. Outputs are remembered only
-    as far as they may come again: not at all, for one directory, or all of them.
+
+def open_scratch(schema: str) -> sqlite3.Connection:
+    """A database for this process alone, with ``schema``. Beyond its cache it is in a file that has no name.
+
+    Close it. It never commits: nobody else reads it, and nothing of it outlives the process.
     """
-    scope = pattern.scope if one_source else Scope.SOURCE
-    first_with: dict[str, str] = {}
-    current = ""
-    for file in inputs:
-        output = pattern.path_for(file)
-        if scope is not Scope.NOWHERE:
-            parent = file.relpath.rpartition("/")[0]
-            if scope is Scope.DIRECTORY and parent != current:
-                first_with.clear()  # a walk gives out a directory's files together
-                current = parent
-            if output in first_with:
-                raise OutputCollisionError(output, first_with[output], file.path)
-            first_with[output] = file.path
-        yield file, output
+    import sqlite3  # half of the listings need none
+
+    database = sqlite3.connect("", check_same_thread=False)
+    database.executescript(
+        f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA temp_store = FILE;"
+        f"PRAGMA cache_size = -{SCRATCH_CACHE_KIB}; {schema};"
+    )
+    return database
+
+
+def scratch_error(error: Exception) -> OSError:
+    """What to raise for an ``error`` of such a database."""
+    reason = f"temporary database of inputs: {error}; make room there, or set SQLITE_TMPDIR to another directory"
+    return OSError(errno.ENOSPC, reason, os.environ.get("SQLITE_TMPDIR") or os.environ.get("TMPDIR") or "/var/tmp")

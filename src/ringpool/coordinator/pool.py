@@ -72,8 +72,9 @@ class Pool:
     ``limits``: when a worker is replaced between tasks. ``memory_limit_bytes``: it is killed when it has more.
     ``on_demand``: workers are started when tasks wait for them. ``setup``: gives what a worker does before its first
     task. ``on_exit(death, reason)``: told of each worker that ended, in the pump's thread. ``on_ended``: called when
-    all workers have ended. ``closed``: makes the error for tasks that come too late. Raises ``SharedMemoryFullError``,
-    ``ValueError``, ``MainModuleError``.
+    all workers have ended. ``closed``: makes the error for tasks that come too late. ``retains``: results stay in the
+    segment until they are released, and the segment when the pool is closed, or dead: who made it removes it.
+    Raises ``SharedMemoryFullError``, ``ValueError``, ``MainModuleError``.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Pool:
         on_exit: Callable[[Death, str], None] | None = None,
         on_ended: Callable[[], None] | None = None,
         closed: Callable[[], Exception] = CoordinatorClosedError,
+        retains: bool = False,
     ) -> None:
         if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
             raise MainModuleError
@@ -106,12 +108,14 @@ class Pool:
         context = _context(mp_context)
         segment.reclaim_dead()
         self._signals_installed = False
-        self._segment = segment.create(slots, n_workers, claims_max)
+        self._segment = segment.create(slots, n_workers, claims_max, kept=retains)
         name = self.name = self._segment.name
+        self.token = self._segment.header.uuid.hex()[:16]  # what names of staged outputs carry
+        self._retains = retains
         self.slots = slots
         self.n_workers = n_workers
         try:
-            self._end = CoordinatorEnd(self._segment)
+            self._end = CoordinatorEnd(self._segment, retains=retains)
             n_started = 1 if on_demand else n_workers  # it begins with a first task
             self.pump = pump = Pump(self._end, n_started, on_demand, memory_limit_bytes, on_exit)
             self.supervisor = Supervisor(
@@ -252,7 +256,8 @@ class Pool:
                 self._signals_installed = False
                 signals.uninstall()
         finally:
-            segment.unlink(self.name)
+            if not self._retains:
+                segment.unlink(self.name)
         with self.lock:
             if stopped and not self.closed:
                 self._end.close()

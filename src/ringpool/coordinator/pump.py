@@ -87,6 +87,7 @@ class Pump:
         self._rate_per_s = 0.0
         self._rated_total = 0
         self._rated_at = time.monotonic()
+        self._retained: deque[list[str]] = deque()  # blobs to be unlinked when a retained result is released
         self._thread = threading.Thread(target=self._run, name="ringpool-pump", daemon=True)
 
     # ---- for other threads
@@ -244,6 +245,18 @@ class Pump:
             self._sleeping = False
             self.end.post()
 
+    def release(self, n: int) -> None:
+        """The ``n`` oldest results that the ring retains are safe elsewhere. From any thread; returns at once."""
+
+        def release() -> None:
+            self.end.release(n)
+            for _ in range(n):
+                for name in self._retained.popleft():
+                    blobs.unlink(name)
+
+        self._commands.append(release)
+        self._wake()
+
     def _is_idle(self) -> bool:
         return not self._backlog and not self._in_ring
 
@@ -378,6 +391,8 @@ class Pump:
             assert self.broken is not None, "a result that nobody waits for"
             return
         ticket.result_blob = blob
+        if self.end.retains:
+            self._retain(ticket, entry, record)
         self._tickets[slot] = None
         self._in_ring -= 1
         if ticket.timeout_s is not None:
@@ -385,7 +400,7 @@ class Pump:
         if ticket.spared and record.status == _CANCELLED and not self._cancels_all and ticket.sink.unspoiled(ticket):
             self._requeue([ticket])
             return
-        if ticket.task.blob:
+        if ticket.task.blob and not self.end.retains:
             self._free_payload(ticket)
         if record.status == _OK:
             self.n_completed += 1
@@ -430,8 +445,15 @@ class Pump:
             return name
         except RingpoolError as error:
             blob = error  # which its reader raises
-        blobs.unlink(name)
+        if not self.end.retains:
+            blobs.unlink(name)
         return blob
+
+    def _retain(self, ticket: Ticket, entry: int, record: ResultRecord) -> None:
+        names = [self._blob_name(entry)] if record.encoding == _BLOB else []
+        if ticket.task.blob:
+            names.append(blobs.payload_name(self.segment, ticket.task.blob))
+        self._retained.append(names)
 
     def _free_payload(self, ticket: Ticket) -> None:
         if ticket.task.blob:

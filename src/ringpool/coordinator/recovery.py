@@ -15,6 +15,9 @@
     claimed   dead     committing   -        staged    may       RETRY      the output is not in its place
     claimed   dead     committing   -        staged    too many  FAIL
     claimed   dead     committing   -        unknown   -         DOUBT      TaskInDoubtError: never run it again
+    claimed   dead     staged       -        target    -         COMMIT     what is whole is put in place, once more or
+    claimed   dead     staged       -        staged    -         COMMIT     for the first time: it is done
+    claimed   dead     staged       -        unknown   -         DOUBT
 
 ``result`` is that of this attempt only. ``deaths``: whether the task may be tried again after this death. A task that
 is committing was started, whatever the worker's ``running`` word says.
@@ -54,11 +57,12 @@ class Action(Enum):
     RETRY = auto()
     FAIL = auto()
     FINISH = auto()
+    COMMIT = auto()
     DOUBT = auto()
 
 
 def decide(where: Where, *, alive: bool, result: Status, started: bool, disk: Disk, may_retry: bool) -> Action:
-    """The table above. ``disk`` counts only while ``result`` is COMMITTING."""
+    """The table above. ``disk`` counts only while ``result`` is COMMITTING or STAGED."""
     if where is not Where.CLAIMED or alive:
         return Action.LEAVE
     match result:
@@ -72,5 +76,7 @@ def decide(where: Where, *, alive: bool, result: Status, started: bool, disk: Di
             if disk is Disk.UNKNOWN:
                 return Action.DOUBT
             return Action.RETRY if may_retry else Action.FAIL
+        case Status.STAGED:
+            return Action.DOUBT if disk is Disk.UNKNOWN else Action.COMMIT
         case _:
             return Action.DELIVER

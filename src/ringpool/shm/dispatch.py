@@ -6,12 +6,14 @@ at the next call.
 
     publish     records and ready entries beyond T -> (section: T, parked workers to wake) -> their semaphores
     collect     done [DHEAD, DT) -> deliver each -> DHEAD: a coordinator that dies between delivers again, never loses
+    release     where results are retained, DHEAD moves here: when whoever got them has them on disk
     take_back   of a claim whose first tasks take long: finished -> done, unstarted -> retry, the running one stays
     settle      a dead worker's entries -> done or retry, its claim empty, in one commit
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ from ringpool.shm.ring import DONE_HEAD, RUN_STATE, VERSION_WORD, Ring
 from ringpool.shm.segment import COORDINATOR_SEMAPHORE, Segment
 
 ATTACH_LOCK_TIMEOUT_S = 5.0
+_STAGED_BITS = Status.STAGED << layout.STATUS_SHIFT
 _write_task = layout.TASK.pack_into
 
 
@@ -50,12 +53,17 @@ class ClaimedTask(NamedTuple):
 class CoordinatorEnd:
     """The only publisher and collector of ``segment``, in one process and one thread.
 
+    ``retains``: results stay in the segment, and their slots taken, until they are released.
+
     Takes the segment over: raises ``SegmentBusyError`` where another living process has it, ``SegmentFormatError``
     where its contents contradict each other or its lock cannot be had within 5 seconds.
     """
 
-    def __init__(self, segment: Segment) -> None:
+    def __init__(self, segment: Segment, *, retains: bool = False) -> None:
         self.ring = Ring(segment)
+        self.retains = retains
+        self._retained: deque[int] = deque()  # slots of [DHEAD, collected)
+        self._collected = self.ring.words[DONE_HEAD]
         self.results = Results(self.ring, layout.WORKERS_MAX)
         self.semaphores = [segment.semaphore(w) for w in range(self.ring.workers)]
         self.semaphore = segment.semaphore(COORDINATOR_SEMAPHORE)
@@ -102,6 +110,8 @@ class CoordinatorEnd:
         if len(used) != len(live) or any(slot >= ring.slots for slot in used):
             raise SegmentFormatError(ring.segment.name, "a slot stands in two lists, or is none")
         self._free = [slot for slot in range(ring.slots) if slot not in used]
+        if not self.retains:
+            self._collected = ring.words[DONE_HEAD]
         self._published = published
         self._stale = False
 
@@ -208,17 +218,18 @@ class CoordinatorEnd:
         """Whether there seem to be results; without the mutex, so a hint."""
         words = self.ring.words
         at = layout.BLOCK_A_AT + 0x20 + (words[VERSION_WORD] & 1) * layout.BLOCK_STRIDE >> 3
-        return words[at] != words[DONE_HEAD]
+        return words[at] != self._collected
 
     def collect(self, deliver: Callable[[int, int], None]) -> int:
         """Call ``deliver(slot, entry)`` for each finished task, oldest first, and free its slot; returns how many.
 
         ``deliver`` reads the result through ``results``. Where it raises, that task was not delivered and comes again.
+        Where results are retained, their slots are free only when ``release`` is called.
         """
         if self._stale:
             self._rebuild()
         ring, words = self.ring, self.ring.words
-        delivered = words[DONE_HEAD]
+        delivered = self._collected
         n = ring.lock.run(ring.block)[4] - delivered
         if not n:
             return 0
@@ -234,10 +245,25 @@ class CoordinatorEnd:
                 deliver(slot, entry)
                 freed.append(slot)
         finally:
-            words[DONE_HEAD] = delivered + len(freed)  # after delivery: dying before this line delivers again
-        self._free += freed
+            if self.retains:
+                self._retained += freed
+            else:
+                words[DONE_HEAD] = delivered + len(freed)  # after delivery: dying before this line delivers again
+            self._collected = delivered + len(freed)
+        if not self.retains:
+            self._free += freed
         self._stale = False
         return n
+
+    def release(self, n: int) -> None:
+        """Free the slots of the ``n`` oldest results that are retained: a coordinator that dies will not deliver them
+        again.
+        """
+        if self._stale:
+            self._rebuild()
+        freed = [self._retained.popleft() for _ in range(n)]
+        self.ring.words[DONE_HEAD] += n
+        self._free += freed
 
     def wait(self, timeout_s: float, results_wanted: int, coalesce_s: float) -> None:
         """Sleep until ``results_wanted`` results are there, the ring runs dry, somebody posts, or ``timeout_s`` ends.
@@ -246,7 +272,7 @@ class CoordinatorEnd:
         ``results_wanted`` results wait at most ``coalesce_s`` seconds for company.
         """
         ring = self.ring
-        delivered = ring.words[DONE_HEAD]
+        delivered = self._collected
 
         def section() -> float:
             block = ring.block()
@@ -328,8 +354,8 @@ class CoordinatorEnd:
     def take_back(self, worker: int) -> int:
         """Take from a living ``worker`` what it claimed and has not started; returns how many tasks.
 
-        What it has finished of that claim goes to done at once; the one that it runs stays. See ``claims`` for the
-        race.
+        What it has finished of that claim goes to done at once; the one that it runs stays, and so does what it has
+        staged, to be put in place together. See ``claims`` for the race.
         """
         if self._stale:
             self._rebuild()
@@ -346,10 +372,16 @@ class CoordinatorEnd:
             running = words[running_at] - 1  # read after the store above: see the race in ``claims``
             n_ended = entries.index(running) if running in entries else 0
             first_unstarted = n_ended + (running in entries)
-            finished, back = entries[:n_ended], entries[first_unstarted:]
-            if not all(map(ring.result_word, finished)):
+            ended, back = entries[:n_ended], entries[first_unstarted:]
+            words_of_ended = [ring.result_word(entry) & layout.STATUS_MASK for entry in ended]
+            if not all(words_of_ended):
                 return 0, []  # its stores arrive out of order (not on x86-64): another time
-            return len(back), self._commit_moves(worker, finished, back, entries[n_ended:first_unstarted])
+            staged = [entry for entry, word in zip(ended, words_of_ended, strict=True) if word == _STAGED_BITS]
+            finished = [entry for entry in ended if entry not in staged] if staged else ended
+            if not finished and not back:
+                return 0, []
+            kept = staged + entries[n_ended:first_unstarted]
+            return len(back), self._commit_moves(worker, finished, back, kept)
 
         n_back, wake = ring.lock.run(section)
         self._wake(wake)

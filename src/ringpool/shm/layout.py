@@ -188,16 +188,20 @@ class Status(IntEnum):
     CANCELLED = 4  # never started
     DIED = 5  # written by the coordinator: its worker died, once too often
     IN_DOUBT = 6  # written by the coordinator: its worker died while committing, and nobody knows
+    STAGED = (
+        7  # the payload is there, and the outputs, whole, under names of their own: whoever comes puts them in place
+    )
 
 
 STATUS_STEPS: dict[Status, frozenset[Status]] = {
-    Status.EMPTY: frozenset({Status.COMMITTING, Status.OK, Status.ERROR, Status.CANCELLED, Status.DIED}),
+    Status.EMPTY: frozenset({Status.COMMITTING, Status.STAGED, Status.OK, Status.ERROR, Status.CANCELLED, Status.DIED}),
     Status.COMMITTING: frozenset({Status.OK, Status.ERROR, Status.DIED, Status.IN_DOUBT, Status.EMPTY}),
     Status.OK: frozenset({Status.EMPTY}),
     Status.ERROR: frozenset({Status.EMPTY}),
     Status.CANCELLED: frozenset({Status.EMPTY}),
     Status.DIED: frozenset({Status.EMPTY}),
     Status.IN_DOUBT: frozenset({Status.EMPTY}),
+    Status.STAGED: frozenset({Status.OK, Status.ERROR, Status.IN_DOUBT, Status.EMPTY}),
 }
 
 
@@ -216,6 +220,7 @@ class Form(IntEnum):
     PLAIN = 1  # msgpack: the positional arguments of a call
     PICKLED = 2  # pickle: arguments and keyword arguments; before them the callable, where ``function`` is 0
     VECTOR = 3  # a SPAN: the items are in a chunk of the arena
+    JOB = 4  # a file of a batch job, see ``workers.jobtasks``
 
 
 class ItemsEncoding(IntEnum):

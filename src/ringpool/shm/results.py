@@ -1,7 +1,8 @@
 """Task and result records: what one slot holds.
 
     worker:       read_task -> run -> [stage: payload, then word COMMITTING] -> post: payload, then word OK, ERROR, ...
-    coordinator:  after the worker's proven death only: overwrite (DIED, IN_DOUBT), finish (COMMITTING -> OK)
+                                      [post: payload, then word STAGED] -> finish: OK | retract: as before
+    coordinator:  after the worker's proven death only: overwrite (DIED, IN_DOUBT), finish (COMMITTING, STAGED -> OK)
 
 The word is stored last, and is the task's own commit: without it nothing has happened, with it the task is done,
 whoever dies next. The payload may be written in any order before it, because nobody reads it before the word stands.
@@ -108,9 +109,13 @@ class Results:
         self._words[at >> 3] = word
 
     def finish(self, entry: int) -> None:
-        """COMMITTING becomes OK: the output is in its place."""
+        """COMMITTING or STAGED becomes OK: the output is in its place."""
         at = self._results + (entry & layout.SLOT_MASK) * RECORD_BYTES >> 3
         self._words[at] = self._words[at] & ~layout.STATUS_MASK | Status.OK << layout.STATUS_SHIFT
+
+    def retract(self, entry: int) -> None:
+        """STAGED becomes EMPTY: the outputs go, and the payload may be overwritten."""
+        self._words[self._results + (entry & layout.SLOT_MASK) * RECORD_BYTES >> 3] = 0
 
     def staged_file(self, entry: int) -> tuple[int, int]:
         """Device and inode that ``stage`` was given."""

@@ -1,6 +1,7 @@
 """A segment: create, attach, reclaim; who may attach.
 
     /dev/shm/rp.<pid namespace>.<pid>.<start>.<random>          the segment; the name carries its owner
+    /dev/shm/rpj. ...                                           that of a job: its resume drains and removes it
     /dev/shm/sem.<segment>.<index>, sem.<segment>.c             a semaphore per worker, one for the coordinator
     /dev/shm/<segment>.<kind><id>                               blobs, see ``blobs``
 
@@ -38,7 +39,7 @@ from ringpool.errors import (
 from ringpool.shm import layout, lock, owner
 
 SHM_DIRECTORY = "/dev/shm"
-NAME = re.compile(r"rp\.(?P<namespace>\d+)\.(?P<pid>\d+)\.(?P<start>\d+)\.(?P<random>[0-9a-f]{8})")
+NAME = re.compile(r"rp(?P<kept>j?)\.(?P<namespace>\d+)\.(?P<pid>\d+)\.(?P<start>\d+)\.(?P<random>[0-9a-f]{8})")
 COORDINATOR_SEMAPHORE = "c"
 _MACHINES = {"x86_64": 62, "aarch64": 183}  # ELF e_machine
 _MAGIC_WORD = struct.Struct("<Q")
@@ -69,8 +70,8 @@ class Segment:
             self.mapping.close()
 
 
-def create(slots: int, workers: int, claims_max: int = layout.CLAIMS_MAX) -> Segment:
-    """Make a segment that belongs to the calling process, and its semaphores.
+def create(slots: int, workers: int, claims_max: int = layout.CLAIMS_MAX, *, kept: bool = False) -> Segment:
+    """Make a segment that belongs to the calling process, and its semaphores. ``kept``: not reclaimed when it is dead.
 
     ``slots``: tasks that can be in it at a time, 1 to 4,194,303. ``workers``: at most 64. ``claims_max``: tasks that
     one worker may hold, 1 to 64. Raises ``SharedMemoryFullError``, leaving nothing, and ``ValueError``.
@@ -83,7 +84,7 @@ def create(slots: int, workers: int, claims_max: int = layout.CLAIMS_MAX) -> Seg
         if not 1 <= value <= top:
             raise ValueError(f"{what} must be from 1 to {top}, not {value}")
     me = owner.this_process()
-    name = f"rp.{owner.pid_namespace()}.{me.pid}.{me.start}.{os.urandom(4).hex()}"
+    name = f"rp{'j' if kept else ''}.{owner.pid_namespace()}.{me.pid}.{me.start}.{os.urandom(4).hex()}"
     places = layout.sections(slots, workers, claims_max)
     try:
         return _create(name, me, places, slots, workers, claims_max)
@@ -261,8 +262,21 @@ def _segment_name(file: str) -> re.Match[str] | None:
     return NAME.match(file.removeprefix("sem."))
 
 
+def dead_kept() -> list[str]:
+    """The names of the segments of this user that are kept although their owners are dead: of jobs."""
+    with os.scandir(SHM_DIRECTORY) as files:
+        found = [file for file in files if (match := NAME.fullmatch(file.name)) is not None and match["kept"]]
+    return sorted(
+        file.name
+        for file in found
+        if (who := owner_of(file.name)) is not None
+        and not who.alive
+        and file.stat(follow_symlinks=False).st_uid == os.geteuid()
+    )
+
+
 def reclaim_dead() -> list[str]:
-    """Remove what dead owners of this user left in ``/dev/shm``; returns the names of the segments.
+    """Remove what dead owners of this user left in ``/dev/shm``, but for what is kept; returns the segments' names.
 
     Only on proof of death: pid and start time name no living process. Safe against others that do the same.
     """
@@ -270,7 +284,7 @@ def reclaim_dead() -> list[str]:
     with os.scandir(SHM_DIRECTORY) as files:
         for file in files:
             match, belongs_to = _segment_name(file.name), owner_of(file.name)
-            if match is None or belongs_to is None or belongs_to.alive:
+            if match is None or belongs_to is None or match["kept"] or belongs_to.alive:
                 continue
             with contextlib.suppress(OSError):  # it vanished: somebody else reclaims too
                 if file.stat(follow_symlinks=False).st_uid == os.geteuid():

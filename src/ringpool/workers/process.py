@@ -36,6 +36,7 @@ from ringpool.workers.setup import InitializerFailure, Setup
 
 if TYPE_CHECKING:
     from ringpool.workers.filetasks import FileRunner
+    from ringpool.workers.jobtasks import JobRunner
 
 EXIT_ORPHAN = 69  # the coordinator was gone before this process was bound to it
 EXIT_UNSOUND = 70  # a task closed descriptors that this process needs
@@ -44,7 +45,8 @@ EXIT_INITIALIZER = 72  # the initializer raised; a blob says what
 EXIT_WORN_OUT = 73  # it has outgrown its memory, in the midst of a claim
 CLAIM_TARGET_NS = 200_000  # a claim holds about this much work: what a neighbour may have to wait
 RSS_EVERY_NS = 5_000_000  # how often a worker with a limit looks at its own memory
-_FILE, _VECTOR = int(Form.FILE), int(Form.VECTOR)
+GROUP_TARGET_NS = 20_000_000  # ... and about this much where its outputs are committed together
+_FILE, _VECTOR, _JOB = int(Form.FILE), int(Form.VECTOR), int(Form.JOB)
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -115,6 +117,7 @@ class Worker:
         self.is_mortal = bool(arguments.tasks_max or arguments.rss_max_bytes)
         self.post = Post(self.segment, self.results, confinement)
         self.files: FileRunner | None = None
+        self.jobs: JobRunner | None = None
         self.calls = CallRunner(self.segment, self.post, confinement, self.end.grant)
         self.n_tasks = self.busy_ns = 0
         self._n_of_claim = 0  # tasks run of the claim at hand
@@ -142,18 +145,20 @@ class Worker:
                 if not restore():
                     return EXIT_UNSOUND
                 if self.is_mortal and self._is_worn_out(now_ns):
+                    self._commit_staged()
                     if n < len(entries):
                         return EXIT_WORN_OUT
                     self.end.leave()
                     return 0
             if not n:
                 continue
+            target_ns = self._commit_staged()
             self.confinement.disarm()
             self.n_tasks += n + self.calls.take_extra()
             self.busy_ns += now_ns - began_ns
             self.end.count(self.n_tasks, self.post.n_errors, self.busy_ns)
             mean_ns += ((now_ns - began_ns) / n - mean_ns) / 4
-            batch = max(1, min(self.batch_max, int(CLAIM_TARGET_NS / (mean_ns + 1)), self.tasks_max - self.n_tasks))
+            batch = max(1, min(self.batch_max, int(target_ns / (mean_ns + 1)), self.tasks_max - self.n_tasks))
 
     def run_task(self, entry: int, start_ns: int) -> int:
         """Run the task of ``entry`` and post its result: of whatever kind, one is posted. When that was done, ns."""
@@ -161,6 +166,8 @@ class Worker:
         if cancelled:
             self.post.cancelled(entry)
             return start_ns
+        if form == _JOB:
+            return (self.jobs or self._make_jobs()).run(entry, function_id, payload, blob, start_ns)
         if form == _FILE:
             return (self.files or self._make_files()).run(entry, function_id, payload, blob, start_ns)
         if form == _VECTOR:
@@ -173,6 +180,21 @@ class Worker:
 
         self.files = FileRunner(self.segment, self.post, self.confinement)
         return self.files
+
+    def _make_jobs(self) -> JobRunner:
+        from ringpool.workers.jobtasks import JobRunner
+
+        self.jobs = JobRunner(self.segment, self.post, self.confinement)
+        return self.jobs
+
+    def _commit_staged(self) -> int:
+        """What job tasks have staged goes to its place. How much work a claim is to hold, ns."""
+        jobs = self.jobs
+        if jobs is None:
+            return CLAIM_TARGET_NS
+        if jobs.has_staged:
+            jobs.commit()
+        return GROUP_TARGET_NS if jobs.wants_long_claims else CLAIM_TARGET_NS
 
     def _is_worn_out(self, now_ns: int) -> bool:
         """Whether this process has run its number of tasks, or has more memory than it is to have; the latter is looked

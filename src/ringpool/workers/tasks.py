@@ -182,7 +182,10 @@ def _hints(function: TaskFunction) -> dict[str, Any]:
 def _path_type(hint: object) -> Callable[[bytes], Any]:
     """What makes a path of bytes into what the annotation asks for; of a union, a ``Path`` where that will do."""
     union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    wanted = set(typing.get_args(hint) if union else (hint,)) - {type(None)}
+    wanted = {
+        typing.get_args(kind)[-1] if typing.get_origin(kind) is dict else kind  # of several outputs, by name
+        for kind in (typing.get_args(hint) if union else (hint,))
+    } - {type(None)}
     if wanted == {bytes}:
         return bytes
     return os.fsdecode if str in wanted and wanted <= {str, bytes} else _as_path

@@ -112,7 +112,7 @@ class _FileSystem:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd  # opened before the group wrote anything there: syncfs tells of errors since then
-        self.is_synced_whole = _syncfs_tells() and file_system_of(fd) & 0xFFFFFFFF in SYNCED_WHOLE
+        self.is_synced_whole = is_synced_whole(fd)
         self.n_files = 0
         self.open_members: list[_Member] = []  # written, to be synced one by one
         self.n_syncfs = 0
@@ -336,6 +336,11 @@ def _named(one: _Member, error: OSError) -> FileOperationError:
     named = failed(one.path, one.step, error)
     named.__cause__ = error
     return named
+
+
+def is_synced_whole(fd: int) -> bool:
+    """Whether one syncfs does, and tells, all that fsync of each file would, on the file system of ``fd``."""
+    return _syncfs_tells() and file_system_of(fd) & 0xFFFFFFFF in SYNCED_WHOLE
 
 
 def _syncfs_tells() -> bool:

@@ -18,6 +18,7 @@ import os
 import shutil
 import stat
 from enum import Enum
+from hashlib import blake2b
 from typing import NamedTuple
 
 from ringpool.errors import FileOperationError, OutputMissingError
@@ -25,13 +26,20 @@ from ringpool.workers.files.durability import Durability, close_quietly, make_di
 from ringpool.workers.files.oslayer import calls
 from ringpool.workers.files.target import failed, final_target, lstat, take_over
 
+DIGEST_BYTES = 16
+DIGEST_PIECE_BYTES = 1 << 18
+
 
 class StagedFile(NamedTuple):
-    """The identity of a finished output, which its rename keeps: device, inode, and size in bytes."""
+    """The identity of a finished output, which its rename keeps: device, inode, size in bytes, and how many links it
+    has; ``digest``: blake2b-128 of its content, where that was asked for.
+    """
 
     dev: int
     ino: int
     size: int
+    n_links: int = 1
+    digest: bytes = b""
 
 
 class CommitSide(Enum):
@@ -54,7 +62,7 @@ def prepare_target(target: bytes, durability: Durability = Durability.FULL) -> b
     return final
 
 
-def finish_staged(staged: bytes, target: bytes, durability: Durability) -> StagedFile:
+def finish_staged(staged: bytes, target: bytes, durability: Durability, *, digest: bool = False) -> StagedFile:
     """Make the output that a task function left at ``staged`` ready for its name ``target``; return its identity.
 
     It takes the owner, mode and extended attributes of the file that it will replace; where there is none it keeps
@@ -73,9 +81,10 @@ def finish_staged(staged: bytes, target: bytes, durability: Durability) -> Stage
                 take_over(fd, own, replaced, target, None)
             if durability in (Durability.DATA, Durability.FULL):
                 sync(fd, target, "fsync of the output")
+            content = digest_of(fd) if digest else b""
         finally:
             calls.close(fd)
-        return StagedFile(own.st_dev, own.st_ino, own.st_size)
+        return StagedFile(own.st_dev, own.st_ino, own.st_size, own.st_nlink, content)
     except FileOperationError:
         discard_staged(staged)
         raise
@@ -85,6 +94,14 @@ def finish_staged(staged: bytes, target: bytes, durability: Durability) -> Stage
     except BaseException:
         discard_staged(staged)
         raise
+
+
+def digest_of(fd: int) -> bytes:
+    """blake2b-128 of the content of an open file, from where it stands."""
+    content = blake2b(digest_size=DIGEST_BYTES)
+    while piece := calls.read(fd, DIGEST_PIECE_BYTES):
+        content.update(piece)
+    return content.digest()
 
 
 def publish_staged(staged: bytes, target: bytes, durability: Durability) -> None:

@@ -1,0 +1,105 @@
+"""What a dead coordinator's segment still holds of a job: taken out, so that nothing is done twice.
+
+    segment --workers dead?--> claims: STAGED -- put in place --> OK --+
+                                       finished ----------------------+--> done --> deliver each, in order
+                                       anything else: tidied away, and forgotten: a resume does it anew
+
+Delivered are the tasks that ended well. Those that failed are done again by a resume, whoever forgets them. It may be
+cut short anywhere and begun again: nothing is removed from the segment until its caller removes all of it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from ringpool.coordinator.estate import Estates
+from ringpool.coordinator.stagedjobs import StagedJobs
+from ringpool.coordinator.supervisor import Death
+from ringpool.errors import JobError, RingpoolError, SegmentError, SegmentIncompleteError
+from ringpool.shm import blobs, layout, segment
+from ringpool.shm.dispatch import CoordinatorEnd
+from ringpool.shm.layout import Status
+from ringpool.shm.owner import Owner
+from ringpool.shm.results import ResultRecord
+from ringpool.workers import jobtasks
+from ringpool.workers.jobtasks import JobOutcome, JobPayload, JobSpec
+
+WORKERS_DIE_S = 10.0  # the kernel kills them within milliseconds; one in a hung system call may take longer
+FIRST_FUNCTION = 1
+
+
+class Drained(NamedTuple):
+    """A task that ended well, and whose result nobody has put into the ledger."""
+
+    spec: JobSpec
+    task: JobPayload
+    record: ResultRecord
+    outcome: JobOutcome
+
+
+def segments_of(staging: bytes) -> list[str]:
+    """The segments of dead runs that staged below ``staging``. Those in which nothing was begun are removed."""
+    found: list[str] = []
+    for name in segment.dead_kept():
+        try:
+            _, body, _ = blobs.read(blobs.function_name(name, FIRST_FUNCTION))
+            spec = jobtasks.decode_spec(bytes(body))
+        except (RingpoolError, OSError):  # its coordinator died before it had a function: no task was in it
+            segment.unlink(name)
+            continue
+        if os.path.dirname(spec.staging) == staging:
+            found.append(name)
+    return found
+
+
+def drain(name: str, deliver: Callable[[Drained], None]) -> None:
+    """Call ``deliver`` for what is left in segment ``name``. Raises ``SegmentError``, ``JobError``."""
+    try:
+        attached = segment.attach(name)
+    except SegmentIncompleteError:
+        return  # its coordinator died while it made it
+    end = CoordinatorEnd(attached, retains=True)
+    try:
+        _await_deaths(end)
+        estates = Estates(end, lambda _entry: None, lambda _index: None)
+        for worker in range(end.ring.workers):
+            if end.ring.claimed(worker):
+                estates.settle(Death(worker, 0, None, None))
+        jobs = StagedJobs(end)
+        for drained in _ended_well(end, jobs):
+            deliver(drained)
+    finally:
+        end.close()
+
+
+def _ended_well(end: CoordinatorEnd, jobs: StagedJobs) -> Iterator[Drained]:
+    entries: list[int] = []
+    end.collect(lambda _slot, entry: entries.append(entry))
+    for entry in entries:
+        record = end.results.read(entry)
+        if record.status != Status.OK:
+            continue
+        try:
+            spec, task = jobs.task(entry)
+            outcome = jobs.outcome(entry)
+        except SegmentError:  # its blob was being let go: the ledger has it
+            continue
+        yield Drained(spec, task, record, outcome)
+
+
+def _await_deaths(end: CoordinatorEnd) -> None:
+    """Nothing of a worker is touched before its proven death."""
+    words, deadline = end.ring.words, time.monotonic() + WORKERS_DIE_S
+    for worker in range(end.ring.workers):
+        base = end.ring.worker_word(worker, 0)
+        who = Owner(words[base + layout.W_PID], words[base + layout.W_START])
+        while who.pid and who.alive:
+            if time.monotonic() > deadline:
+                raise JobError(
+                    f"process {who.pid}, a worker of a job whose coordinator is dead, is still there; it hangs in the "
+                    "kernel, perhaps in a file system that does not answer: end it, then run the job again"
+                )
+            time.sleep(0.005)

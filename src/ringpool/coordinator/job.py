@@ -1,0 +1,521 @@
+"""A batch job: a function or a command over very many files, outputs that appear whole, and a ledger.
+
+    lock -> ledger -> what dead runs left: drained, staging removed -> pool -> JobRun -> drained again -> report
+
+    <directory>/.ringpool/ledger.db    what is done, and what failed
+                         /job.lock     one run at a time, for as long as its process lives
+                         /staging      outputs on their way, one directory for each run
+                         /locks        of the paths, see ``workers.files.locks``
+
+``directory`` is where the outputs go, or for a job without outputs the current one.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import inspect
+import os
+import shutil
+import signal
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from hashlib import blake2b
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ringpool.coordinator import drain, jobrun, verify
+from ringpool.coordinator.inputs import InputFile, largest_first, list_inputs
+from ringpool.coordinator.jobrun import Failure, JobRun, Planned, Progress, RunSettings, StopNow, Work
+from ringpool.coordinator.ledger import JobLock, Ledger
+from ringpool.coordinator.outputs import NamedOutputs, with_outputs
+from ringpool.coordinator.pool import Pool, WorkerLimits
+from ringpool.coordinator.stagedjobs import staging_directory
+from ringpool.errors import ParameterError, RingpoolError
+from ringpool.shm import blobs, layout, segment
+from ringpool.shm.layout import Encoding
+from ringpool.workers import jobtasks, tasks
+from ringpool.workers.files.durability import Durability
+from ringpool.workers.files.locks import PathLock
+from ringpool.workers.jobtasks import COMMAND, JobSpec
+from ringpool.workers.retry import RetryPolicy
+from ringpool.workers.setup import Setup
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+FilePath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+Inputs = FilePath | Sequence[FilePath] | Iterable[FilePath | InputFile]
+_encode_sorted = functools.partial(msgspec.msgpack.encode, order="deterministic", enc_hook=repr)
+
+
+class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a job is run.
+
+    ``durability`` of outputs: ``"none"``, ``"atomic"``, ``"data"`` or ``"full"`` (the default, at which many outputs
+    share their syncs). ``retry``: how a call that raises is tried again. ``attempts_max``: how often a file is begun
+    whose workers die, until it is set aside. ``timeout_s`` of each file, ``memory_limit_bytes`` of each worker: it is
+    killed. ``nice``: added to the workers' niceness. ``max_tasks_per_child``: a worker is replaced after so many.
+    ``max_failures``, ``max_failure_share`` (0 to 1): with more, the run takes no new file. ``rate_per_s``: at most so
+    many files are begun. ``largest_first``: list all, then begin with the largest. ``fingerprints``: inputs are files,
+    and their size, mtime and inode tell whether they changed (False: they are names, of anything). ``checksums``: of
+    the inputs' content too. ``digests`` of outputs, for ``verify="digest"``. ``grace_s``: how long running files have
+    when the run is stopped.
+    """
+
+    durability: str = "full"
+    retry: RetryPolicy | None = None
+    attempts_max: int = 3
+    timeout_s: float | None = None
+    memory_limit_bytes: int | None = None
+    nice: int = 0
+    max_tasks_per_child: int | None = None
+    max_failures: int | None = None
+    max_failure_share: float | None = None
+    rate_per_s: float | None = None
+    largest_first: bool = False
+    fingerprints: bool = True
+    checksums: bool = False
+    digests: bool = True
+    grace_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        Durability(self.durability)
+        for name, accepts, wanted in _RULES:
+            value = getattr(self, name)
+            if value is not None and not accepts(value):
+                raise ValueError(f"{name} of a job must be {wanted}, not {value!r}")
+
+
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("attempts_max", lambda n: 1 <= n <= layout.ATTEMPT_MAX, f"from 1 to {layout.ATTEMPT_MAX}"),
+    ("timeout_s", lambda s: s > 0, "more than 0 seconds"),
+    ("memory_limit_bytes", lambda n: n > 0, "more than 0 bytes"),
+    ("max_tasks_per_child", lambda n: n >= 1, "1 or more"),
+    ("max_failures", lambda n: n >= 0, "0 or more"),
+    ("max_failure_share", lambda share: 0 <= share <= 1, "a share from 0 to 1"),
+    ("rate_per_s", lambda rate: rate > 0, "more than 0 files a second"),
+    ("grace_s", lambda s: s >= 0, "0 seconds or more"),
+)
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What came of a run. ``progress``: the counts; ``failures``: the first of them; ``kinds``: all of them, counted;
+    ``seconds``: it took; ``stopped``: why it took no more inputs, empty where it came to its end.
+    """
+
+    progress: Progress
+    failures: tuple[Failure, ...]
+    kinds: dict[str, int]
+    seconds: float
+    stopped: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether every file is done."""
+        return not (self.progress.failed or self.progress.dead or self.stopped)
+
+
+class Job:
+    """``function`` (a function of a module's top level, or ``"module:qualname"``) or ``command`` over ``inputs``.
+
+    ``inputs``: a file, directory or glob, or a sequence of them; or any other iterable of paths or ``InputFile``s,
+    drawn as they are needed. ``output``: None, a pattern, or several by name, see ``outputs``. ``params`` go to every
+    call. ``directory`` holds the ledger; it is where the outputs go, unless it is given. ``include``, ``exclude``:
+    globs for what a walk finds. ``options``: those of ``JobOptions``.
+
+    Raises at once what is wrong with function, command, parameters, patterns, options: nothing is begun then.
+    """
+
+    def __init__(
+        self,
+        function: tasks.TaskFunction | str | None = None,
+        inputs: Inputs = (),
+        output: str | Mapping[str, str] | None = None,
+        *,
+        command: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        directory: str | os.PathLike[str] | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        spec: bytes = b"",
+        **options: Any,
+    ) -> None:
+        if (function is None) == (command is None):
+            raise TypeError("a job has a function or a command: give one of them")
+        self.options = JobOptions(**options)
+        self.outputs = _outputs(output)
+        self._template = None
+        if command is not None:
+            from ringpool.workers.commands import Template
+
+            self._template = Template(command)
+            function, params = COMMAND, {"template": command, **(params or {})}
+        assert function is not None
+        self.name, self._signature = tasks.describe(function)
+        tasks.require_importable_main(self.name)
+        self._check_output()
+        own = tasks.validate(self.name, self._signature, params or {})
+        self._parameters = tasks.pack_parameters(self.name, own)
+        self.digest = _digest(self.name, own)
+        self.directory = Path(directory if directory is not None else self.outputs.base if self.outputs else ".")
+        self._inputs = inputs
+        self._include, self._exclude = tuple(include), tuple(exclude)
+        self._spec = spec
+        self._run: JobRun | None = None
+
+    @property
+    def identity(self) -> str:
+        """What makes two jobs of one directory the same: where their outputs go; without outputs, what they call."""
+        if self.outputs is not None:
+            names = self.outputs.names or ("",)
+            patterns = (str(pattern.pattern) for pattern in self.outputs.patterns)
+            return "outputs " + " ".join(
+                f"{name}={os.path.abspath(p)}" for name, p in zip(names, patterns, strict=True)
+            )
+        return f"values of {self.name if self._template is None else self._template.text}"
+
+    def _check_output(self) -> None:
+        signature = self._signature
+        if self._template is not None:
+            wants = any(field == "dst" or field.startswith("dst.") for field in self._template.fields)
+            if wants and self.outputs is None:
+                raise ParameterError(self._template.text, "it has a {dst}, and the job has no output")
+            if self.outputs is not None and not wants:
+                raise ParameterError(self._template.text, "it has no {dst}, and the job has an output")
+            return
+        if self.outputs is None and signature.needs_output:
+            raise ParameterError(self.name, "it has a parameter dst, and the job has no output")
+        if self.outputs is not None and not signature.takes_output:
+            raise ParameterError(self.name, "it has no parameter dst, and the job has an output")
+
+    # ---- looking only
+
+    def plan(self, *, verify: verify.Level = "size") -> Iterator[Planned]:
+        """What a run would do with each file, and why. Nothing is changed, and nothing made."""
+        if not (self.directory / ".ringpool" / "ledger.db").exists():
+            ledger, job = None, 0
+        else:
+            ledger = Ledger.open(self.directory, create=False, read_only=True)
+            job = next((found.id for found in ledger.jobs() if found.identity == self.identity), 0)
+        try:
+            run = JobRun(self._works(), ledger, job, self._settings(verify), Progress())
+            yield from run.plan()
+        finally:
+            if ledger is not None:
+                ledger.close()
+
+    # ---- running
+
+    def run(
+        self,
+        workers: int | None = None,
+        *,
+        mp_context: Any = None,
+        verify: verify.Level = "size",
+        redo: Callable[[Work], bool] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_row: Callable[[Work, tuple[Any, ...], Any], None] | None = None,
+        progress: Progress | None = None,
+    ) -> Report:
+        """Do what is not done yet, with ``workers`` processes (default: one per core); a report.
+
+        What the ledger has is looked at first, see ``verify``; ``redo`` says what is done again in any case. In the
+        main thread, Ctrl-C stops the run as ``stop`` does, and is raised when it has ended. Raises ``JobBusyError``
+        where another run is under way there; what the inputs raise, once all before is done; what breaks the pool.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        lock = JobLock(self.directory)
+        lock.acquire()
+        try:
+            ledger = Ledger.open(self.directory, synchronous=self.options.durability in ("data", "full"))
+            try:
+                job = ledger.job(self.identity, self._spec)
+                progress = progress or Progress()
+                progress.began_s = time.monotonic()
+                progress.drained = self._take_over_dead_runs(ledger, job)
+                settings = self._settings(verify)
+                works = self._works()
+                head = list(islice(works, 2))  # two inputs with one output are a likely mistake: seen before all
+                run = self._run = JobRun(
+                    chain(head, works),
+                    ledger,
+                    job,
+                    settings,
+                    progress,
+                    redo=redo,
+                    on_progress=on_progress,
+                    on_row=on_row,
+                )
+                with _interruptible(run) as raise_if_interrupted:
+                    self._run_on_pool(run, ledger, job, workers, mp_context)
+                raise_if_interrupted()
+                return self._report(run)
+            finally:
+                self._run = None
+                ledger.close()
+        finally:
+            lock.release()
+
+    def stop(self, reason: str = "asked to stop") -> None:
+        """Take no new file and let those that run end, for ``grace_s`` at most; called again: at once. From any
+        thread.
+        """
+        run = self._run
+        if run is not None:
+            run.stop(reason)
+
+    def interrupt(self, reason: str) -> None:
+        """``stop``, from a signal handler of the thread that runs."""
+        run = self._run
+        if run is not None:
+            run.interrupt(reason)
+
+    # ---- details
+
+    def _settings(self, level: verify.Level) -> RunSettings:
+        options = self.options
+        return RunSettings(
+            level,
+            options.fingerprints,
+            options.checksums,
+            options.attempts_max,
+            options.timeout_s,
+            options.max_failures,
+            options.max_failure_share,
+            options.rate_per_s,
+            options.grace_s,
+        )
+
+    def _works(self) -> Iterator[Work]:
+        """A work for each input, as they are drawn."""
+        files, one_source = self._files()
+        if self.options.largest_first:
+            files = largest_first(files)
+        here = os.getcwdb()
+        pairs: Iterator[tuple[InputFile, tuple[str, ...]]]
+        if self.outputs is None:
+            pairs = ((file, ()) for file in files)
+        else:
+            pairs = with_outputs(files, self.outputs, one_source=one_source)
+        fields = self._fields()
+        for index, (file, outputs) in enumerate(pairs):
+            own: dict[str, Any] = dict(file.parameters or ())
+            if own:
+                own = tasks.validate(self.name, self._signature, own)
+            if fields is not None:
+                own["fields"] = fields(file, index)
+            targets = tuple([_absolute(output, here) for output in outputs])
+            if own:
+                own_digest = blake2b(_encode_sorted(own), digest_size=16).digest()
+                packed, parameters = (
+                    tasks.pack_parameters(self.name, own),
+                    jobtasks.parameters_digest(self.digest, own_digest),
+                )
+            else:
+                own_digest, packed, parameters = b"", b"", self.digest
+            yield Work(file.path, _absolute(file.path, here), targets, packed, own_digest, parameters)
+
+    def _files(self) -> tuple[Iterator[InputFile], bool]:
+        inputs = self._inputs
+        bases = self.outputs.bases if self.outputs is not None else ()
+        if isinstance(inputs, (str, bytes, os.PathLike)):
+            inputs = [inputs]
+        if isinstance(inputs, (list, tuple)) and not isinstance(inputs, InputFile):
+            sources = [os.fsdecode(one) for one in inputs if not isinstance(one, InputFile)]
+            if len(sources) < len(inputs):
+                return map(_as_input_file, inputs), False
+            files = list_inputs(sources, exclude_under=bases, include=self._include, exclude=self._exclude)
+            return files, len(sources) == 1 and sources[0] != "-" and not sources[0].startswith("@")
+        return map(_as_input_file, inputs), False
+
+    def _fields(self) -> Callable[[InputFile, int], dict[str, str]] | None:
+        """What a command needs to know of a file besides its paths."""
+        if self._template is None:
+            return None
+        wanted = self._template.fields & {"relpath", "parent", "index", "hash"}
+        if not wanted:
+            return None
+
+        def fields(file: InputFile, index: int) -> dict[str, str]:
+            known = {
+                "relpath": file.relpath,
+                "parent": file.relpath.rpartition("/")[0],
+                "index": str(index),
+                "hash": blake2b(os.fsencode(file.relpath), digest_size=16).hexdigest(),
+            }
+            return {name: known[name] for name in wanted}
+
+        return fields
+
+    def _take_over_dead_runs(self, ledger: Ledger, job: int) -> int:
+        """Drain what runs left whose processes are dead, and remove what they staged; how many files that gave."""
+        staging = os.path.dirname(staging_directory(self._base, "x"))
+        n = 0
+        for name in drain.segments_of(staging):
+            n += _drain_into(ledger, name)
+        shutil.rmtree(staging, ignore_errors=True)  # we have the lock: nobody alive stages there
+        return n
+
+    @property
+    def _base(self) -> bytes:
+        return os.path.abspath(os.fsencode(self.directory))
+
+    def _run_on_pool(self, run: JobRun, ledger: Ledger, job: int, workers: int | None, mp_context: Any) -> None:
+        options = self.options
+        if self.outputs is not None:
+            for base in self.outputs.bases:
+                _found_locks(base)
+        n_workers = workers if workers is not None else min(len(os.sched_getaffinity(0)), layout.WORKERS_MAX)
+        pool = Pool(
+            n_workers,
+            mp_context,
+            slots=jobrun.SLOTS,
+            limits=WorkerLimits(options.max_tasks_per_child or 0, 0),
+            memory_limit_bytes=options.memory_limit_bytes,
+            setup=lambda: Setup(os.nice, (options.nice,), None) if options.nice else None,
+            retains=True,
+        )
+        name, staging = pool.name, staging_directory(self._base, pool.token)
+        run_id = 0
+        try:
+            os.makedirs(staging, exist_ok=True)
+            function_id = next(pool.function_ids)
+            spec = self._job_spec(job, staging)
+            blobs.write(blobs.function_name(name, function_id), Encoding.MSGPACK, jobtasks.encode_spec(spec))
+            run_id = ledger.begin_run(job, name, os.getpid())
+            run.run(pool, function_id)
+            pool.close()
+        except StopNow:
+            pool.abort()
+        except BaseException:
+            pool.abort()
+            with contextlib.suppress(RingpoolError, OSError):
+                run.commit_rows()
+            raise
+        finally:
+            if pool.closed:
+                with contextlib.suppress(RingpoolError) if run_id == 0 else contextlib.nullcontext():
+                    run.commit_rows()
+                    _drain_into(ledger, name)
+                segment.unlink(name)
+                shutil.rmtree(staging, ignore_errors=True)
+            if run_id:
+                outcome = run.progress.stopping or "ended"
+                ledger.end_run(run_id, outcome, msgspec.json.encode(run.progress))
+
+    def _job_spec(self, job: int, staging: bytes) -> JobSpec:
+        options = self.options
+        return JobSpec(
+            self.name,
+            self._parameters,
+            options.durability,
+            tasks.pack_policy(self.name, options.retry),
+            staging,
+            self.outputs.names if self.outputs is not None else (),
+            job,
+            self.digest,
+            options.fingerprints,
+            options.checksums,
+            options.digests,
+        )
+
+    @staticmethod
+    def _report(run: JobRun) -> Report:
+        progress = run.progress
+        seconds = time.monotonic() - progress.began_s
+        return Report(progress, tuple(run.failures), dict(run.kinds), seconds, progress.stopping)
+
+
+def _outputs(output: str | Mapping[str, str] | None) -> NamedOutputs | None:
+    if output is None:
+        return None
+    if isinstance(output, str):
+        return NamedOutputs([output])
+    return NamedOutputs([f"{name}={pattern}" for name, pattern in output.items()])
+
+
+def _as_input_file(item: FilePath | InputFile) -> InputFile:
+    if isinstance(item, InputFile):
+        return item
+    path = os.fsdecode(item)
+    relpath = os.path.normpath(path)
+    if relpath.startswith(("/", "../")):
+        relpath = os.path.basename(relpath)
+    return InputFile(path, relpath)
+
+
+def _absolute(path: str, directory: bytes) -> bytes:
+    raw = os.fsencode(path)
+    if not raw.startswith(b"/"):
+        raw = os.path.join(directory, raw)
+    return os.path.normpath(raw) if b"/." in raw or b"//" in raw else raw
+
+
+def _drain_into(ledger: Ledger, name: str) -> int:
+    """Put what a dead run has done into the ledger, and remove its segment; how many files."""
+    by_job: dict[int, list[tuple[Any, ...]]] = {}
+
+    def deliver(drained: drain.Drained) -> None:
+        by_job.setdefault(drained.spec.job, []).append(jobrun.row_of_drained(drained))
+
+    drain.drain(name, deliver)
+    for job, rows in by_job.items():
+        ledger.write(job, rows)
+    segment.unlink(name)
+    return sum(map(len, by_job.values()))
+
+
+def _found_locks(base: Path) -> None:
+    """Have all lock files of a run below one directory: without it, each directory of outputs would get its own."""
+    base.mkdir(parents=True, exist_ok=True)
+    with PathLock(base / "any name", base=base):
+        pass
+
+
+def _digest(name: str, parameters: dict[str, Any]) -> bytes:
+    """What is done to each file, in 16 bytes: the function, by its name and its own source, and its parameters."""
+    return blake2b(_encode_sorted((name, _source_of(name), parameters)), digest_size=16).digest()
+
+
+def _source_of(name: str) -> str:
+    """The text of a function without comments, and in one form: what it does, as far as it stands in itself."""
+    if name == COMMAND:
+        return ""
+    try:
+        return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(tasks.resolve(name))))))
+    except (OSError, TypeError, SyntaxError, ValueError):  # a builtin, or typed at a prompt
+        return ""
+
+
+@contextlib.contextmanager
+def _interruptible(run: JobRun) -> Generator[Callable[[], None]]:
+    """Ctrl-C stops ``run`` meanwhile, where it would raise ``KeyboardInterrupt``; what is given raises that later."""
+    n_presses = 0
+
+    def press(_number: int, _frame: FrameType | None) -> None:
+        nonlocal n_presses
+        n_presses += 1
+        run.interrupt("Ctrl-C")
+
+    def raise_if_interrupted() -> None:
+        if n_presses:
+            raise KeyboardInterrupt
+
+    is_ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if is_ours:
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield raise_if_interrupted
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,521 @@
+"""One run of a job: draw inputs, skip what is done, have the rest done, and write down what came of it.
+
+    inputs --verify--> skipped
+              |
+              +--> ticket --> pump --> workers --> inbox --> rows --batch--> ledger --> pump.release
+                                                                               |
+                    results stay in the segment until here: who is killed before loses none of them
+
+    running --stop--> no new input, what has not started is dropped --grace over, or stop again--> workers are killed
+       |                                |                                                             |
+       +--all done--------------------- +---------------------------------- rows, drain, segment gone +
+
+A batch is written when it has 1,024 rows or is a quarter of a second old. Used by one thread, except ``stop``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+
+from ringpool.coordinator import verify
+from ringpool.coordinator.drain import Drained
+from ringpool.coordinator.futures import outcome_of
+from ringpool.coordinator.inbox import Inbox
+from ringpool.coordinator.ledger import Ledger, Made, State
+from ringpool.coordinator.pool import Pool
+from ringpool.coordinator.tickets import Ticket
+from ringpool.errors import RemoteError, WorkerDiedError, words_of
+from ringpool.shm import blobs, layout
+from ringpool.shm.dispatch import Task
+from ringpool.shm.layout import Encoding, Form, Status
+from ringpool.shm.results import ResultRecord
+from ringpool.workers import jobtasks, values
+from ringpool.workers.jobtasks import JobOutcome, JobPayload
+
+WINDOW = 1024  # tasks under way
+SLOTS = 4 * WINDOW  # ... and results that the ledger does not have yet
+BATCH_ROWS = 1024
+BATCH_S = 0.25
+FILL_S = 0.002  # how long inputs are drawn while results wait to be taken
+FLUSH_TICKETS = 64
+TELL_S = 0.1
+FAILURES_KEPT = 20
+encode_made = msgspec.msgpack.Encoder().encode
+_OK, _DIED, _CANCELLED, _BLOB = int(Status.OK), int(Status.DIED), int(Status.CANCELLED), int(Encoding.BLOB)
+
+
+class Work(NamedTuple):
+    """A file to be done. ``source``, ``targets``: absolute; ``own``: its own parameters, pickled, and ``own_digest``;
+    ``parameters``: the digest of function and all parameters.
+    """
+
+    path: str
+    source: bytes
+    targets: tuple[bytes, ...]
+    own: bytes
+    own_digest: bytes
+    parameters: bytes
+
+
+class Planned(NamedTuple):
+    """What a run would do with a file: ``run``, ``skip`` or ``set aside``, and why."""
+
+    path: str
+    outputs: tuple[str, ...]
+    action: str
+    reason: str
+
+
+class Failure(NamedTuple):
+    """A file that failed: its path, the kind of its error, and the error in words."""
+
+    path: str
+    kind: str
+    message: str
+
+
+class Progress(msgspec.Struct):
+    """What has come of a run so far. ``total``: how many inputs there are; None: not known (yet)."""
+
+    total: int | None = None
+    done: int = 0
+    skipped: int = 0
+    failed: int = 0
+    dead: int = 0  # set aside, in this run or before
+    retried: int = 0
+    drained: int = 0  # done by an earlier run that was killed, found in what it left
+    worker_deaths: int = 0
+    workers: int = 0
+    input_bytes: int = 0
+    output_bytes: int = 0
+    began_s: float = 0.0  # time.monotonic()
+    stopping: str = ""  # why no new input is taken
+
+    @property
+    def seen(self) -> int:
+        """How many inputs have come to their end, in whatever way."""
+        return self.done + self.skipped + self.failed + self.dead
+
+
+class JobTicket(Ticket, eq=False):
+    """A ticket with what its row will say."""
+
+    work: Any = None
+
+
+class JobInbox(Inbox):
+    """Where the pump puts results: records, the error of a broken pool, or None for what was dropped."""
+
+    def deliver(self, ticket: Ticket, record: ResultRecord) -> None:
+        """A task has a result."""
+        self.arrived.append((ticket, record))
+
+    def fail(self, ticket: Ticket, error: BaseException) -> None:
+        """A task will never have one: the pool has ended."""
+        self.arrived.append((ticket, error))
+
+    def drop(self, ticket: Ticket) -> None:
+        """A task was taken out of the queue: the run stops."""
+        self.arrived.append((ticket, None))
+
+    def unspoiled(self, _ticket: Ticket) -> bool:
+        """Whether a task whose cancel came too late is to run after all."""
+        return False
+
+
+class StopNow(BaseException):
+    """The run is to end at once."""
+
+
+class RunSettings(NamedTuple):
+    """What a run needs to know; see ``JobOptions``."""
+
+    verify: verify.Level
+    fingerprints: bool
+    checksums: bool
+    attempts_max: int
+    timeout_s: float | None
+    max_failures: int | None
+    max_failure_share: float | None
+    rate_per_s: float | None
+    grace_s: float
+
+
+class JobRun:
+    """Does ``works``, and keeps ``ledger`` (None: there is none yet, for ``plan``) of ``job``.
+
+    ``on_progress(progress)`` is called ten times a second at most; ``on_row(work, row)`` for each file that ended.
+    """
+
+    def __init__(
+        self,
+        works: Iterator[Work],
+        ledger: Ledger | None,
+        job: int,
+        settings: RunSettings,
+        progress: Progress,
+        *,
+        redo: Callable[[Work], bool] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_row: Callable[[Work, tuple[Any, ...], Any], None] | None = None,
+    ) -> None:
+        self.progress = progress
+        self.failures: list[Failure] = []
+        self.kinds: Counter[str] = Counter()
+        self._works = works
+        self._ledger = ledger
+        self._job = job
+        self._settings = settings
+        self._redo = redo
+        self._on_progress = on_progress
+        self._on_row = on_row
+        self._knows_nothing = ledger is None or ledger.is_empty(job)
+        self._inbox = JobInbox(lambda: None)
+        self._pool: Pool | None = None
+        self._function = 0
+        self._rows: list[tuple[Any, ...]] = []
+        self._n_results = 0  # of records in ``_rows``, and of tasks without a row
+        self._batch_at = self._told_at = time.monotonic()
+        self._under_way = 0
+        self._exhausted = False
+        self._input_error: Exception | None = None
+        self._error: BaseException | None = None
+        self._stops = 0
+        self._stop_reason = ""
+        self._stopped_at: float | None = None
+        self._is_drawing = False
+        self._next_start_s = 0.0
+
+    # ---- for other threads, and signal handlers
+
+    def stop(self, reason: str = "asked to stop") -> None:
+        """Take no new input, and let what runs end; called again: stop at once."""
+        self._stops += 1
+        self._stop_reason = self._stop_reason or reason
+
+    def interrupt(self, reason: str) -> None:
+        """``stop``, from a signal handler in the thread that runs: inputs that do not come are not waited for."""
+        self.stop(reason)
+        if self._is_drawing:
+            raise _DrawingStopped
+
+    # ---- looking only
+
+    def plan(self) -> Iterator[Planned]:
+        """What would be done, and why; nothing is changed."""
+        for work in self._works:
+            reason, action = self._reason(work), "run"
+            if reason is None:
+                reason, action = verify.SKIPPED, "skip"
+            elif reason is verify.SET_ASIDE:
+                action = "set aside"
+            yield Planned(work.path, tuple(map(os.fsdecode, work.targets)), action, reason)
+
+    def _reason(self, work: Work) -> str | None:
+        if self._redo is not None and self._redo(work):
+            return "asked for"
+        if self._knows_nothing or self._ledger is None:
+            return verify.NEW
+        found = self._ledger.find(self._job, work.source, work.targets[0] if work.targets else b"")
+        if found is not None and found.state == State.DEAD:
+            return verify.SET_ASIDE
+        settings = self._settings
+        return verify.reason_to_redo(
+            found,
+            work.source,
+            work.targets,
+            work.parameters,
+            verify=settings.verify,
+            fingerprints=settings.fingerprints,
+            checksums=settings.checksums,
+        )
+
+    # ---- running
+
+    def run(self, pool: Pool, function_id: int) -> None:
+        """To its end. Raises what the inputs raised, when all before it is done; what broke the pool; ``StopNow``."""
+        self._pool, self._function = pool, function_id
+        while True:
+            self._consider_stopping()
+            if not self._exhausted:
+                self._fill()
+            if self._exhausted and not self._under_way:
+                break
+            self._take()
+            if len(self._rows) >= BATCH_ROWS or time.monotonic() - self._batch_at >= BATCH_S:
+                self.commit()
+            self._tell()
+        self.commit()
+        self._tell(force=True)
+        error = self._error or self._input_error
+        if error is not None:
+            raise error
+
+    def commit(self) -> None:
+        """Write what has arrived into the ledger, then let the segment forget it."""
+        self._batch_at = time.monotonic()
+        self.commit_rows()
+        n, self._n_results = self._n_results, 0
+        if n and self._pool is not None:
+            self._pool.pump.release(n)
+
+    def commit_rows(self) -> None:
+        """Write what has arrived into the ledger."""
+        if self._rows and self._ledger is not None:
+            self._ledger.write(self._job, self._rows)
+            self._rows = []
+
+    def _consider_stopping(self) -> None:
+        if not self._stops:
+            return
+        if self._stopped_at is None:
+            self._stopped_at = time.monotonic()
+            self._exhausted = True
+            self.progress.stopping = self._stop_reason
+            assert self._pool is not None
+            self._pool.drop_unstarted()
+        if self._stops > 1 or time.monotonic() - self._stopped_at > self._settings.grace_s:
+            raise StopNow
+
+    def _fill(self) -> None:
+        """Draw inputs up to the window; but not for long while results wait to be taken."""
+        pump, arrived, clock = self._pool.pump, self._inbox.arrived, time.monotonic  # pyright: ignore[reportOptionalMemberAccess]
+        began_s, not_told = clock(), 0 if self._under_way else FLUSH_TICKETS
+        rate_per_s, now_s = self._settings.rate_per_s, began_s
+        while self._under_way < WINDOW and not self._stops:
+            if rate_per_s is not None and not self._may_start(rate_per_s, clock()):
+                break
+            work = self._draw()
+            if work is None:
+                break
+            ticket = self._ticket_unless_done(work)
+            if ticket is not None:
+                pump.queue(ticket)
+                self._under_way += 1
+                not_told += 1
+            now_s = clock()
+            if not_told > FLUSH_TICKETS:
+                pump.wake()
+                not_told = 0
+            if now_s - began_s > FILL_S and (arrived or now_s - self._told_at > TELL_S):
+                break
+        if not_told:
+            pump.wake()
+
+    def _may_start(self, rate_per_s: float, now_s: float) -> bool:
+        if now_s < self._next_start_s:
+            return False
+        self._next_start_s = max(self._next_start_s, now_s - 1 / rate_per_s) + 1 / rate_per_s
+        return True
+
+    def _draw(self) -> Work | None:
+        """The next input; None: there is none, for now or at all."""
+        try:
+            self._is_drawing = True
+            try:
+                return next(self._works)
+            finally:
+                self._is_drawing = False
+        except StopIteration:
+            self._exhausted = True
+        except _DrawingStopped:
+            self._is_drawing = False
+        except Exception as error:  # those drawn before it are done all the same
+            self._exhausted = True
+            self._input_error = error
+        return None
+
+    def _ticket_unless_done(self, work: Work) -> JobTicket | None:
+        reason = self._reason(work)
+        if reason is None:
+            self.progress.skipped += 1
+            return None
+        if reason is verify.SET_ASIDE:
+            self.progress.dead += 1
+            return None
+        pool = self._pool
+        assert pool is not None
+        encoded = jobtasks.encode_payload(JobPayload(work.source, work.targets, work.own, work.own_digest))
+        if len(encoded) <= layout.INLINE_BYTES:
+            task = Task(self._function, encoded, 0, _JOB)
+        else:
+            task = pool.task(self._function, values.Encoded(Encoding.MSGPACK, encoded), _JOB)
+        settings = self._settings
+        return JobTicket(
+            task,
+            self._inbox,
+            work.path,
+            None,
+            attempts_max=settings.attempts_max,
+            timeout_s=settings.timeout_s,
+            work=work,
+        )
+
+    def _take(self) -> None:
+        """Wait for results, and make rows of all that are there."""
+        inbox = self._inbox
+        if self._under_way:
+            inbox.wait(self._patience_s())
+        elif self._settings.rate_per_s is not None:
+            time.sleep(max(0.0, min(TELL_S, self._next_start_s - time.monotonic())))
+        while inbox.arrived:
+            ticket, record = inbox.arrived.popleft()
+            self._under_way -= 1
+            if isinstance(record, ResultRecord):
+                self._n_results += 1
+                if record.status != _CANCELLED:
+                    self._count(ticket, record)
+            elif record is not None and self._error is None:  # the pool is broken: one error, not one for each file
+                self._error = record
+                self._exhausted = True
+        self._limit_failures()
+
+    def _patience_s(self) -> float:
+        wait_s = TELL_S
+        if self._settings.rate_per_s is not None and not self._exhausted:
+            wait_s = min(wait_s, max(0.001, self._next_start_s - time.monotonic()))
+        return wait_s
+
+    def _limit_failures(self) -> None:
+        settings, progress = self._settings, self.progress
+        n = progress.failed + progress.dead
+        n_run = progress.done + progress.failed
+        if self._stops or not progress.failed:
+            return
+        if settings.max_failures is not None and n > settings.max_failures:
+            self.stop(f"more than {settings.max_failures} failures")
+        share = settings.max_failure_share
+        if share is not None and n_run >= SHARE_OF_MIN and progress.failed > share * n_run:
+            self.stop(f"more than {100 * share:g} % of the files failed")
+
+    # ---- rows
+
+    def _count(self, ticket: JobTicket, record: ResultRecord) -> None:
+        work, progress = ticket.work, self.progress
+        value: Any = None
+        if record.status == _OK:
+            outcome = jobtasks.decode_outcome(_body_of(ticket, record))
+            row = row_of(work.source, work.targets, work.parameters, record, outcome)
+            progress.done += 1
+            progress.retried += record.attempt > 0 or outcome.calls > 1
+            if outcome.input.size > 0:
+                progress.input_bytes += outcome.input.size
+            for made in outcome.outputs:
+                progress.output_bytes += made.size
+            value = outcome
+        else:
+            _, value = outcome_of(ticket, record)
+            assert value is not None
+            row = row_of_error(work, record, value)
+            progress.retried += record.attempt > 0
+            self.kinds[row[_KIND]] += 1
+            if row[_STATE] == State.DEAD:
+                progress.dead += 1
+            else:
+                progress.failed += 1
+            if len(self.failures) < FAILURES_KEPT:
+                self.failures.append(Failure(work.path, row[_KIND], row[_KIND + 1]))
+        self._rows.append(row)
+        if self._on_row is not None:
+            self._on_row(work, row, value)
+
+    def _tell(self, *, force: bool = False) -> None:
+        now_s = time.monotonic()
+        if not force and now_s - self._told_at < TELL_S:
+            return
+        self._told_at = now_s
+        if self._pool is not None:
+            self.progress.workers = len(self._pool.supervisor.pids)
+            self.progress.worker_deaths = self._pool.pump.staff.n_deaths
+        if self._on_progress is not None:
+            self._on_progress(self.progress)
+
+
+class _DrawingStopped(BaseException):
+    """A signal came while an input was waited for."""
+
+
+SHARE_OF_MIN = 100  # files that must have ended before a share of failures means anything
+_JOB = int(Form.JOB)
+_STATE, _KIND = 2, 13  # places in a row
+
+
+def row_of(
+    source: bytes, targets: tuple[bytes, ...], parameters: bytes, record: ResultRecord, outcome: JobOutcome
+) -> tuple[Any, ...]:
+    """The row of a file that is done."""
+    found = outcome.input
+    made = encode_made([Made(path, one.size, one.digest) for path, one in zip(targets, outcome.outputs, strict=True)])
+    return (
+        source,
+        targets[0] if targets else b"",
+        int(State.DONE),
+        found.size,
+        found.mtime_ns,
+        found.inode,
+        found.checksum,
+        parameters,
+        made,
+        outcome.value or None,
+        outcome.encoding,
+        record.attempt + outcome.calls,
+        record.attempt,
+        "",
+        "",
+        "",
+        record.worker,
+        outcome.started_s,
+        record.duration_ns / 1e9,
+        outcome.peak_rss,
+    )
+
+
+def row_of_error(work: Work, record: ResultRecord, error: BaseException) -> tuple[Any, ...]:
+    """The row of a file that failed. Dead, where its workers died in it."""
+    kind = error.type_name if isinstance(error, RemoteError) else type(error).__name__
+    is_dead = record.status == _DIED and isinstance(error, WorkerDiedError)
+    text = error.traceback if isinstance(error, RemoteError) else ""
+    if error.__cause__ is not None and not text:
+        text = str(error.__cause__).strip('"\n')
+    return (
+        work.source,
+        work.targets[0] if work.targets else b"",
+        int(State.DEAD if is_dead else State.FAILED),
+        *(-1, -1, -1, b""),
+        work.parameters,
+        b"\x90",
+        None,
+        0,
+        record.attempt + 1,
+        record.attempt + is_dead,
+        kind,
+        words_of(error),
+        text,
+        record.worker if record.worker < layout.WORKERS_MAX else -1,
+        time.time() - record.duration_ns / 1e9,
+        record.duration_ns / 1e9,
+        getattr(error, "peak_rss_bytes", 0),
+    )
+
+
+def row_of_drained(drained: Drained) -> tuple[Any, ...]:
+    """The row of a file that a dead run had done."""
+    spec, task, record, outcome = drained
+    return row_of(task.source, task.targets, jobtasks.parameters_digest(spec.digest, task.own_digest), record, outcome)
+
+
+def _body_of(ticket: Ticket, record: ResultRecord) -> bytes | memoryview:
+    if record.encoding != _BLOB:
+        return record.payload
+    blob: Any = ticket.result_blob
+    if isinstance(blob, BaseException):
+        raise blob
+    if isinstance(blob, str):  # there was no descriptor left when it came
+        blob = blobs.read(blob)
+    return blob[1]

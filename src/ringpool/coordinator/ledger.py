@@ -1,0 +1,529 @@
+"""The ledger of batch jobs: which files are done, and what failed. And the lock that lets one job at a time write it.
+
+    <directory>/.ringpool/ledger.db          an SQLite database in WAL mode; its tables are in ``ledgerqueries``
+                         ledger.db-wal, -shm  what was committed last, and its index for readers; gone after ``close``
+                         job.lock            the lock; in it the holder's pid and start time
+
+    what is at ledger.db                       open
+    nothing, or a database without tables      made, where ``create``; else JobMissingError
+    a directory, no SQLite database            LedgerError
+    one of another program, or newer version   LedgerError, and it is left as it is
+    a file that is shorter than it says        LedgerError
+    a ledger; with -wal, as a kill leaves it   opened; SQLite recovers what was committed
+
+What holds
+
+- A batch (``write``, ``forget``) is one transaction: all of it is there or none, after a kill at any moment, and in the
+  order of the calls. With ``synchronous`` it is on disk when the call returns: SQLite syncs the log at each commit.
+- Readers of other processes disturb nobody and wait for nobody, except a moment while a first one recovers the log.
+- Totals are changed in the transaction that changes their rows, so they are right whenever one looks.
+- A Ctrl-C in a call leaves the batch written or not, as its caller cannot tell; to write it again is harmless.
+
+A batch is first inserted, which fails where a key is there already; only then it is done row by row, with each old row
+taken out of the totals. New files, nearly all of a run, are so spared the look for an old row.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sqlite3
+import struct
+import time
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TypeAlias
+from urllib.parse import quote
+
+import msgspec
+
+from ringpool.coordinator.inputs import OWN_DIRECTORY
+from ringpool.coordinator.ledgerqueries import (
+    Cause as Cause,
+    Counts as Counts,
+    Found as Found,
+    JobInfo as JobInfo,
+    LedgerQueries,
+    Made as Made,
+    Row as Row,
+    RowTuple as RowTuple,
+    RunInfo as RunInfo,
+    State as State,
+    Tally,
+    Totals,
+    as_text,
+    connect,
+    decode_made,
+    encode_facts,
+    explained,
+    take_out,
+)
+from ringpool.errors import JobBusyError, JobMissingError, LedgerError
+from ringpool.shm.owner import Owner, this_process
+from ringpool.workers.files.durability import make_directories
+
+LEDGER_NAME = "ledger.db"
+LOCK_NAME = "job.lock"
+APPLICATION_ID = 0x52504C31  # "RPL1"
+VERSION = 1
+
+PAGE_BYTES = 8192  # rows up to 2 KB lie in one piece; 4,096 would split those with long paths
+CHECKPOINT_PAGES = 2000
+CACHE_KIB = 16 * 1024
+WAL_KEPT_BYTES = 64 << 20  # what a log that a slow reader made long is cut to
+CHUNK_ROWS = 50  # one statement inserts so many: 0.7 us a row less than one for each
+
+_SCHEMA = f"""
+    CREATE TABLE jobs (
+        id INTEGER PRIMARY KEY, identity TEXT NOT NULL UNIQUE, spec BLOB NOT NULL, created_s REAL NOT NULL
+    );
+    CREATE TABLE runs (
+        id INTEGER PRIMARY KEY, job INTEGER NOT NULL, segment TEXT NOT NULL, pid INTEGER NOT NULL,
+        started_s REAL NOT NULL, ended_s REAL, outcome TEXT NOT NULL DEFAULT '', counts BLOB NOT NULL DEFAULT x'',
+        drained INTEGER NOT NULL DEFAULT 0
+    );
+    CREATE TABLE files (
+        job INTEGER NOT NULL, input BLOB NOT NULL, output BLOB NOT NULL, state INTEGER NOT NULL, kind TEXT,
+        facts BLOB NOT NULL, PRIMARY KEY (job, input, output)
+    ) WITHOUT ROWID;
+    CREATE INDEX failures ON files (job, kind, state) WHERE kind IS NOT NULL;
+    CREATE TABLE totals (
+        job INTEGER NOT NULL, state INTEGER NOT NULL, kind TEXT NOT NULL, n_files INTEGER NOT NULL,
+        n_retried INTEGER NOT NULL, input_bytes INTEGER NOT NULL, output_bytes INTEGER NOT NULL,
+        duration_ns INTEGER NOT NULL, PRIMARY KEY (job, state, kind)
+    ) WITHOUT ROWID;
+    PRAGMA application_id = {APPLICATION_ID};
+    PRAGMA user_version = {VERSION};
+"""
+_FILE = "(?, ?, ?, ?, ?, ?)"
+COLUMNS = 6
+_INSERT = "INSERT OR FAIL INTO files (job, input, output, state, kind, facts) VALUES "
+_INSERT_ONE = _INSERT + _FILE
+_INSERT_CHUNK = _INSERT + ", ".join([_FILE] * CHUNK_ROWS)
+_REPLACE = _INSERT_ONE.replace("OR FAIL", "OR REPLACE")
+_KEY = "WHERE job = ? AND input = ? AND output = ?"
+_ADD = """
+    INSERT INTO totals VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
+        n_files = n_files + excluded.n_files, n_retried = n_retried + excluded.n_retried,
+        input_bytes = input_bytes + excluded.input_bytes, output_bytes = output_bytes + excluded.output_bytes,
+        duration_ns = duration_ns + excluded.duration_ns
+"""
+
+_Value: TypeAlias = int | bytes | str | None
+_DONE = int(State.DONE)
+
+
+class Ledger(LedgerQueries):
+    """The ledger of the jobs whose outputs are below a directory. Attribute: ``path`` (``Path``), its file.
+
+    Used by one thread at a time, and by the process that opened it: a fork must open its own. What ``LedgerQueries``
+    asks, it answers as well. Who writes holds the ``JobLock``.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, reading_uri: str, *, read_only: bool) -> None:
+        super().__init__(path, connection, reading_uri)
+        self._read_only = read_only
+        self._pid = os.getpid()
+
+    @classmethod
+    def open(cls, directory: Path, *, create: bool = True, read_only: bool = False, synchronous: bool = True) -> Ledger:
+        """Open the ledger in ``directory``, or make one; with ``read_only`` none is made.
+
+        ``synchronous``: whether a batch is on disk when ``write`` returns; otherwise a power cut, and nothing else, may
+        take the last ones.
+
+        Raises ``JobMissingError`` where there is none and none is to be made; ``LedgerError`` where what is there
+        cannot be used; ``OSError`` where its directory cannot be made or read.
+        """
+        path = directory / OWN_DIRECTORY / LEDGER_NAME
+        may_create = create and not read_only
+        if may_create:
+            make_directories(os.fsencode(path.parent), durable=True)
+        _refuse_what_is_no_file(path, directory, may_be_missing=may_create, read_only=read_only)
+        if read_only:
+            return _open_for_reading(path, directory)
+        connection = connect(_uri(path, "rwc" if create else "rw"))
+        try:
+            if not _is_ledger(connection, path):
+                if not create:
+                    raise JobMissingError(str(directory), "its ledger was never finished; run the job again")
+                _make(connection)
+            _settle(connection, path, synchronous=synchronous)
+        except BaseException as error:
+            connection.close()
+            if isinstance(error, sqlite3.Error):
+                raise explained(path, error) from error
+            raise
+        return cls(path, connection, _uri(path, "ro"), read_only=False)
+
+    def close(self) -> None:
+        """Let go of it. The last one to write leaves one file, all in it. May be called twice."""
+        if os.getpid() != self._pid:  # a fork's: the locks are not its own
+            return
+        if not self._read_only:
+            with suppress(sqlite3.Error):  # a reader holds it up, or the disk is full: what is in the log is safe there
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                self._db.execute("PRAGMA busy_timeout = 0")
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self._db.close()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- jobs and runs
+
+    def job(self, identity: str, spec: bytes) -> int:
+        """The id of the job of that ``identity``, made if it is new. ``spec`` replaces the one that is there."""
+        with self._transaction() as db:
+            found = db.execute("SELECT id, spec FROM jobs WHERE identity = ?", (identity,)).fetchone()
+            if found is None:
+                made = "INSERT INTO jobs (identity, spec, created_s) VALUES (?, ?, ?) RETURNING id"
+                return int(db.execute(made, (identity, spec, time.time())).fetchall()[0][0])
+            if found[1] != spec:
+                db.execute("UPDATE jobs SET spec = ? WHERE id = ?", (spec, found[0]))
+            return int(found[0])
+
+    def begin_run(self, job: int, segment: str, pid: int) -> int:
+        """Note that a run of ``job`` starts, with its ring in ``segment``; its id."""
+        asked = "INSERT INTO runs (job, segment, pid, started_s) VALUES (?, ?, ?, ?) RETURNING id"
+        with self._transaction() as db:
+            return int(db.execute(asked, (job, segment, pid, time.time())).fetchall()[0][0])
+
+    def end_run(self, run: int, outcome: str, counts: bytes) -> None:
+        """Note that ``run`` has ended, and that its segment holds nothing any more."""
+        with self._transaction() as db:
+            asked = "UPDATE runs SET ended_s = ?, outcome = ?, counts = ? WHERE id = ?"
+            db.execute(asked, (time.time(), outcome, counts, run))
+
+    def forget_segment(self, name: str) -> None:
+        """Note that what a dead run had left in segment ``name`` is drained: ``open_segments`` names it no more."""
+        with self._transaction() as db:
+            db.execute("UPDATE runs SET drained = 1 WHERE segment = ? AND ended_s IS NULL", (name,))
+
+    # ---- files
+
+    def find(self, job: int, input: bytes, output: bytes) -> Found | None:  # noqa: A002
+        """What is known of a file; None: nothing.
+
+        Between two batches one transaction serves all calls, which saves the locks of each: nobody else writes.
+        """
+        if not self._read_only and not self._db.in_transaction:
+            self._db.execute("BEGIN")
+        return super().find(job, input, output)
+
+    def write(self, job: int, rows: Iterable[RowTuple]) -> None:
+        """Write ``rows`` (tuples in the order of ``Row``), all of them or none; the last one of a key counts.
+
+        It is quickest where keys come in ascending order, in batches of about a thousand.
+        """
+        totals: Totals = {}
+        values = _values(job, rows, totals)
+        if not values:
+            return
+        try:
+            with self._transaction() as db:
+                _insert(db, values)
+                _add_to_totals(db, job, totals)
+        except sqlite3.IntegrityError:  # a key is there already, or twice in the batch
+            with self._transaction() as db:
+                for begin in range(0, len(values), COLUMNS):
+                    _take_out(db, totals, values[begin : begin + 3])
+                    db.execute(_REPLACE, values[begin : begin + COLUMNS])
+                _add_to_totals(db, job, totals)
+
+    def forget(self, job: int, keys: Iterable[tuple[bytes, bytes]]) -> None:
+        """Delete the rows of ``keys`` (input, output), all of them or none; those that are not there are no matter."""
+        totals: Totals = {}
+        with self._transaction() as db:
+            for input_, output in keys:
+                if _take_out(db, totals, (job, input_, output)):
+                    db.execute(f"DELETE FROM files {_KEY}", (job, input_, output))
+            _add_to_totals(db, job, totals)
+
+    @contextmanager
+    def _transaction(self) -> Generator[sqlite3.Connection]:
+        assert os.getpid() == self._pid, "a fork writes to the ledger that its parent opened"
+        db = self._db
+        try:
+            if db.in_transaction:  # of ``find``; or a Ctrl-C came before one could be rolled back
+                db.execute("ROLLBACK")
+            db.execute("BEGIN IMMEDIATE")
+            yield db
+            db.execute("COMMIT")
+        except BaseException as error:
+            with suppress(sqlite3.Error):  # SQLite has rolled back where the disk failed
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.IntegrityError):
+                raise
+            if isinstance(error, sqlite3.Error | msgspec.MsgspecError):
+                raise explained(self.path, error) from error
+            raise
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _values(job: int, rows: Iterable[RowTuple], totals: Totals) -> list[_Value]:
+    """What the table's columns have of ``rows``, one behind the other; added up in ``totals``."""
+    values: list[_Value] = []
+    key: tuple[int, str] | None = None
+    tally = Tally()
+    for row in rows:
+        try:
+            facts = encode_facts(row[2:])
+        except UnicodeEncodeError:
+            row = (*row[:13], as_text(row[13]), as_text(row[14]), as_text(row[15]), *row[16:])
+            facts = encode_facts(row[2:])
+        state, kind = row[2], row[13]
+        if key is None or kind != key[1] or state != key[0]:
+            key = state, kind
+            tally = totals.setdefault(key, Tally())
+        tally.n_files += 1
+        if row[11] > 1:
+            tally.n_retried += 1
+        if row[3] > 0:
+            tally.input_bytes += row[3]
+        if row[8]:
+            for made in decode_made(row[8]):
+                tally.output_bytes += made.size
+        tally.duration_ns += round(row[18] * 1e9)
+        values += (job, row[0], row[1], state, None if state == _DONE else kind, facts)
+    return values
+
+
+def _insert(db: sqlite3.Connection, values: list[_Value]) -> None:
+    """Raises ``sqlite3.IntegrityError`` where a key is there already; some rows are in then, to be rolled back."""
+    chunk = CHUNK_ROWS * COLUMNS
+    whole = len(values) - len(values) % chunk
+    for begin in range(0, whole, chunk):
+        db.execute(_INSERT_CHUNK, values[begin : begin + chunk])
+    for begin in range(whole, len(values), COLUMNS):
+        db.execute(_INSERT_ONE, values[begin : begin + COLUMNS])
+
+
+def _take_out(db: sqlite3.Connection, totals: Totals, key: Sequence[_Value]) -> bool:
+    """Whether there is a row of ``key``; if so, its share is taken out of ``totals``."""
+    found = db.execute(f"SELECT facts FROM files {_KEY}", key).fetchone()
+    if found is not None:
+        take_out(totals, found[0])
+    return found is not None
+
+
+def _add_to_totals(db: sqlite3.Connection, job: int, totals: Totals) -> None:
+    db.executemany(_ADD, [(job, state, kind, *tally.sums) for (state, kind), tally in totals.items()])
+
+
+# ---- opening ---------------------------------------------------------------------------------------------------------
+
+
+def _uri(path: Path, mode: str, more: str = "") -> str:
+    return f"file:{quote(os.fsencode(path.absolute()))}?mode={mode}{more}"
+
+
+def _refuse_what_is_no_file(path: Path, directory: Path, *, may_be_missing: bool, read_only: bool) -> None:
+    """By ``stat`` alone: to close a descriptor of the file would take away SQLite's locks on it in this process."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if may_be_missing:
+            if not os.access(path.parent, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent)) from None
+            return
+        reason = f"there is no {OWN_DIRECTORY}/{LEDGER_NAME}; `ringpool run` begins one"
+        raise JobMissingError(str(directory), reason) from None
+    if not path.is_file():
+        kind = "a directory" if path.is_dir() else f"no file (mode {found.st_mode:o})"
+        raise LedgerError(str(path), f"it is {kind}; move it away, and the job begins anew")
+    if not os.access(path, os.R_OK if read_only else os.R_OK | os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def _is_ledger(db: sqlite3.Connection, path: Path) -> bool:
+    """Whether it is one that we know; False where nothing is in it yet. Raises ``LedgerError`` for anything else."""
+    [(application,)] = db.execute("PRAGMA application_id")
+    [(version,)] = db.execute("PRAGMA user_version")
+    [(n_tables,)] = db.execute("SELECT count(*) FROM sqlite_schema")
+    if not n_tables and not application:
+        return False
+    if application != APPLICATION_ID:
+        raise LedgerError(str(path), "it is a database of another program; move it away, and the job begins anew")
+    if version != VERSION:
+        reason = f"it has version {version}, and this ringpool knows {VERSION}; use the ringpool that made it"
+        raise LedgerError(str(path), reason)
+    [(n_pages,)], [(page_bytes,)] = db.execute("PRAGMA page_count"), db.execute("PRAGMA page_size")
+    size = path.stat().st_size
+    if size < n_pages * page_bytes and not _has_log(path):  # the log is looked at last: a writer may be coming
+        raise LedgerError(
+            str(path),
+            f"it was cut off at {size} of {n_pages * page_bytes} bytes; put a copy in its place, or move "
+            f"{OWN_DIRECTORY} away, and the job begins anew",
+        )
+    return True
+
+
+def _has_log(path: Path) -> bool:
+    """Whether there is a log with something in it, which the file alone does not have."""
+    try:
+        return os.stat(f"{path}-wal").st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def _make(db: sqlite3.Connection) -> None:
+    """A ledger is there once the transaction is: a kill before it leaves what ``_is_ledger`` takes for nothing."""
+    db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+    db.execute("PRAGMA journal_mode = WAL").fetchall()
+    db.execute("BEGIN IMMEDIATE")
+    if not db.execute("SELECT count(*) FROM sqlite_schema").fetchall()[0][0]:  # a neighbour may have been faster
+        for statement in filter(str.strip, _SCHEMA.split(";")):
+            db.execute(statement)
+    db.execute("COMMIT")
+
+
+def _settle(db: sqlite3.Connection, path: Path, *, synchronous: bool) -> None:
+    [(mode,)] = db.execute("PRAGMA journal_mode = WAL")
+    if mode != "wal":
+        reason = f"its file system does not allow SQLite's WAL (got {mode}); put the outputs on another one"
+        raise LedgerError(str(path), reason)
+    db.execute(f"PRAGMA synchronous = {'FULL' if synchronous else 'NORMAL'}")
+    db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+    db.execute(f"PRAGMA journal_size_limit = {WAL_KEPT_BYTES}")
+    db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+
+
+_NO_INDEX = (
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+)  # what says that a log's index can be neither used nor made
+
+
+def _open_for_reading(path: Path, directory: Path) -> Ledger:
+    """By the log's index, which a reader may use or, after a kill, make; where it may not, by the file alone."""
+    uri = _uri(path, "ro")
+    for is_last in (False, True):
+        connection = connect(uri)
+        try:
+            if not _is_ledger(connection, path):
+                raise JobMissingError(str(directory), "its ledger was never finished; run the job again")
+            connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+            return Ledger(path, connection, uri, read_only=True)
+        except BaseException as error:
+            connection.close()
+            if isinstance(error, sqlite3.Error):
+                # Nobody who writes is there without a log: the file alone is whole, until one comes.
+                if is_last or error.sqlite_errorcode & 0xFF not in _NO_INDEX or _has_log(path):
+                    raise explained(path, error) from error
+                uri = _uri(path, "ro", "&immutable=1")
+            else:
+                raise
+    raise AssertionError("not reached")
+
+
+# ---- the lock --------------------------------------------------------------------------------------------------------
+
+_RECORD = struct.Struct("@hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid, as the compiler aligns it
+_WHOLE = _RECORD.pack(fcntl.F_WRLCK, 0, 0, 0, 0)
+_TRIES = 100
+_held: set[JobLock] = set()
+
+
+class JobLock:
+    """The lock that a job holds while it writes below ``directory``. A context manager.
+
+    An OFD lock (fcntl_locking(2)): it dies with the last copy of its descriptor, so with its holder, however that ends.
+    A process that is started has no copy (O_CLOEXEC), and one that is forked closes its own at once, lest a worker keep
+    the lock of a coordinator that is dead. A POSIX lock would not be inherited at all, but is lost when any descriptor
+    of the file is closed in the process: by ``holder`` in another thread, by whoever copies the directory. And flock
+    cannot be asked whether somebody has it without taking it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.path = directory / OWN_DIRECTORY / LOCK_NAME
+        self._fd = -1
+
+    def acquire(self) -> None:
+        """Take it. Raises ``JobBusyError`` at once where another has it, in this process as well; ``OSError``."""
+        make_directories(os.fsencode(self.path.parent), durable=False)
+        for _ in range(_TRIES):
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _WHOLE)
+                if self._is_at_its_name(fd):  # `ringpool clean` may have removed it meanwhile
+                    pid, start = this_process()
+                    os.ftruncate(fd, 0)
+                    os.pwrite(fd, b"%d %d\n" % (pid, start), 0)
+                    self._fd = fd
+                    _held.add(self)
+                    return
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    raise JobBusyError(str(self.directory), _pid_in(fd)) from None
+                raise
+            finally:
+                if self._fd != fd:
+                    os.close(fd)
+        raise JobBusyError(str(self.directory), 0)
+
+    def release(self) -> None:
+        """Let it go. May be called twice; in a fork of the holder it does nothing."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            _held.discard(self)
+            os.close(fd)
+
+    def holder(self) -> int | None:
+        """The pid of the process that runs a job there; 0 where that cannot be told; None: nobody. Disturbs nobody."""
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        with closing(os.fdopen(fd, "rb")):
+            if _RECORD.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _WHOLE))[0] == fcntl.F_UNLCK:
+                return None
+            return _pid_in(fd)
+
+    def _is_at_its_name(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(fd), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def __enter__(self) -> JobLock:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def _pid_in(fd: int) -> int:
+    """The pid in a lock file that is held; 0 where that process does not live here.
+
+    So it is while the holder has yet to write its own, and where that is in another pid namespace.
+    """
+    words = os.pread(fd, 64, 0).split()
+    if len(words) == 2 and all(word.isdigit() for word in words):
+        owner = Owner(int(words[0]), int(words[1]))
+        return owner.pid if owner.alive else 0
+    return 0
+
+
+def _close_in_child() -> None:
+    for lock in tuple(_held):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

@@ -1,0 +1,181 @@
+"""Put outputs that are whole, and staged, in their places: many together, for the price of a few syncs.
+
+    sync      what was written: one syncfs where there are many files and the file system allows it, else fsync of each
+    rename    task by task, its outputs in their order, each under the lock of its path: the commit point of each
+    sync      the directories: fsync of each, or one syncfs where there are many
+
+    level           first sync   second sync
+    none, atomic    no           no
+    data            yes          no
+    full            yes          yes
+
+Each step may be done again: a staged file that is missing was renamed already. So whoever comes after a death does the
+same, with what it finds, and the outcome is what the dead would have had. An error costs the task that it belongs to;
+one of syncfs, all of them. What a task that failed had staged is removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from ringpool.errors import DurabilityError, RingpoolError
+from ringpool.workers.files.batch import TOGETHER_MIN, is_synced_whole
+from ringpool.workers.files.durability import Durability, close_quietly, sync
+from ringpool.workers.files.locks import PathLock
+from ringpool.workers.files.oslayer import calls
+from ringpool.workers.files.output import discard_staged
+from ringpool.workers.files.target import failed
+
+NAME_TAIL_BYTES = 160  # of an output's name that its staged name ends in: tools choose formats by suffixes
+
+
+class StagedOutput(NamedTuple):
+    """One output: where it is, where it belongs, and whether its file has other names (rename(2) may do nothing)."""
+
+    staged: bytes
+    target: bytes
+    is_linked: bool = False
+
+
+class StagedTask(msgspec.Struct, eq=False, gc=False):
+    """The outputs of the task of ``entry``; ``error``: why they are not in their places, once that was tried."""
+
+    entry: int
+    outputs: Sequence[StagedOutput]
+    error: BaseException | None = None
+
+
+def staged_name(directory: bytes, sequence: int, attempt: int, number: int, target: bytes) -> bytes:
+    """Where an attempt writes its output ``number``. Whoever knows the task knows it."""
+    tail = os.path.basename(target)[-NAME_TAIL_BYTES:]
+    return b"%b/%d.%d.%d.%b" % (directory, sequence, attempt, number, tail)
+
+
+class Staging:
+    """The directory ``path`` in which outputs are staged, on the file system where they will be.
+
+    Opened before anything is written there: syncfs tells of errors since then.
+    """
+
+    def __init__(self, path: bytes) -> None:
+        self.path = path
+        self._fd = calls.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._is_synced_whole = is_synced_whole(self._fd)
+
+    def close(self) -> None:
+        """Close it."""
+        close_quietly(self._fd)
+
+    def commit(self, tasks: Sequence[StagedTask], durability: Durability) -> None:
+        """Put the outputs of ``tasks`` in their places; ``error`` of each that could not be is set."""
+        if durability in (Durability.DATA, Durability.FULL):
+            self._sync_files(tasks)
+        for task in _sound(tasks):
+            _rename(task)
+        if durability is Durability.FULL:
+            self._sync_directories(tasks)
+
+    def _sync_files(self, tasks: Sequence[StagedTask]) -> None:
+        if self._is_synced_whole and sum(len(task.outputs) for task in tasks) >= TOGETHER_MIN:
+            try:
+                self._sync_whole("syncfs of what was staged")
+            except DurabilityError as error:
+                _fail(tasks, error)
+            return
+        for task in tasks:
+            try:
+                for output in task.outputs:
+                    _sync_file(output)
+            except RingpoolError as error:
+                _fail((task,), error)
+
+    def _sync_directories(self, tasks: Sequence[StagedTask]) -> None:
+        concerned: dict[bytes, list[StagedTask]] = {}
+        for task in _sound(tasks):
+            for output in task.outputs:
+                concerned.setdefault(os.path.dirname(output.target), []).append(task)
+        if self._is_synced_whole and len(concerned) >= TOGETHER_MIN:
+            try:
+                self._sync_whole("syncfs, after the renames")
+            except DurabilityError as error:
+                _fail(tasks, error)
+            return
+        for directory, those in concerned.items():
+            try:
+                _sync_directory(directory)
+            except RingpoolError as error:
+                _fail(those, error)
+
+    def _sync_whole(self, operation: str) -> None:
+        try:
+            calls.syncfs(self._fd)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise DurabilityError(os.fsdecode(self.path), operation, error.errno or errno.EIO, reason) from error
+
+
+def _sound(tasks: Iterable[StagedTask]) -> Iterable[StagedTask]:
+    return (task for task in tasks if task.error is None)
+
+
+def _fail(tasks: Iterable[StagedTask], error: BaseException) -> None:
+    for task in tasks:
+        if task.error is None:
+            task.error = error
+            discard(task)
+
+
+def discard(task: StagedTask) -> None:
+    """Remove what is staged of it."""
+    for output in task.outputs:
+        discard_staged(output.staged)
+
+
+def _sync_file(output: StagedOutput) -> None:
+    try:
+        fd = calls.open(output.staged, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return  # it is in its place, so it was synced before
+    except OSError as error:
+        raise failed(output.target, "open what was staged", error) from error
+    try:
+        sync(fd, output.target, "fsync of the output")
+    finally:
+        close_quietly(fd)
+
+
+def _rename(task: StagedTask) -> None:
+    try:
+        for output in task.outputs:
+            with PathLock(os.fsdecode(output.target)):
+                _rename_one(output)
+    except BaseException as error:  # whatever it is, Ctrl-C in a program's own signal handler too: the others go on
+        _fail((task,), error)
+
+
+def _rename_one(output: StagedOutput) -> None:
+    try:
+        calls.rename(output.staged, output.target)  # the commit point
+    except FileNotFoundError as error:
+        if not os.path.lexists(output.target):
+            raise failed(output.target, "rename", error) from error
+    except OSError as error:
+        raise failed(output.target, "rename", error) from error
+    if output.is_linked:
+        discard_staged(output.staged)
+
+
+def _sync_directory(directory: bytes) -> None:
+    try:
+        fd = calls.open(directory or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise failed(directory, "open the directory", error) from error
+    try:
+        sync(fd, directory, "fsync of the directory, after the rename")
+    finally:
+        close_quietly(fd)

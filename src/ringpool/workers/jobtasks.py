@@ -1,0 +1,314 @@
+"""The tasks of a batch job, in a worker: run, notice a changed input, stage, and commit in groups.
+
+    stat input -> call(src, staged) -> stat input: the same? -> finish each staged output -> STAGED --commit--> OK
+                         ^                    | no
+                         +--------------------+ at most 3 times, then InputChangedError
+
+A task without an output is done when it has returned. With one, at the levels ``none`` and ``atomic``, its outputs are
+put in their places at once; at ``data`` and ``full`` together with those of others, see ``groupcommit``: when the
+claim ends, when 64 are staged, and before any task is started unless recent ones took under 5 ms, because while user
+code runs, nobody commits. A death in between loses nothing: whoever comes finishes what is STAGED.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections.abc import Callable
+from hashlib import blake2b
+from resource import RUSAGE_SELF, getrusage
+from typing import Any
+
+import msgspec
+
+from ringpool.errors import InputChangedError, InputMissingError
+from ringpool.shm import blobs, layout
+from ringpool.shm.layout import Encoding, Status
+from ringpool.shm.segment import Segment
+from ringpool.workers import commands, tasks, values
+from ringpool.workers.confinement import Confinement
+from ringpool.workers.files import output
+from ringpool.workers.files.durability import Durability
+from ringpool.workers.groupcommit import StagedOutput, StagedTask, Staging, discard, staged_name
+from ringpool.workers.posting import Post
+
+COMMAND = "ringpool.workers.commands:run_command"
+CHANGES_MAX = 3  # how often a task is run whose input changes meanwhile
+GROUP_TASKS_MAX = layout.CLAIMS_MAX
+GROUP_SHORT_NS = 5_000_000  # tasks that take longer are not begun while others are staged
+_OK, _STAGED, _MSGPACK = int(Status.OK), int(Status.STAGED), int(Encoding.MSGPACK)
+
+
+class JobSpec(msgspec.Struct, frozen=True, array_like=True):
+    """What the tasks of a job share.
+
+    ``name`` of the function; pickled ``parameters``; ``durability``; a pickled ``RetryPolicy``, or none; ``staging``,
+    the directory; ``names`` of the outputs (none: at most one, without a name); ``job`` (its number in the ledger) and
+    ``digest`` (of function and parameters), for whoever finds this in a dead segment; whether to take
+    ``fingerprints`` of inputs, ``checksums`` of their content, and ``digests`` of outputs.
+    """
+
+    name: str
+    parameters: bytes
+    durability: str
+    retry: bytes
+    staging: bytes
+    names: tuple[str, ...]
+    job: int
+    digest: bytes
+    fingerprints: bool
+    checksums: bool
+    digests: bool
+
+
+class JobPayload(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One file: where it is, where its outputs go, its own parameters, pickled, and their digest."""
+
+    source: bytes
+    targets: tuple[bytes, ...] = ()
+    parameters: bytes = b""
+    own_digest: bytes = b""
+
+
+class Fingerprint(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What an input was: size in bytes, mtime in ns, inode, and blake2b-128 of its content where that is wanted."""
+
+    size: int = -1
+    mtime_ns: int = -1
+    inode: int = -1
+    checksum: bytes = b""
+
+
+class Output(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """An output as it was staged: size in bytes, digest, device and inode."""
+
+    size: int
+    digest: bytes
+    device: int
+    inode: int
+
+
+class JobOutcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How a task ended well. ``value``: what the function returned, by ``encoding``; empty: None. ``calls``: how often
+    it was called; ``started_s``: since the epoch; ``peak_rss``: of the worker, or the command, in bytes.
+    """
+
+    input: Fingerprint
+    outputs: tuple[Output, ...]
+    encoding: int
+    value: bytes
+    calls: int
+    started_s: float
+    peak_rss: int
+
+
+encode_spec: Callable[[JobSpec], bytes] = msgspec.msgpack.Encoder().encode
+decode_spec: Callable[[bytes | memoryview], JobSpec] = msgspec.msgpack.Decoder(JobSpec).decode
+encode_payload: Callable[[JobPayload], bytes] = msgspec.msgpack.Encoder().encode
+decode_payload: Callable[[bytes | memoryview], JobPayload] = msgspec.msgpack.Decoder(JobPayload).decode
+encode_outcome: Callable[[JobOutcome], bytes] = msgspec.msgpack.Encoder().encode
+decode_outcome: Callable[[bytes | memoryview], JobOutcome] = msgspec.msgpack.Decoder(JobOutcome).decode
+_NO_FINGERPRINT = Fingerprint()
+
+
+class _Bound(msgspec.Struct):
+    """A task function, resolved, with what its tasks share. ``n_calls``: since the task began."""
+
+    spec: JobSpec
+    durability: Durability
+    staging: Staging | None
+    source_type: Callable[[bytes], Any]
+    target_type: Callable[[bytes], Any]
+    parameters: dict[str, Any]
+    is_group: bool
+    is_command: bool
+    retried: tasks.TaskFunction
+    n_calls: int = 0
+
+
+class JobRunner:
+    """Runs the tasks of jobs in one worker. ``wants_long_claims``: its groups are made of claims."""
+
+    def __init__(self, segment: Segment, post: Post, confinement: Confinement) -> None:
+        self.wants_long_claims = False
+        self._segment = segment.name
+        self._post = post
+        self._confinement = confinement
+        self._functions: dict[int, _Bound] = {}
+        self._group: list[StagedTask] = []
+        self._group_of: _Bound | None = None
+        self._mean_ns = 0.0
+
+    def run(self, entry: int, function_id: int, payload: bytes, blob: int, start_ns: int) -> int:
+        """Run the task of ``entry``; post its result, or stage it. When that was done, ns."""
+        if self._group and (self._mean_ns > GROUP_SHORT_NS or len(self._group) >= GROUP_TASKS_MAX):
+            self.commit()
+        try:
+            bound = self._functions.get(function_id) or self._bind(function_id)
+            body: bytes | memoryview = payload
+            if blob:
+                _, body, _ = blobs.read(blobs.payload_name(self._segment, blob))
+            end_ns = self._run(entry, bound, decode_payload(body), start_ns)
+        except BaseException as error:  # a task may raise what it likes, SystemExit and KeyboardInterrupt too
+            end_ns = time.monotonic_ns()
+            self._post.error(entry, error, end_ns - start_ns)
+        self._mean_ns += (end_ns - start_ns - self._mean_ns) / 4
+        return end_ns
+
+    def _run(self, entry: int, bound: _Bound, task: JobPayload, start_ns: int) -> int:
+        started_s = time.time()
+        staged = self._prepare(entry, bound, task)
+        try:
+            value, found = self._call(bound, task, staged)
+            spec = bound.spec
+            files = [
+                output.finish_staged(one.staged, one.target, Durability.ATOMIC, digest=spec.digests) for one in staged
+            ]
+            end_ns = time.monotonic_ns()
+            self._confinement.end_if_forked()
+            encoding, encoded = _encode_value(value)
+            outcome = JobOutcome(
+                found,
+                tuple(Output(file.size, file.digest, file.dev, file.ino) for file in files),
+                encoding,
+                encoded,
+                bound.n_calls,
+                started_s,
+                commands.peak_rss_bytes if bound.is_command else getrusage(RUSAGE_SELF).ru_maxrss << 10,
+            )
+            place = self._post.place(entry, values.Encoded(_MSGPACK, encode_outcome(outcome)))
+            body, encoding, blob_bytes = place
+            status = _STAGED if staged else _OK
+            self._post.results.post(entry, status, encoding, body, end_ns - start_ns, blob_bytes)
+        except BaseException:
+            self._confinement.end_if_forked()
+            for one in staged:
+                output.discard_staged(one.staged)
+            blobs.unlink(self._post.blob(entry))  # its name is the error's now
+            raise
+        if staged:
+            linked = [one._replace(is_linked=file.n_links > 1) for one, file in zip(staged, files, strict=True)]
+            self._group.append(StagedTask(entry, linked))
+            self._group_of = bound
+            if not bound.is_group:
+                self.commit()
+                return time.monotonic_ns()
+        return end_ns
+
+    @staticmethod
+    def _prepare(entry: int, bound: _Bound, task: JobPayload) -> list[StagedOutput]:
+        """Where its outputs are to be written, and where they go, symlinks followed; directories are made."""
+        sequence, attempt, staging = layout.sequence_of(entry), layout.attempt_of(entry), bound.spec.staging
+        staged: list[StagedOutput] = []
+        for number, wanted in enumerate(task.targets):
+            target = output.prepare_target(wanted, bound.durability)
+            staged.append(StagedOutput(staged_name(staging, sequence, attempt, number, target), target))
+        return staged
+
+    @staticmethod
+    def _call(bound: _Bound, task: JobPayload, staged: list[StagedOutput]) -> tuple[Any, Fingerprint]:
+        """Call the function until its input was the same before and after."""
+        spec, parameters = bound.spec, bound.parameters
+        if task.parameters:
+            parameters = {**parameters, **tasks.unpack_parameters(task.parameters)}
+        arguments = [bound.source_type(task.source)]
+        if spec.names:
+            arguments.append(
+                {name: bound.target_type(one.staged) for name, one in zip(spec.names, staged, strict=True)}
+            )
+        elif staged:
+            arguments.append(bound.target_type(staged[0].staged))
+        bound.n_calls = 0
+        for _ in range(CHANGES_MAX):
+            before = fingerprint(task.source, spec.checksums) if spec.fingerprints else _NO_FINGERPRINT
+            value = bound.retried(staged, *arguments, **parameters)
+            if not spec.fingerprints or fingerprint(task.source, spec.checksums) == before:
+                return value, before
+        raise InputChangedError(os.fsdecode(task.source), CHANGES_MAX)
+
+    def commit(self) -> None:
+        """Put what is staged in its place, and post it."""
+        group, self._group = self._group, []
+        bound = self._group_of
+        assert bound is not None
+        assert bound.staging is not None
+        bound.staging.commit(group, bound.durability)
+        results = self._post.results
+        for task in group:
+            if task.error is None:
+                results.finish(task.entry)
+            else:
+                results.retract(task.entry)
+                discard(task)
+                self._post.error(task.entry, task.error, 0)
+
+    @property
+    def has_staged(self) -> bool:
+        """Whether something is to be committed."""
+        return bool(self._group)
+
+    def _bind(self, function_id: int) -> _Bound:
+        _, body, _ = blobs.read(blobs.function_name(self._segment, function_id))
+        spec = decode_spec(bytes(body))
+        call = tasks.resolve(spec.name)
+        signature = tasks.signature_of(call, spec.name)
+        durability = Durability(spec.durability)
+
+        def call_once(staged: list[StagedOutput], *arguments: Any, **parameters: Any) -> Any:
+            if bound.n_calls:
+                for one in staged:  # what an earlier call has left must not be taken for this one's
+                    output.discard_staged(one.staged)
+            bound.n_calls += 1
+            try:
+                return call(*arguments, **parameters)
+            except Exception:
+                if self._group:  # before a retry's delay, during which nobody would
+                    self.commit()
+                raise
+
+        bound = _Bound(
+            spec,
+            durability,
+            Staging(spec.staging) if spec.staging else None,
+            signature.source_type,
+            signature.target_type,
+            tasks.unpack_parameters(spec.parameters),
+            durability in (Durability.DATA, Durability.FULL),
+            spec.name == COMMAND,
+            tasks.with_retries(call_once, spec.retry),
+        )
+        self._functions[function_id] = bound
+        self.wants_long_claims = bound.is_group and bool(spec.staging)
+        return bound
+
+
+def fingerprint(path: bytes, with_checksum: bool) -> Fingerprint:
+    """What the file at ``path`` is. Raises ``InputMissingError`` where there is none, ``OSError``."""
+    try:
+        found = os.stat(path)
+        checksum = b""
+        if with_checksum:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                checksum = output.digest_of(fd)
+            finally:
+                os.close(fd)
+    except FileNotFoundError:
+        raise InputMissingError(os.fsdecode(path)) from None
+    return Fingerprint(found.st_size, found.st_mtime_ns, found.st_ino, checksum)
+
+
+def parameters_digest(shared: bytes, own: bytes) -> bytes:
+    """The digest of a function and of all parameters of a file: ``shared``, unless it has ``own`` ones."""
+    return blake2b(shared + own, digest_size=16).digest() if own else shared
+
+
+def _encode_value(value: object) -> tuple[int, bytes]:
+    """A value for the ledger: all of it in one piece."""
+    if value is None:
+        return _MSGPACK, b""
+    encoded = values.encode_result(value)
+    if encoded.buffers:
+        return int(Encoding.PICKLE), pickle.dumps(value, 5)
+    return encoded.encoding, encoded.body

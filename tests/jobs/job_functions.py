@@ -1,0 +1,83 @@
+"""Task functions for the tests of jobs: in a module, because workers import them."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import signal
+import time
+from pathlib import Path
+
+
+def compress(src: Path, dst: Path, *, level: int = 1) -> int:
+    """Whole, or not at all; the size is the value."""
+    data = src.read_bytes()
+    dst.write_bytes(gzip.compress(data, level, mtime=0))
+    return len(data)
+
+
+def slowly(src: Path, dst: Path, *, seconds: float = 0.05) -> None:
+    """Half of it, a while, the other half."""
+    data = src.read_bytes()
+    with dst.open("wb") as file:
+        file.write(data[: len(data) // 2])
+        file.flush()
+        time.sleep(seconds)
+        file.write(data[len(data) // 2 :])
+
+
+def size_of(src: Path) -> int:
+    """A value, and no output."""
+    return src.stat().st_size
+
+
+def name_of(src: str) -> str:
+    """Of an input that is no file."""
+    return src
+
+
+def count_calls(src: Path, dst: Path, *, log: Path) -> None:
+    """One line more in ``log`` for each call."""
+    with log.open("ab") as file:
+        file.write(os.fsencode(src.name) + b"\n")
+    dst.write_bytes(src.read_bytes())
+
+
+def fail_at_first(src: Path, dst: Path, *, log: Path) -> None:
+    """An error for the first call of each file; what it has written must not be there at the second."""
+    assert not dst.exists()
+    dst.write_bytes(b"half")
+    with log.open("ab") as file:
+        file.write(os.fsencode(src.name) + b"\n")
+    if log.read_bytes().count(os.fsencode(src.name) + b"\n") == 1:
+        raise OSError("not yet")
+    dst.write_bytes(src.read_bytes())
+
+
+def fail_by_name(src: Path, dst: Path) -> None:
+    """Each kind of ending that a file's name asks for."""
+    kind = src.suffix
+    if kind == ".bad":
+        raise ValueError(f"{src.name} is bad")
+    if kind == ".kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == ".silent":
+        return
+    if kind == ".slow":
+        time.sleep(60)
+    dst.write_bytes(src.read_bytes())
+
+
+def change_input(src: Path, dst: Path, *, times: int) -> None:
+    """Changes its own input, so many times in all."""
+    data = src.read_bytes()
+    if len(data) < times:
+        src.write_bytes(data + b"x")
+    dst.write_bytes(data)
+
+
+def thumb_and_meta(src: Path, dst: dict[str, Path]) -> None:
+    """Two outputs."""
+    data = src.read_bytes()
+    dst["thumb"].write_bytes(data[:4])
+    dst["meta"].write_text(str(len(data)))

@@ -1,0 +1,463 @@
+"""A job, from Python: what it does, what it skips the next time, and why it does a file again."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tests.coordinator.program import wait_until
+from tests.jobs import job_functions as functions
+from tests.workers.files.child import Child, say
+
+from ringpool import InputFile, Job, Report, RetryPolicy
+from ringpool.coordinator.ledger import Ledger, Row, State
+from ringpool.errors import (
+    CommandTemplateError,
+    InputMissingError,
+    JobBusyError,
+    OutputCollisionError,
+    ParameterError,
+)
+from ringpool.shm import owner, segment
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    yield
+    me = owner.this_process()
+    assert [name for name in os.listdir(segment.SHM_DIRECTORY) if segment.owner_of(name) == me] == []
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Ten files in two directories."""
+    for i in range(10):
+        path = tmp_path / "in" / f"d{i % 2}" / f"{i}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"content of %d" % i)
+    return tmp_path / "in"
+
+
+def rows_of(directory: Path) -> dict[str, Row]:
+    ledger = Ledger.open(directory, create=False, read_only=True)
+    try:
+        [job] = ledger.jobs()
+        return {os.path.basename(os.fsdecode(row.input)): row for row in ledger.rows(job.id)}
+    finally:
+        ledger.close()
+
+
+def compress_job(source: Path, target: Path, **options: Any) -> Job:
+    return Job(functions.compress, str(source), f"{target}/{{relpath}}.gz", **options)
+
+
+def counts(report: Report) -> tuple[int, int, int, int]:
+    progress = report.progress
+    return progress.done, progress.skipped, progress.failed, progress.dead
+
+
+# ---- doing
+
+
+@pytest.mark.parametrize("durability", ["none", "atomic", "data", "full"])
+def test_every_file_has_its_output_and_its_row(source: Path, tmp_path: Path, durability: str) -> None:
+    target = tmp_path / "out"
+    report = compress_job(source, target, durability=durability).run(2)
+    assert report.ok
+    assert counts(report) == (10, 0, 0, 0)
+    for path in source.rglob("*.txt"):
+        assert gzip.decompress((target / f"{path.relative_to(source)}.gz").read_bytes()) == path.read_bytes()
+    rows = rows_of(target)
+    assert len(rows) == 10
+    for name, row in rows.items():
+        status = next(source.rglob(name)).stat()
+        [made] = msgspec.msgpack.decode(row.made)
+        output = Path(os.fsdecode(made[0]))
+        assert (row.size, row.mtime_ns, row.inode) == (status.st_size, status.st_mtime_ns, status.st_ino)
+        assert made[1] == output.stat().st_size
+        assert len(made[2]) == 16
+        assert msgspec.msgpack.decode(row.value or b"") == status.st_size
+        assert (row.state, row.attempts, row.deaths, row.kind) == (State.DONE, 1, 0, "")
+        assert row.started_s > 1e9
+        assert row.peak_rss > 1 << 20
+
+
+def test_a_job_without_outputs_keeps_values(source: Path, tmp_path: Path) -> None:
+    report = Job(functions.size_of, str(source), directory=tmp_path / "job").run(2)
+    assert counts(report) == (10, 0, 0, 0)
+    rows = rows_of(tmp_path / "job")
+    assert {name: msgspec.msgpack.decode(row.value or b"") for name, row in rows.items()} == {
+        path.name: path.stat().st_size for path in source.rglob("*.txt")
+    }
+
+
+def test_several_outputs_of_each_input(source: Path, tmp_path: Path) -> None:
+    outputs = {"thumb": f"{tmp_path}/t/{{relpath}}", "meta": f"{tmp_path}/m/{{relpath}}.json"}
+    job = Job(functions.thumb_and_meta, str(source), outputs, directory=tmp_path / "job")
+    assert job.run(2).ok
+    assert (tmp_path / "t/d0/0.txt").read_bytes() == b"cont"
+    assert (tmp_path / "m/d1/9.txt.json").read_text() == str(len(b"content of 9"))
+    (tmp_path / "m/d1/9.txt.json").unlink()
+    assert counts(job.run(2)) == (1, 9, 0, 0)
+    assert (tmp_path / "m/d1/9.txt.json").exists()
+
+
+def test_a_command_is_a_task(source: Path, tmp_path: Path) -> None:
+    job = Job(command="gzip -9c {src} > {dst}", inputs=str(source), output=f"{tmp_path}/out/{{relpath}}.gz")
+    assert job.run(2).ok
+    assert gzip.decompress((tmp_path / "out/d1/3.txt.gz").read_bytes()) == b"content of 3"
+    assert counts(job.run(2)) == (0, 10, 0, 0)
+
+
+def test_a_command_that_fails_leaves_no_output_and_says_why(source: Path, tmp_path: Path) -> None:
+    command = "cat {src} > {dst}; case {name} in 4.txt) echo 'no fours' >&2; exit 3;; esac"
+    report = Job(command=command, inputs=str(source), output=f"{tmp_path}/out/{{relpath}}").run(2)
+    assert counts(report) == (9, 0, 1, 0)
+    [failure] = report.failures
+    assert failure.kind == "CommandError"
+    assert "exit status 3" in failure.message
+    assert "no fours" in failure.message
+    assert not (tmp_path / "out/d0/4.txt").exists()
+
+
+def test_inputs_from_a_generator_are_drawn_while_tasks_run(tmp_path: Path) -> None:
+    drawn: list[int] = []
+    done = 0
+
+    def inputs() -> Iterator[Path]:
+        for i in range(5000):
+            drawn.append(i)
+            path = tmp_path / "in" / str(i % 10)
+            yield path
+
+    def count(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        assert len(drawn) <= done + 1024 + 2  # the window, and the two that are looked at before all
+
+    report = Job(functions.name_of, inputs(), directory=tmp_path / "job", fingerprints=False).run(2, on_row=count)
+    assert report.progress.done == 5000
+
+
+def test_files_with_parameters_of_their_own(source: Path, tmp_path: Path) -> None:
+    files = [InputFile(str(path), path.name, {"level": i % 9}) for i, path in enumerate(sorted(source.rglob("*.txt")))]
+    job = Job(functions.compress, files, f"{tmp_path}/out/{{name}}.gz")
+    assert counts(job.run(2)) == (10, 0, 0, 0)
+    assert counts(job.run(2)) == (0, 10, 0, 0)
+    files[3] = files[3]._replace(parameters={"level": 9})
+    assert counts(Job(functions.compress, files, f"{tmp_path}/out/{{name}}.gz").run(2)) == (1, 9, 0, 0)
+
+
+def test_the_largest_come_first(tmp_path: Path) -> None:
+    sizes = [3, 9, 1, 7, 5]
+    for i, size in enumerate(sizes):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{i}").write_bytes(b"x" * size)
+    log = tmp_path / "log"
+    job = Job(
+        functions.count_calls, str(tmp_path / "in"), f"{tmp_path}/out/{{name}}", params={"log": log}, largest_first=True
+    )
+    assert job.run(1).ok
+    assert log.read_text().split() == ["1", "3", "4", "0", "2"]
+
+
+# ---- doing again, or not
+
+
+def remove(source: Path, target: Path) -> None:
+    (target / "d1/3.txt.gz").unlink()
+
+
+def tear(source: Path, target: Path) -> None:
+    path = target / "d1/3.txt.gz"
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def change_input(source: Path, target: Path) -> None:
+    (source / "d1/3.txt").write_bytes(b"other content")
+
+
+def touch_input(source: Path, target: Path) -> None:
+    os.utime(source / "d1/3.txt", ns=(1, 1))
+
+
+def replace_input(source: Path, target: Path) -> None:
+    path = source / "d1/3.txt"
+    status = path.stat()
+    path.rename(source.parent / "former")
+    path.write_bytes((source.parent / "former").read_bytes())
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (remove, "is missing"),
+        (tear, "instead of"),
+        (change_input, "its input has changed"),
+        (touch_input, "its input has changed"),
+        (replace_input, "its input has changed"),
+    ],
+)
+def test_what_is_not_as_it_was_left_is_done_again_and_nothing_else(
+    source: Path, tmp_path: Path, harm: Callable[[Path, Path], None], reason: str
+) -> None:
+    target = tmp_path / "out"
+    job = compress_job(source, target)
+    assert job.run(2).ok
+    harm(source, target)
+    plan = {planned.path: planned for planned in job.plan()}
+    [redone] = [planned for planned in plan.values() if planned.action == "run"]
+    assert redone.path.endswith("d1/3.txt")
+    assert reason in redone.reason
+    assert counts(job.run(2)) == (1, 9, 0, 0)
+    assert gzip.decompress((target / "d1/3.txt.gz").read_bytes()) == (source / "d1/3.txt").read_bytes()
+    assert counts(job.run(2)) == (0, 10, 0, 0)
+
+
+def test_a_digest_finds_what_has_kept_its_size(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    job = compress_job(source, target)
+    assert job.run(2).ok
+    path = target / "d1/3.txt.gz"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert counts(job.run(2)) == (0, 10, 0, 0)
+    assert counts(job.run(2, verify="digest")) == (1, 9, 0, 0)
+    assert gzip.decompress(path.read_bytes()) == b"content of 3"
+
+
+def test_with_checksums_an_input_that_was_only_touched_is_the_same(source: Path, tmp_path: Path) -> None:
+    job = compress_job(source, tmp_path / "out", checksums=True)
+    assert job.run(2).ok
+    touch_input(source, tmp_path / "out")
+    assert counts(job.run(2)) == (0, 10, 0, 0)
+    (source / "d1/3.txt").write_bytes(b"content of X")  # as long as before
+    assert counts(job.run(2)) == (1, 9, 0, 0)
+
+
+def test_other_parameters_do_all_again(source: Path, tmp_path: Path) -> None:
+    assert compress_job(source, tmp_path / "out", params={"level": 1}).run(2).ok
+    assert counts(compress_job(source, tmp_path / "out", params={"level": 1}).run(2)) == (0, 10, 0, 0)
+    assert counts(compress_job(source, tmp_path / "out", params={"level": 9}).run(2)) == (10, 0, 0, 0)
+
+
+def test_another_function_does_all_again(source: Path, tmp_path: Path) -> None:
+    assert compress_job(source, tmp_path / "out").run(2).ok
+    other = Job(functions.slowly, str(source), f"{tmp_path}/out/{{relpath}}.gz", params={"seconds": 0})
+    assert counts(other.run(2)) == (10, 0, 0, 0)
+
+
+def test_a_plan_makes_nothing(source: Path, tmp_path: Path) -> None:
+    plan = list(compress_job(source, tmp_path / "out").plan())
+    assert [planned.action for planned in plan] == ["run"] * 10
+    assert {planned.reason for planned in plan} == {"new"}
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_inside_the_inputs_are_not_taken_for_inputs(source: Path) -> None:
+    job = Job(functions.compress, str(source), f"{source}/packed/{{relpath}}.gz")
+    assert counts(job.run(2)) == (10, 0, 0, 0)
+    assert counts(job.run(2)) == (0, 10, 0, 0)
+
+
+# ---- failures
+
+
+def named(directory: Path, *names: str) -> Path:
+    directory.mkdir(exist_ok=True)
+    for name in names:
+        (directory / name).write_bytes(b"x")
+    return directory
+
+
+def test_failures_are_in_the_ledger_with_their_tracebacks_and_done_again(tmp_path: Path) -> None:
+    source, target = named(tmp_path / "in", "a", "b.bad", "c.silent", "d"), tmp_path / "out"
+    job = Job(functions.fail_by_name, str(source), f"{target}/{{name}}")
+    report = job.run(2)
+    assert counts(report) == (2, 0, 2, 0)
+    assert report.kinds == {"ValueError": 1, "OutputMissingError": 1}
+    row = rows_of(target)["b.bad"]
+    assert (row.state, row.kind, row.message) == (State.FAILED, "ValueError", "b.bad is bad")
+    assert "in fail_by_name" in row.traceback
+    assert sorted(os.listdir(target)) == [".ringpool", "a", "d"]
+    (source / "b.bad").rename(source / "b")
+    assert counts(job.run(2)) == (1, 2, 1, 0)
+
+
+def test_a_file_that_kills_its_workers_is_set_aside(tmp_path: Path) -> None:
+    source, target = named(tmp_path / "in", "a", "b.kill", "c"), tmp_path / "out"
+    job = Job(functions.fail_by_name, str(source), f"{target}/{{name}}", attempts_max=2)
+    report = job.run(2)
+    assert counts(report) == (2, 0, 0, 1)
+    row = rows_of(target)["b.kill"]
+    assert (row.state, row.kind, row.deaths) == (State.DEAD, "WorkerDiedError", 2)
+    assert "SIGKILL" in row.message
+    assert counts(job.run(2)) == (0, 2, 0, 1)
+    assert [planned.action for planned in job.plan()] == ["skip", "set aside", "skip"]
+    assert counts(job.run(2, redo=lambda work: work.path.endswith(".kill"))) == (0, 2, 0, 1)
+    assert rows_of(target)["b.kill"].started_s > row.started_s
+
+
+def test_a_timeout_costs_its_file_alone(tmp_path: Path) -> None:
+    source, target = named(tmp_path / "in", "a", "b.slow", "c"), tmp_path / "out"
+    report = Job(functions.fail_by_name, str(source), f"{target}/{{name}}", timeout_s=0.5, attempts_max=1).run(2)
+    assert counts(report) == (2, 0, 1, 0)
+    assert report.kinds == {"TaskTimeoutError": 1}
+
+
+def test_a_retry_begins_with_nothing_of_the_attempt_before(source: Path, tmp_path: Path) -> None:
+    policy = RetryPolicy(max_attempts=3, delay_s=0.01)
+    job = Job(
+        functions.fail_at_first,
+        str(source),
+        f"{tmp_path}/out/{{relpath}}",
+        params={"log": tmp_path / "log"},
+        retry=policy,
+    )
+    report = job.run(1)
+    assert counts(report) == (10, 0, 0, 0)
+    assert report.progress.retried == 10
+    assert {row.attempts for row in rows_of(tmp_path / "out").values()} == {2}
+
+
+def test_an_input_that_changes_meanwhile_is_done_again(tmp_path: Path) -> None:
+    source = named(tmp_path / "in", "a")
+    job = Job(functions.change_input, str(source), f"{tmp_path}/out/{{name}}", params={"times": 3})
+    assert counts(job.run(1)) == (1, 0, 0, 0)
+    assert (tmp_path / "out/a").read_bytes() == b"xxx"
+    assert rows_of(tmp_path / "out")["a"].size == 3
+
+
+def test_an_input_that_never_stays_the_same_is_reported(tmp_path: Path) -> None:
+    source = named(tmp_path / "in", "a")
+    report = Job(functions.change_input, str(source), f"{tmp_path}/out/{{name}}", params={"times": 99}).run(1)
+    assert report.kinds == {"InputChangedError": 1}
+    assert not (tmp_path / "out/a").exists()
+
+
+def test_a_missing_input_of_a_list_is_a_failure_of_its_own(tmp_path: Path) -> None:
+    source = named(tmp_path / "in", "a")
+    job = Job(functions.compress, iter([source / "a", source / "gone"]), f"{tmp_path}/out/{{name}}")
+    report = job.run(1)
+    assert counts(report) == (1, 0, 1, 0)
+    assert report.kinds == {"InputMissingError": 1}
+
+
+@pytest.mark.parametrize("limit", [{"max_failures": 3}, {"max_failure_share": 0.01}])
+def test_too_many_failures_stop_the_run(tmp_path: Path, limit: dict[str, float]) -> None:
+    source = named(tmp_path / "in", *(f"{i:04}.bad" for i in range(3000)))
+    report = Job(functions.fail_by_name, str(source), f"{tmp_path}/out/{{name}}", **limit).run(2)
+    assert "fail" in report.stopped
+    assert 3 < report.progress.failed < 3000
+    assert len(rows_of(tmp_path / "out")) == report.progress.failed
+
+
+# ---- stopping
+
+
+def test_a_stop_lets_what_runs_end_and_a_resume_does_the_rest(tmp_path: Path) -> None:
+    source = named(tmp_path / "in", *(f"{i:04}" for i in range(200)))
+    job = Job(functions.slowly, str(source), f"{tmp_path}/out/{{name}}", params={"seconds": 0.02})
+
+    def stop(*_: Any) -> None:
+        job.stop("enough")
+
+    report = job.run(2, on_row=stop)
+    assert report.stopped == "enough"
+    assert not report.ok
+    assert 0 < report.progress.done < 200
+    assert len(rows_of(tmp_path / "out")) == report.progress.done == len(list((tmp_path / "out").iterdir())) - 1
+    again = job.run(2)
+    assert counts(again) == (200 - report.progress.done, report.progress.done, 0, 0)
+
+
+def test_a_second_stop_does_not_wait(tmp_path: Path) -> None:
+    source = named(tmp_path / "in", "a", "b.slow")
+    job = Job(functions.fail_by_name, str(source), f"{tmp_path}/out/{{name}}")
+
+    def stop(*_: Any) -> None:
+        job.stop()
+        job.stop()
+
+    report = job.run(2, on_row=stop)  # within the watchdog: the task would take a minute
+    assert counts(report) == (1, 0, 0, 0)
+    assert not (tmp_path / "out/b.slow").exists()
+
+
+def test_what_runs_has_its_grace_and_no_more(tmp_path: Path) -> None:
+    source = named(tmp_path / "in", "a", "b.slow")
+    job = Job(functions.fail_by_name, str(source), f"{tmp_path}/out/{{name}}", grace_s=0.2)
+    report = job.run(2, on_row=lambda *_: job.stop())
+    assert counts(report) == (1, 0, 0, 0)
+
+
+def test_what_the_inputs_raise_comes_when_all_before_is_done(tmp_path: Path) -> None:
+    source = named(tmp_path / "in", "a", "b")
+
+    def inputs() -> Iterator[Path]:
+        yield source / "a"
+        yield source / "b"
+        yield source / "a"
+        raise ZeroDivisionError
+
+    job = Job(functions.size_of, inputs(), directory=tmp_path / "job")
+    with pytest.raises(ZeroDivisionError):
+        job.run(2)
+    assert len(rows_of(tmp_path / "job")) == 2
+
+
+# ---- what is wrong from the start
+
+
+def test_two_inputs_with_one_output_are_named(source: Path, tmp_path: Path) -> None:
+    (source / "d1/0.txt").write_bytes(b"x")
+    with pytest.raises(OutputCollisionError) as error:
+        Job(functions.compress, str(source), f"{tmp_path}/out/{{name}}").run(2)
+    assert {error.value.first, error.value.second} == {str(source / "d0/0.txt"), str(source / "d1/0.txt")}
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda: Job(functions.compress, "in"), ParameterError),
+        (lambda: Job(functions.size_of, "in", "out/{name}"), ParameterError),
+        (lambda: Job(functions.compress, "in", "out/{name}", params={"levle": 1}), ParameterError),
+        (lambda: Job(command="cat {src}", inputs="in", output="out/{name}"), (ParameterError, CommandTemplateError)),
+        (lambda: Job(functions.compress, "in", "out/{name}", attempts_max=0), ValueError),
+        (lambda: Job(functions.compress, "in", "out/{name}", timeout_s=0), ValueError),
+        (lambda: Job(functions.compress, "in", "out/{name}", nonsense=1), TypeError),
+        (lambda: Job(None, "in"), TypeError),
+    ],
+)
+def test_a_job_that_cannot_be_is_refused_at_once(make: Callable[[], Job], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        make()
+
+
+def test_a_missing_source_is_an_error_and_makes_no_job(tmp_path: Path) -> None:
+    with pytest.raises(InputMissingError):
+        Job(functions.compress, str(tmp_path / "gone"), f"{tmp_path}/out/{{name}}").run(2)
+
+
+def run_slowly(source: Path, target: Path) -> None:
+    job = Job(functions.slowly, str(source), f"{target}/{{name}}", params={"seconds": 60})
+    threading.Thread(target=lambda: (wait_until(lambda: job._run, "the run"), say("running")), daemon=True).start()
+    job.run(1)
+
+
+def test_a_second_job_on_the_same_outputs_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    source = named(tmp_path / "in", "a")
+    target = tmp_path / "out"
+    with Child(run_slowly, source, target) as child:
+        child.wait_for("running")
+        with pytest.raises(JobBusyError) as error:
+            compress_job(source, target).run(1)
+        assert error.value.pid == child.pid
+        child.kill()
+    assert compress_job(source, target).run(1).ok
