@@ -80,6 +80,8 @@ def test_the_place_of_the_outputs_is_not_entered_even_when_it_appears_during_the
     os.symlink("out", tmp_path / "another name for it")
     assert [file.relpath for file in files] == ["in/b"]
     assert relpaths(tmp_path, under=tmp_path / "in" / ".." / "out") == ["a", "in/b", "meta/a.json"]
+    files = list_inputs([tmp_path], exclude_under=[tmp_path / "out", tmp_path / "meta", tmp_path / "missing"])
+    assert [file.relpath for file in files] == ["a", "in/b"]
 
 
 def test_a_source_is_taken_even_where_the_outputs_go(tmp_path: Path) -> None:

@@ -167,6 +167,12 @@ def test_a_lists_memory_does_not_grow_with_its_length(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
+def test_the_limit_is_for_a_line_not_for_the_list(tmp_path: Path) -> None:
+    line = b"x" * (BLOCK_BYTES - 100)
+    path = written(tmp_path, (line + b"\n") * (3 * LINE_BYTES_MAX // BLOCK_BYTES))
+    assert set(paths(read_list(path))) == {line}
+
+
 def test_a_list_that_is_left_early_is_closed(tmp_path: Path) -> None:
     files = read_list(written(tmp_path, b"a\nb\n"))
     before = len(os.listdir("/proc/self/fd"))

@@ -17,6 +17,8 @@ from ringpool.coordinator.inputs import InputFile
 from ringpool.coordinator.outputs import KEPT_MAX, Collisions, NamedOutputs, OutputPattern, Scope, with_outputs
 from ringpool.errors import OutputCollisionError, OutputPatternError
 
+HASH_OF_HIDDEN = blake2b(b"p/.x", digest_size=16).hexdigest()
+
 # ---- patterns --------------------------------------------------------------------------------------------------------
 
 
@@ -37,6 +39,10 @@ from ringpool.errors import OutputCollisionError, OutputPatternError
         ("o/{name}", ".bashrc", "o/.bashrc", "o"),
         ("o/{stem}+{suffix}", ".bashrc", "o/.bashrc+", "o"),
         ("all.txt", "q", "all.txt", "."),
+        ("o/{parent}/{parent}/{name}", "q.txt", "o/q.txt", "o"),
+        ("o/{parent}/{parent}/{name}", "p/q.txt", "o/p/p/q.txt", "o"),
+        ("o/{relpath}", "a/./b//c", "o/a/b/c", "o"),  # what no listing gives out, but a caller may
+        ("o/{hash:2}/{name}", "p/.x", f"o/{HASH_OF_HIDDEN[:2]}/.x", "o"),
         ("o/{index}-{index:04}-{index:x}", "q", "o/7-0007-7", "o"),
         ("o/{hash:2}/{name}", "p/q.txt", "o/ac/q.txt", "o"),
         ("o/{hash:2}/{hash}{suffix}", "p/q.txt", "o/ac/ac58e46b709916875bd61445b1ea7904.txt", "o"),
@@ -93,6 +99,10 @@ def test_a_pattern_that_cannot_be_used_is_refused_at_once(pattern: str, says: st
         ("o/{suffix}", "a."),  # o/.
         ("o/{stem}{suffix}", ".."),  # what no listing gives out, but a caller may
         ("o/{relpath}", "../a"),
+        ("o/{relpath}", "a/../../b"),
+        ("o/{relpath}/x", "a/.."),
+        ("o/{relpath}", "a/"),
+        ("o/{relpath}", ""),
         ("o/{parent}/x", "../../a"),
         ("{relpath}", "/etc/passwd"),
     ],
@@ -111,13 +121,14 @@ def test_the_hash_is_of_the_relpaths_bytes_and_of_nothing_else() -> None:
 
 FIELDS = ["{relpath}", "{parent}", "{name}", "{stem}", "{suffix}", "{index}", "{index:02}", "{hash:1}", "{hash}"]
 NAMES = st.text("ab./-0", min_size=1, max_size=7)
+RELPATHS = NAMES | st.lists(st.sampled_from(["a", "b.0", ".a", "", ".", "..", "..."]), min_size=1).map("/".join)
 PATTERNS = st.lists(st.sampled_from([*FIELDS, *FIELDS, "/", "/", "a", "-", ".", "0"]), max_size=7).map(
     lambda parts: "o/" + "".join(parts)
 )
 
 
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(NAMES, PATTERNS, st.integers(0, 200))
+@given(RELPATHS, PATTERNS, st.integers(0, 200))
 def test_the_quick_way_and_the_careful_one_make_the_same_output(relpath: str, words: str, index: int) -> None:
     file = InputFile("in/" + relpath, relpath)
     for text in (words, words[2:]):  # with a base, and without
@@ -132,7 +143,7 @@ def test_the_quick_way_and_the_careful_one_make_the_same_output(relpath: str, wo
 
 
 @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(NAMES, PATTERNS)
+@given(RELPATHS, PATTERNS)
 def test_the_careful_way_refuses_nothing_that_the_quick_one_makes(relpath: str, words: str) -> None:
     file = InputFile("in/" + relpath, relpath)
     try:
@@ -254,6 +265,8 @@ def test_two_inputs_with_one_output_fail_when_the_second_is_drawn(
         ("o/{hash:31}", Scope.SOURCE),
         ("o/{index}{name}", Scope.SOURCE),
         ("o/{name}{index}", Scope.SOURCE),
+        ("o/{stem}{index}{suffix}", Scope.SOURCE),
+        ("o/{stem}1{index}{suffix}", Scope.SOURCE),
         ("o/a{hash}b{name}", Scope.SOURCE),
         ("o/{parent}-{index}{suffix}", Scope.SOURCE),
         ("o/{parent}/{index}/{parent}/x", Scope.SOURCE),

@@ -145,6 +145,17 @@ def test_inputs_from_a_generator_are_drawn_while_tasks_run(tmp_path: Path) -> No
     assert report.progress.done == 5000
 
 
+def test_the_first_task_runs_before_the_second_input_comes(tmp_path: Path) -> None:
+    source = named(tmp_path / "in", "a", "b", "c")
+
+    def inputs() -> Iterator[Path]:
+        for name in "abc":
+            yield source / name
+            wait_until((tmp_path / "out" / f"{name}.gz").exists, f"the output of {name}")
+
+    assert counts(Job(functions.compress, inputs(), f"{tmp_path}/out/{{name}}.gz").run(2)) == (3, 0, 0, 0)
+
+
 def test_files_with_parameters_of_their_own(source: Path, tmp_path: Path) -> None:
     files = [InputFile(str(path), path.name, {"level": i % 9}) for i, path in enumerate(sorted(source.rglob("*.txt")))]
     job = Job(functions.compress, files, f"{tmp_path}/out/{{name}}.gz")

@@ -31,13 +31,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ringpool.coordinator import drain, jobrun, verify
-from ringpool.coordinator.inputs import InputFile, largest_first, list_inputs
+from ringpool.coordinator.inputs import InputFile, largest_first, list_inputs, relpaths_are_unique
 from ringpool.coordinator.jobrun import Failure, JobRun, Planned, Progress, RunSettings, StopNow, Work
 from ringpool.coordinator.ledger import JobLock, Ledger
-from ringpool.coordinator.outputs import NamedOutputs, with_outputs
+from ringpool.coordinator.lists import relpath_of
+from ringpool.coordinator.outputs import NamedOutputs, hash_of, with_outputs
 from ringpool.coordinator.pool import Pool, WorkerLimits
 from ringpool.coordinator.stagedjobs import staging_directory
-from ringpool.errors import ParameterError, RingpoolError
+from ringpool.errors import OutputPatternError, ParameterError, RingpoolError
 from ringpool.shm import blobs, layout, segment
 from ringpool.shm.layout import Encoding
 from ringpool.workers import jobtasks, tasks
@@ -197,7 +198,13 @@ class Job:
 
     # ---- looking only
 
-    def plan(self, *, verify: verify.Level = "size") -> Iterator[Planned]:
+    def plan(
+        self,
+        *,
+        verify: verify.Level = "size",
+        only: Callable[[Work], bool] | None = None,
+        redo: Callable[[Work], bool] | None = None,
+    ) -> Iterator[Planned]:
         """What a run would do with each file, and why. Nothing is changed, and nothing made."""
         if not (self.directory / ".ringpool" / "ledger.db").exists():
             ledger, job = None, 0
@@ -205,7 +212,8 @@ class Job:
             ledger = Ledger.open(self.directory, create=False, read_only=True)
             job = next((found.id for found in ledger.jobs() if found.identity == self.identity), 0)
         try:
-            run = JobRun(self._works(), ledger, job, self._settings(verify), Progress())
+            works = filter(only, self._works()) if only is not None else self._works()
+            run = JobRun(works, ledger, job, self._settings(verify), Progress(), redo=redo)
             yield from run.plan()
         finally:
             if ledger is not None:
@@ -219,6 +227,7 @@ class Job:
         *,
         mp_context: Any = None,
         verify: verify.Level = "size",
+        only: Callable[[Work], bool] | None = None,
         redo: Callable[[Work], bool] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         on_row: Callable[[Work, tuple[Any, ...], Any], None] | None = None,
@@ -226,10 +235,14 @@ class Job:
     ) -> Report:
         """Do what is not done yet, with ``workers`` processes (default: one per core); a report.
 
-        What the ledger has is looked at first, see ``verify``; ``redo`` says what is done again in any case. In the
-        main thread, Ctrl-C stops the run as ``stop`` does, and is raised when it has ended. Raises ``JobBusyError``
-        where another run is under way there; what the inputs raise, once all before is done; what breaks the pool.
+        What the ledger has is looked at first, see ``verify``; ``redo`` says what is done again in any case, and
+        ``only`` what is an input of this run at all. In the main thread, Ctrl-C stops the run as ``stop`` does, and is
+        raised when it has ended. Raises ``JobBusyError`` where another run is under way there; what the inputs raise,
+        once all before is done; what breaks the pool.
         """
+        works = filter(only, self._works()) if only is not None else self._works()
+        # Two inputs with one output are a likely mistake, to be seen before anything is made: unless they are streamed.
+        head = [] if self._is_streamed else list(islice(works, 2))
         self.directory.mkdir(parents=True, exist_ok=True)
         lock = JobLock(self.directory)
         lock.acquire()
@@ -239,10 +252,8 @@ class Job:
                 job = ledger.job(self.identity, self._spec)
                 progress = progress or Progress()
                 progress.began_s = time.monotonic()
-                progress.drained = self._take_over_dead_runs(ledger, job)
+                progress.drained = take_over_dead_runs(self.directory, ledger)
                 settings = self._settings(verify)
-                works = self._works()
-                head = list(islice(works, 2))  # two inputs with one output are a likely mistake: seen before all
                 run = self._run = JobRun(
                     chain(head, works),
                     ledger,
@@ -271,11 +282,12 @@ class Job:
         if run is not None:
             run.stop(reason)
 
-    def interrupt(self, reason: str) -> None:
-        """``stop``, from a signal handler of the thread that runs."""
+    def interrupt(self, reason: str) -> bool:
+        """``stop``, from a signal handler of the thread that runs; whether there is a run."""
         run = self._run
         if run is not None:
             run.interrupt(reason)
+        return run is not None
 
     # ---- details
 
@@ -303,7 +315,9 @@ class Job:
         if self.outputs is None:
             pairs = ((file, ()) for file in files)
         else:
-            pairs = with_outputs(files, self.outputs, one_source=one_source)
+            pairs = with_outputs(
+                files, self.outputs, one_source=one_source, in_walk_order=not self.options.largest_first
+            )
         fields = self._fields()
         for index, (file, outputs) in enumerate(pairs):
             own: dict[str, Any] = dict(file.parameters or ())
@@ -320,7 +334,17 @@ class Job:
                 )
             else:
                 own_digest, packed, parameters = b"", b"", self.digest
-            yield Work(file.path, _absolute(file.path, here), targets, packed, own_digest, parameters)
+            source = _absolute(file.path, here) if self.options.fingerprints else os.fsencode(file.path)
+            yield Work(file.path, source, targets, packed, own_digest, parameters)
+
+    @property
+    def _is_streamed(self) -> bool:
+        """Whether the next input may be long in coming."""
+        inputs = self._inputs
+        sources = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs
+        if not isinstance(sources, (list, tuple)):
+            return True
+        return any(isinstance(one, str) and (one == "-" or one.startswith("@")) for one in sources)
 
     def _files(self) -> tuple[Iterator[InputFile], bool]:
         inputs = self._inputs
@@ -328,11 +352,16 @@ class Job:
         if isinstance(inputs, (str, bytes, os.PathLike)):
             inputs = [inputs]
         if isinstance(inputs, (list, tuple)) and not isinstance(inputs, InputFile):
-            sources = [os.fsdecode(one) for one in inputs if not isinstance(one, InputFile)]
+            # Only text may be a list (``@name``, ``-``): a path object is what it says.
+            sources = [
+                one if isinstance(one, str) else Path(os.fsdecode(one))
+                for one in inputs
+                if not isinstance(one, InputFile)
+            ]
             if len(sources) < len(inputs):
                 return map(_as_input_file, inputs), False
             files = list_inputs(sources, exclude_under=bases, include=self._include, exclude=self._exclude)
-            return files, len(sources) == 1 and sources[0] != "-" and not sources[0].startswith("@")
+            return files, relpaths_are_unique(sources)
         return map(_as_input_file, inputs), False
 
     def _fields(self) -> Callable[[InputFile, int], dict[str, str]] | None:
@@ -348,24 +377,11 @@ class Job:
                 "relpath": file.relpath,
                 "parent": file.relpath.rpartition("/")[0],
                 "index": str(index),
-                "hash": blake2b(os.fsencode(file.relpath), digest_size=16).hexdigest(),
+                "hash": hash_of(file.relpath),
             }
             return {name: known[name] for name in wanted}
 
         return fields
-
-    def _take_over_dead_runs(self, ledger: Ledger, job: int) -> int:
-        """Drain what runs left whose processes are dead, and remove what they staged; how many files that gave."""
-        staging = os.path.dirname(staging_directory(self._base, "x"))
-        n = 0
-        for name in drain.segments_of(staging):
-            n += _drain_into(ledger, name)
-        shutil.rmtree(staging, ignore_errors=True)  # we have the lock: nobody alive stages there
-        return n
-
-    @property
-    def _base(self) -> bytes:
-        return os.path.abspath(os.fsencode(self.directory))
 
     def _run_on_pool(self, run: JobRun, ledger: Ledger, job: int, workers: int | None, mp_context: Any) -> None:
         options = self.options
@@ -382,7 +398,7 @@ class Job:
             setup=lambda: Setup(os.nice, (options.nice,), None) if options.nice else None,
             retains=True,
         )
-        name, staging = pool.name, staging_directory(self._base, pool.token)
+        name, staging = pool.name, staging_directory(_base(self.directory), pool.token)
         run_id = 0
         try:
             os.makedirs(staging, exist_ok=True)
@@ -433,11 +449,30 @@ class Job:
         return Report(progress, tuple(run.failures), dict(run.kinds), seconds, progress.stopping)
 
 
+def take_over_dead_runs(directory: Path, ledger: Ledger) -> int:
+    """Drain into ``ledger`` what runs of ``directory`` left whose processes are dead, and remove what they staged; how
+    many files that gave. Its caller holds the lock: nobody alive stages there.
+    """
+    staging = os.path.dirname(staging_directory(_base(directory), "x"))
+    n = 0
+    for name in drain.segments_of(staging):
+        n += _drain_into(ledger, name)
+    shutil.rmtree(staging, ignore_errors=True)
+    return n
+
+
+def _base(directory: Path) -> bytes:
+    return os.path.abspath(os.fsencode(directory))
+
+
 def _outputs(output: str | Mapping[str, str] | None) -> NamedOutputs | None:
     if output is None:
         return None
     if isinstance(output, str):
-        return NamedOutputs([output])
+        return NamedOutputs([output if "=" not in output else os.path.join(".", output)])  # a name is a mapping's key
+    for name, pattern in output.items():
+        if not name.isidentifier() or not name.isascii():
+            raise OutputPatternError(pattern, f"its name {name!r} is none; take letters, digits and underscores")
     return NamedOutputs([f"{name}={pattern}" for name, pattern in output.items()])
 
 
@@ -445,10 +480,7 @@ def _as_input_file(item: FilePath | InputFile) -> InputFile:
     if isinstance(item, InputFile):
         return item
     path = os.fsdecode(item)
-    relpath = os.path.normpath(path)
-    if relpath.startswith(("/", "../")):
-        relpath = os.path.basename(relpath)
-    return InputFile(path, relpath)
+    return InputFile(path, relpath_of(path))
 
 
 def _absolute(path: str, directory: bytes) -> bytes:

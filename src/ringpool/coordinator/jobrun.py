@@ -92,6 +92,7 @@ class Progress(msgspec.Struct):
     drained: int = 0  # done by an earlier run that was killed, found in what it left
     worker_deaths: int = 0
     workers: int = 0
+    under_way: int = 0  # begun, or about to be
     input_bytes: int = 0
     output_bytes: int = 0
     began_s: float = 0.0  # time.monotonic()
@@ -430,6 +431,7 @@ class JobRun:
         if not force and now_s - self._told_at < TELL_S:
             return
         self._told_at = now_s
+        self.progress.under_way = self._under_way
         if self._pool is not None:
             self.progress.workers = len(self._pool.supervisor.pids)
             self.progress.worker_deaths = self._pool.pump.staff.n_deaths

@@ -227,7 +227,8 @@ class OutputPattern:
             skip = 0
             if field is None:
                 break
-            if field == "parent" and form[-1:] in ("", "/") and self._tokens[position + 1].literal.startswith("/"):
+            begins = literal.endswith("/") or (position == 0 and not literal)
+            if field == "parent" and begins and self._tokens[position + 1].literal.startswith("/"):
                 form += f"{{{len(self.FIELDS)}}}"
                 skip = 1
             else:

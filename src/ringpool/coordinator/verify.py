@@ -86,7 +86,7 @@ def _reason_of_output(made: Made, verify: Level) -> str | None:
         if verify == "digest":
             if not made.digest:
                 return f"no digest of its output {shown} was recorded"
-            if _digest_of(made.path) != made.digest:
+            if _digest_of(made.path, size) != made.digest:
                 return f"the content of its output {shown} has changed"
     except FileNotFoundError:
         return f"its output {shown} is missing"
@@ -95,9 +95,9 @@ def _reason_of_output(made: Made, verify: Level) -> str | None:
     return None
 
 
-def _digest_of(path: bytes) -> bytes:
+def _digest_of(path: bytes, size: int) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return output.digest_of(fd)
+        return output.digest_of(fd, size)
     finally:
         os.close(fd)

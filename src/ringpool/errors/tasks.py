@@ -56,6 +56,8 @@ class OutputCollisionError(RingpoolError):
         self.second = second
 
     def __str__(self) -> str:
+        if self.first == self.second:
+            return f"{self.first} is listed twice, or two of its outputs are the same: {self.output}"
         return (
             f"two inputs map to the output {self.output}: {self.first} and {self.second}; "
             "use a pattern that tells them apart, such as one with {relpath}"

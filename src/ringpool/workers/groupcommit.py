@@ -25,12 +25,13 @@ import msgspec
 
 from ringpool.errors import DurabilityError, RingpoolError
 from ringpool.workers.files.batch import TOGETHER_MIN, is_synced_whole
-from ringpool.workers.files.durability import Durability, close_quietly, sync
-from ringpool.workers.files.locks import PathLock
+from ringpool.workers.files.durability import Durability, close_quietly, make_directories, sync
+from ringpool.workers.files.locks import PathLock, root_of
 from ringpool.workers.files.oslayer import calls
 from ringpool.workers.files.output import discard_staged
 from ringpool.workers.files.target import failed
 
+DIRECTORIES_KNOWN_MAX = 4096
 NAME_TAIL_BYTES = 160  # of an output's name that its staged name ends in: tools choose formats by suffixes
 
 
@@ -66,6 +67,7 @@ class Staging:
         self.path = path
         self._fd = calls.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._is_synced_whole = is_synced_whole(self._fd)
+        self._lock_bases: dict[bytes, bytes] = {}
 
     def close(self) -> None:
         """Close it."""
@@ -76,9 +78,41 @@ class Staging:
         if durability in (Durability.DATA, Durability.FULL):
             self._sync_files(tasks)
         for task in _sound(tasks):
-            _rename(task)
+            self._rename(task)
         if durability is Durability.FULL:
             self._sync_directories(tasks)
+
+    def _rename(self, task: StagedTask) -> None:
+        try:
+            for output in task.outputs:
+                try:
+                    self._rename_one(output)
+                except OSError as error:
+                    if error.errno != errno.ENOENT or not os.path.lexists(output.staged):
+                        raise
+                    make_directories(os.path.dirname(output.target), durable=True)  # it was removed since it was seen
+                    self._rename_one(output)
+        except BaseException as error:  # whatever it is, Ctrl-C in a program's own signal handler too: others go on
+            _fail((task,), error)
+
+    def _rename_one(self, output: StagedOutput) -> None:
+        with PathLock(output.target, base=self._lock_base(os.path.dirname(output.target))):
+            try:
+                calls.rename(output.staged, output.target)  # the commit point
+            except OSError as error:
+                if error.errno != errno.ENOENT or os.path.lexists(output.staged) or not os.path.lexists(output.target):
+                    raise failed(output.target, "rename", error) from error
+            if output.is_linked:
+                discard_staged(output.staged)
+
+    def _lock_base(self, directory: bytes) -> bytes:
+        """The base whose lock files serve ``directory``: looked up once, which is half of what a lock costs."""
+        base = self._lock_bases.get(directory)
+        if base is None:
+            if len(self._lock_bases) >= DIRECTORIES_KNOWN_MAX:
+                self._lock_bases.clear()
+            base = self._lock_bases[directory] = root_of(os.path.realpath(directory))
+        return base
 
     def _sync_files(self, tasks: Sequence[StagedTask]) -> None:
         if self._is_synced_whole and sum(len(task.outputs) for task in tasks) >= TOGETHER_MIN:
@@ -147,27 +181,6 @@ def _sync_file(output: StagedOutput) -> None:
         sync(fd, output.target, "fsync of the output")
     finally:
         close_quietly(fd)
-
-
-def _rename(task: StagedTask) -> None:
-    try:
-        for output in task.outputs:
-            with PathLock(os.fsdecode(output.target)):
-                _rename_one(output)
-    except BaseException as error:  # whatever it is, Ctrl-C in a program's own signal handler too: the others go on
-        _fail((task,), error)
-
-
-def _rename_one(output: StagedOutput) -> None:
-    try:
-        calls.rename(output.staged, output.target)  # the commit point
-    except FileNotFoundError as error:
-        if not os.path.lexists(output.target):
-            raise failed(output.target, "rename", error) from error
-    except OSError as error:
-        raise failed(output.target, "rename", error) from error
-    if output.is_linked:
-        discard_staged(output.staged)
 
 
 def _sync_directory(directory: bytes) -> None:

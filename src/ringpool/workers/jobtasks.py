@@ -35,6 +35,7 @@ from ringpool.workers.posting import Post
 
 COMMAND = "ringpool.workers.commands:run_command"
 CHANGES_MAX = 3  # how often a task is run whose input changes meanwhile
+DIRECTORIES_KNOWN_MAX = 4096
 GROUP_TASKS_MAX = layout.CLAIMS_MAX
 GROUP_SHORT_NS = 5_000_000  # tasks that take longer are not begun while others are staged
 _OK, _STAGED, _MSGPACK = int(Status.OK), int(Status.STAGED), int(Encoding.MSGPACK)
@@ -113,7 +114,9 @@ _NO_FINGERPRINT = Fingerprint()
 
 
 class _Bound(msgspec.Struct):
-    """A task function, resolved, with what its tasks share. ``n_calls``: since the task began."""
+    """A task function, resolved, with what its tasks share. ``directories``: of targets, known to be there;
+    ``n_calls``: since the task began.
+    """
 
     spec: JobSpec
     durability: Durability
@@ -124,6 +127,7 @@ class _Bound(msgspec.Struct):
     is_group: bool
     is_command: bool
     retried: tasks.TaskFunction
+    directories: set[bytes] = msgspec.field(default_factory=set[bytes])
     n_calls: int = 0
 
 
@@ -202,7 +206,13 @@ class JobRunner:
         sequence, attempt, staging = layout.sequence_of(entry), layout.attempt_of(entry), bound.spec.staging
         staged: list[StagedOutput] = []
         for number, wanted in enumerate(task.targets):
-            target = output.prepare_target(wanted, bound.durability)
+            target = wanted
+            directory = os.path.dirname(wanted)
+            if directory not in bound.directories or os.access(wanted, os.F_OK, follow_symlinks=False):
+                target = output.prepare_target(wanted, bound.durability)
+                if len(bound.directories) >= DIRECTORIES_KNOWN_MAX:
+                    bound.directories.clear()
+                bound.directories.add(directory)
             staged.append(StagedOutput(staged_name(staging, sequence, attempt, number, target), target))
         return staged
 
@@ -220,10 +230,12 @@ class JobRunner:
         elif staged:
             arguments.append(bound.target_type(staged[0].staged))
         bound.n_calls = 0
+        if not spec.fingerprints:
+            return bound.retried(staged, *arguments, **parameters), _NO_FINGERPRINT
         for _ in range(CHANGES_MAX):
-            before = fingerprint(task.source, spec.checksums) if spec.fingerprints else _NO_FINGERPRINT
+            before = fingerprint(task.source, spec.checksums)
             value = bound.retried(staged, *arguments, **parameters)
-            if not spec.fingerprints or fingerprint(task.source, spec.checksums) == before:
+            if _is_as_it_was(before, task.source, spec.checksums):
                 return value, before
         raise InputChangedError(os.fsdecode(task.source), CHANGES_MAX)
 
@@ -291,12 +303,22 @@ def fingerprint(path: bytes, with_checksum: bool) -> Fingerprint:
         if with_checksum:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                checksum = output.digest_of(fd)
+                checksum = output.digest_of(fd, found.st_size)
             finally:
                 os.close(fd)
     except FileNotFoundError:
         raise InputMissingError(os.fsdecode(path)) from None
     return Fingerprint(found.st_size, found.st_mtime_ns, found.st_ino, checksum)
+
+
+def _is_as_it_was(before: Fingerprint, path: bytes, with_checksum: bool) -> bool:
+    if with_checksum:
+        return fingerprint(path, with_checksum=True) == before
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise InputMissingError(os.fsdecode(path)) from None
+    return found.st_mtime_ns == before.mtime_ns and found.st_size == before.size and found.st_ino == before.inode
 
 
 def parameters_digest(shared: bytes, own: bytes) -> bytes:

@@ -30,7 +30,6 @@ from ringpool.errors import LockTimeoutError
 from ringpool.workers.files import turns
 from ringpool.workers.files.locks import PathLock
 from ringpool.workers.files.oslayer import intercepted
-from ringpool.workers.files.turns import DESCRIPTORS_MAX
 
 
 def open_lock_files() -> list[str]:
@@ -118,20 +117,26 @@ def test_a_waiter_on_a_removed_lock_file_does_not_hold_it_beside_a_newcomer(tmp_
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def test_descriptors_are_bounded_and_one_that_is_held_stays_open(tmp_path: Path) -> None:
+@pytest.fixture
+def few_descriptors(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(turns, "DESCRIPTORS_MAX", 64)
+    return 64
+
+
+def test_descriptors_are_bounded_and_one_that_is_held_stays_open(tmp_path: Path, few_descriptors: int) -> None:
     lock = PathLock(tmp_path / "a", base=tmp_path)
     with lock:
         for other in names_on_other_stripes(tmp_path, lock, 150):
             with other:
                 pass
-        assert len(open_lock_files()) <= DESCRIPTORS_MAX
+        assert len(open_lock_files()) <= few_descriptors
         assert not is_free(lock_file(tmp_path, lock))
     assert is_free(lock_file(tmp_path, lock))
 
 
-def test_more_locks_than_descriptors_may_be_held(tmp_path: Path) -> None:
+def test_more_locks_than_descriptors_may_be_held(tmp_path: Path, few_descriptors: int) -> None:
     lock = PathLock(tmp_path / "a", base=tmp_path)
-    others = names_on_other_stripes(tmp_path, lock, DESCRIPTORS_MAX + 10)
+    others = names_on_other_stripes(tmp_path, lock, few_descriptors + 10)
     for other in others:
         other.acquire()
     try:
@@ -141,7 +146,7 @@ def test_more_locks_than_descriptors_may_be_held(tmp_path: Path) -> None:
             other.release()
     with lock:
         pass
-    assert len(open_lock_files()) <= DESCRIPTORS_MAX
+    assert len(open_lock_files()) <= few_descriptors
 
 
 # ---- forks -----------------------------------------------------------------------------------------------------------

@@ -68,6 +68,11 @@ IDLE_S = 0.05
 Mode = Literal["exclusive", "shared"]
 
 
+def _absolute(path: bytes) -> bytes:
+    """``os.path.abspath(path)``, which takes longer than the rest, where it is not that already."""
+    return path if path.startswith(b"/") and b"/." not in path and b"//" not in path else os.path.abspath(path)
+
+
 class _Lock:
     """What both kinds of lock on one path have in common: what they lock, and what they hold."""
 
@@ -87,7 +92,7 @@ class _Lock:
             raise ValueError("timeout_s is no number: a wait for it would have no end")
         self.path = encoded(path)
         self.mode: Mode = mode
-        self.base = None if base is None else os.path.abspath(encoded(base))
+        self.base = None if base is None else _absolute(encoded(base))
         self.timeout_s = timeout_s
         if b"\0" in self.path or (self.base and b"\0" in self.base):
             raise unusable(self.path, "it holds a NUL byte")

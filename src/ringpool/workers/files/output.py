@@ -76,12 +76,13 @@ def finish_staged(staged: bytes, target: bytes, durability: Durability, *, diges
             own = calls.fstat(fd)
             if not stat.S_ISREG(own.st_mode):
                 raise OutputMissingError(os.fsdecode(target), os.fsdecode(staged), "is not a regular file")
-            replaced = lstat(target)
+            # access first: Python's exception for a missing file costs more than the rest
+            replaced = lstat(target) if calls.access(target, os.F_OK, follow_symlinks=False) else None
             if replaced is not None and own.st_nlink == 1:  # a link's metadata would be those of the other names, too
                 take_over(fd, own, replaced, target, None)
             if durability in (Durability.DATA, Durability.FULL):
                 sync(fd, target, "fsync of the output")
-            content = digest_of(fd) if digest else b""
+            content = digest_of(fd, own.st_size) if digest else b""
         finally:
             calls.close(fd)
         return StagedFile(own.st_dev, own.st_ino, own.st_size, own.st_nlink, content)
@@ -96,11 +97,12 @@ def finish_staged(staged: bytes, target: bytes, durability: Durability, *, diges
         raise
 
 
-def digest_of(fd: int) -> bytes:
-    """blake2b-128 of the content of an open file, from where it stands."""
+def digest_of(fd: int, size: int) -> bytes:
+    """blake2b-128 of the first ``size`` bytes of an open file, or of those that there are."""
     content = blake2b(digest_size=DIGEST_BYTES)
-    while piece := calls.read(fd, DIGEST_PIECE_BYTES):
+    while size > 0 and (piece := calls.read(fd, min(size, DIGEST_PIECE_BYTES))):
         content.update(piece)
+        size -= len(piece)
     return content.digest()
 
 

@@ -23,7 +23,9 @@ from ringpool.workers.files import journal, lockfiles, stripes, tickets
 from ringpool.workers.files.lockfiles import Place
 from ringpool.workers.files.stripes import OutOfTimeError, SoftStripe, StaleError, Stripe, Turn
 
-DESCRIPTORS_MAX = 64  # and a quarter of what the process may have open
+DESCRIPTORS_MAX = (
+    256  # a job locks every stripe of its base again and again; and a quarter of what the process may have open
+)
 DIRECTORIES_REMEMBERED_MAX = 4096
 WITHOUT_BELL_S = 0.005
 
