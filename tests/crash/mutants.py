@@ -118,14 +118,23 @@ MUTANTS = [
                 "dispatch.py", "            running = words[running_at] - 1  # read after", "            # read after"
             ),
             Change(
-                "dispatch.py", "            words[revoke] =", f"            {READ_RUNNING}\n            words[revoke] ="
+                "dispatch.py",
+                "            words[revoke] = sequence\n",
+                f"            {READ_RUNNING}\n            words[revoke] = sequence\n",
             ),
         ),
     ),
     Mutant(
         "a take-back in vain hides the one before",
         "taken back",
-        (Change("dispatch.py", "            if len(entries) < 2:\n", "            if not entries:\n"),),
+        (
+            Change(
+                "dispatch.py",
+                "            if len(entries) < 2 or (former and former + 1 == sequence):\n",
+                "            if not entries:\n",
+            ),
+            Change("dispatch.py", "                words[revoke] = former\n", "                pass\n"),
+        ),
     ),
     Mutant(
         "DHEAD moves before delivery",

@@ -109,6 +109,39 @@ def test_what_is_staged_stays_with_its_worker_when_the_rest_is_taken_back(ended:
         assert it.coordinator.ring.peek().done_tail - it.coordinator.ring.words[80] == len(ended)
 
 
+@pytest.mark.parametrize("n_takes", [1, 2, 3])
+def test_what_was_taken_back_is_not_started_however_often_one_looks(n_takes: int) -> None:
+    with bench(8, 1, claims_max=8) as it:
+        it.publish(6)
+        worker, results = it.workers[0], Results(it.workers[0].ring, 0)
+        entries = worker.exchange(8, False) or []
+        for entry in entries[:3]:
+            assert worker.start(entry, 1)
+            results.post(entry, Status.STAGED, Encoding.MSGPACK, b"", 1)
+        assert [it.coordinator.take_back(0) for _ in range(n_takes)] == [3, *[0] * (n_takes - 1)]
+        assert not worker.start(entries[3], 1)
+        for entry in entries[:3]:
+            results.finish(entry)
+        again = worker.exchange(8, False) or []
+        assert again == entries[3:4]  # a retried task is claimed alone
+        assert worker.start(again[0], 1)
+
+
+def test_a_claim_is_taken_back_after_a_look_that_found_nothing_to_take() -> None:
+    with bench(8, 1, claims_max=8) as it:
+        it.publish(2)
+        worker, results = it.workers[0], Results(it.workers[0].ring, 0)
+        for entry in worker.exchange(8, False) or []:
+            assert worker.start(entry, 1)
+            results.post(entry, Status.STAGED, Encoding.MSGPACK, b"", 1)
+        assert it.coordinator.take_back(0) == 0
+        for entry in it.coordinator.ring.claimed(0):
+            results.finish(entry)
+        it.publish(5)
+        assert len(worker.exchange(8, False) or []) == 5
+        assert it.coordinator.take_back(0) == 5
+
+
 def test_a_staged_task_is_finished_or_retracted() -> None:
     with bench(2, 1) as it:
         it.publish(1)

@@ -364,24 +364,30 @@ class CoordinatorEnd:
 
         def section() -> tuple[int, list[int]]:
             entries = ring.claimed(worker)
-            if len(entries) < 2:
-                return 0, []  # perhaps taken back already: the worker must still see that it was, in ``revoke``
-            words[revoke] = words[ring.worker_word(worker, layout.W_CLAIM)] >> layout.CLAIM_SHIFT
-            if not barrier.fence_all():
-                return 0, []
+            former, sequence = words[revoke], words[ring.worker_word(worker, layout.W_CLAIM)] >> layout.CLAIM_SHIFT
+            if len(entries) < 2 or (former and former + 1 == sequence):
+                return 0, []  # the latter was taken back already: its worker must still see that, in ``revoke``
+            words[revoke] = sequence
+            is_fenced = barrier.fence_all()
             running = words[running_at] - 1  # read after the store above: see the race in ``claims``
+            moves = moves_of(entries, running) if is_fenced else None
+            if moves is None:
+                words[revoke] = former
+                return 0, []
+            finished, back, kept = moves
+            return len(back), self._commit_moves(worker, finished, back, kept)
+
+        def moves_of(entries: list[int], running: int) -> tuple[list[int], list[int], list[int]] | None:
+            """What goes to done, what to retry, and what stays; None: nothing goes."""
             n_ended = entries.index(running) if running in entries else 0
             first_unstarted = n_ended + (running in entries)
             ended, back = entries[:n_ended], entries[first_unstarted:]
             words_of_ended = [ring.result_word(entry) & layout.STATUS_MASK for entry in ended]
             if not all(words_of_ended):
-                return 0, []  # its stores arrive out of order (not on x86-64): another time
+                return None  # its stores arrive out of order (not on x86-64): another time
             staged = [entry for entry, word in zip(ended, words_of_ended, strict=True) if word == _STAGED_BITS]
             finished = [entry for entry in ended if entry not in staged] if staged else ended
-            if not finished and not back:
-                return 0, []
-            kept = staged + entries[n_ended:first_unstarted]
-            return len(back), self._commit_moves(worker, finished, back, kept)
+            return (finished, back, staged + entries[n_ended:first_unstarted]) if finished or back else None
 
         n_back, wake = ring.lock.run(section)
         self._wake(wake)
