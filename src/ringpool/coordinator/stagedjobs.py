@@ -90,10 +90,9 @@ class StagedJobs:
         """Symlinks are followed, as the worker has followed them. Each may have other links: nobody knows any more."""
         spec, task = self.task(entry)
         sequence, attempt = layout.sequence_of(entry), layout.attempt_of(entry)
-        targets = [resolve_target(target) for target in task.targets]
         return [
-            StagedOutput(staged_name(spec.staging, sequence, attempt, number, target), target, is_linked=True)
-            for number, target in enumerate(targets)
+            StagedOutput(staged_name(spec.staging, sequence, attempt, number, target), resolve_target(target), True)
+            for number, target in enumerate(task.targets)
         ]
 
 

@@ -29,7 +29,7 @@ from ringpool.shm.segment import Segment
 from ringpool.workers import commands, tasks, values
 from ringpool.workers.confinement import Confinement
 from ringpool.workers.files import output
-from ringpool.workers.files.durability import Durability
+from ringpool.workers.files.durability import Durability, make_directories
 from ringpool.workers.groupcommit import StagedOutput, StagedTask, Staging, discard, staged_name
 from ringpool.workers.posting import Post
 
@@ -132,10 +132,9 @@ class _Bound(msgspec.Struct):
 
 
 class JobRunner:
-    """Runs the tasks of jobs in one worker. ``wants_long_claims``: its groups are made of claims."""
+    """Runs the tasks of jobs in one worker."""
 
     def __init__(self, segment: Segment, post: Post, confinement: Confinement) -> None:
-        self.wants_long_claims = False
         self._segment = segment.name
         self._post = post
         self._confinement = confinement
@@ -162,38 +161,36 @@ class JobRunner:
 
     def _run(self, entry: int, bound: _Bound, task: JobPayload, start_ns: int) -> int:
         started_s = time.time()
-        staged = self._prepare(entry, bound, task)
+        spec, names = bound.spec, self._prepare(entry, bound, task)
         try:
-            value, found = self._call(bound, task, staged)
-            spec = bound.spec
-            files = [
-                output.finish_staged(one.staged, one.target, Durability.ATOMIC, digest=spec.digests) for one in staged
-            ]
+            value, found = self._call(bound, task, names)
+            staged: list[StagedOutput] = []
+            outputs: list[Output] = []
+            for name, wanted in zip(names, task.targets, strict=True):
+                # access first: most targets are new, and to look at what is missing costs an exception
+                is_there = os.access(wanted, os.F_OK, follow_symlinks=False)
+                target = output.prepare_target(wanted, bound.durability) if is_there else wanted
+                file = output.finish_staged(name, target, Durability.ATOMIC, digest=spec.digests)
+                staged.append(StagedOutput(name, target, file.n_links > 1))
+                outputs.append(Output(file.size, file.digest, file.dev, file.ino))
             end_ns = time.monotonic_ns()
             self._confinement.end_if_forked()
             encoding, encoded = _encode_value(value)
-            outcome = JobOutcome(
-                found,
-                tuple(Output(file.size, file.digest, file.dev, file.ino) for file in files),
-                encoding,
-                encoded,
-                bound.n_calls,
-                started_s,
-                commands.peak_rss_bytes if bound.is_command else getrusage(RUSAGE_SELF).ru_maxrss << 10,
-            )
-            place = self._post.place(entry, values.Encoded(_MSGPACK, encode_outcome(outcome)))
-            body, encoding, blob_bytes = place
+            peak_rss = commands.peak_rss_bytes if bound.is_command else getrusage(RUSAGE_SELF).ru_maxrss << 10
+            outcome = JobOutcome(found, tuple(outputs), encoding, encoded, bound.n_calls, started_s, peak_rss)
+            body, encoding, blob_bytes = encode_outcome(outcome), _MSGPACK, 0
+            if len(body) > layout.INLINE_BYTES:
+                body, encoding, blob_bytes = self._post.place(entry, values.Encoded(_MSGPACK, body))
             status = _STAGED if staged else _OK
             self._post.results.post(entry, status, encoding, body, end_ns - start_ns, blob_bytes)
         except BaseException:
             self._confinement.end_if_forked()
-            for one in staged:
-                output.discard_staged(one.staged)
+            for name in names:
+                output.discard_staged(name)
             blobs.unlink(self._post.blob(entry))  # its name is the error's now
             raise
         if staged:
-            linked = [one._replace(is_linked=file.n_links > 1) for one, file in zip(staged, files, strict=True)]
-            self._group.append(StagedTask(entry, linked))
+            self._group.append(StagedTask(entry, staged))
             self._group_of = bound
             if not bound.is_group:
                 self.commit()
@@ -201,34 +198,31 @@ class JobRunner:
         return end_ns
 
     @staticmethod
-    def _prepare(entry: int, bound: _Bound, task: JobPayload) -> list[StagedOutput]:
-        """Where its outputs are to be written, and where they go, symlinks followed; directories are made."""
+    def _prepare(entry: int, bound: _Bound, task: JobPayload) -> list[bytes]:
+        """Where its outputs are to be written; the directories that they will go to are made."""
+        if not task.targets:
+            return []
         sequence, attempt, staging = layout.sequence_of(entry), layout.attempt_of(entry), bound.spec.staging
-        staged: list[StagedOutput] = []
-        for number, wanted in enumerate(task.targets):
-            target = wanted
-            directory = os.path.dirname(wanted)
-            if directory not in bound.directories or os.access(wanted, os.F_OK, follow_symlinks=False):
-                target = output.prepare_target(wanted, bound.durability)
+        for wanted in task.targets:
+            directory = wanted[: wanted.rfind(b"/")]
+            if directory not in bound.directories:
+                make_directories(directory or b"/", durable=bound.is_group)
                 if len(bound.directories) >= DIRECTORIES_KNOWN_MAX:
                     bound.directories.clear()
                 bound.directories.add(directory)
-            staged.append(StagedOutput(staged_name(staging, sequence, attempt, number, target), target))
-        return staged
+        return [staged_name(staging, sequence, attempt, number, wanted) for number, wanted in enumerate(task.targets)]
 
     @staticmethod
-    def _call(bound: _Bound, task: JobPayload, staged: list[StagedOutput]) -> tuple[Any, Fingerprint]:
+    def _call(bound: _Bound, task: JobPayload, staged: list[bytes]) -> tuple[Any, Fingerprint]:
         """Call the function until its input was the same before and after."""
         spec, parameters = bound.spec, bound.parameters
         if task.parameters:
             parameters = {**parameters, **tasks.unpack_parameters(task.parameters)}
         arguments = [bound.source_type(task.source)]
         if spec.names:
-            arguments.append(
-                {name: bound.target_type(one.staged) for name, one in zip(spec.names, staged, strict=True)}
-            )
+            arguments.append({name: bound.target_type(one) for name, one in zip(spec.names, staged, strict=True)})
         elif staged:
-            arguments.append(bound.target_type(staged[0].staged))
+            arguments.append(bound.target_type(staged[0]))
         bound.n_calls = 0
         if not spec.fingerprints:
             return bound.retried(staged, *arguments, **parameters), _NO_FINGERPRINT
@@ -267,10 +261,10 @@ class JobRunner:
         signature = tasks.signature_of(call, spec.name)
         durability = Durability(spec.durability)
 
-        def call_once(staged: list[StagedOutput], *arguments: Any, **parameters: Any) -> Any:
+        def call_once(staged: list[bytes], *arguments: Any, **parameters: Any) -> Any:
             if bound.n_calls:
                 for one in staged:  # what an earlier call has left must not be taken for this one's
-                    output.discard_staged(one.staged)
+                    output.discard_staged(one)
             bound.n_calls += 1
             try:
                 return call(*arguments, **parameters)
@@ -291,7 +285,6 @@ class JobRunner:
             tasks.with_retries(call_once, spec.retry),
         )
         self._functions[function_id] = bound
-        self.wants_long_claims = bound.is_group and bool(spec.staging)
         return bound
 
 

@@ -45,7 +45,7 @@ EXIT_INITIALIZER = 72  # the initializer raised; a blob says what
 EXIT_WORN_OUT = 73  # it has outgrown its memory, in the midst of a claim
 CLAIM_TARGET_NS = 200_000  # a claim holds about this much work: what a neighbour may have to wait
 RSS_EVERY_NS = 5_000_000  # how often a worker with a limit looks at its own memory
-GROUP_TARGET_NS = 20_000_000  # ... and about this much where its outputs are committed together
+JOB_TARGET_NS = 20_000_000  # ... and about this much of a job: outputs are committed together, and nobody waits for one
 _FILE, _VECTOR, _JOB = int(Form.FILE), int(Form.VECTOR), int(Form.JOB)
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -194,7 +194,7 @@ class Worker:
             return CLAIM_TARGET_NS
         if jobs.has_staged:
             jobs.commit()
-        return GROUP_TARGET_NS if jobs.wants_long_claims else CLAIM_TARGET_NS
+        return JOB_TARGET_NS
 
     def _is_worn_out(self, now_ns: int) -> bool:
         """Whether this process has run its number of tasks, or has more memory than it is to have; the latter is looked
