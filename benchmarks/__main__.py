@@ -7,6 +7,9 @@ bench_status     status                            the status table
 bench_pools      pools: pools-submit pools-map     RingPoolExecutor beside the pools that people use
                  pools-trip pools-files pools-cpu
                  pools-memory pools-start pools-deaths
+bench_jobs       jobs: jobs-files jobs-disk         batch jobs, their ledger included
+                 jobs-durable jobs-short jobs-long
+                 jobs-resume jobs-memory
 measure          turns, ratios, verdicts; the machine; the raw figures as JSON
 """
 
@@ -19,7 +22,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import bench_atomic, bench_dispatch, bench_locks, bench_pools, bench_status, measure
+from benchmarks import bench_atomic, bench_dispatch, bench_jobs, bench_locks, bench_pools, bench_status, measure
 from benchmarks.measure import Case
 
 CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
@@ -28,8 +31,9 @@ CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     **bench_locks.CASES,
     **bench_status.CASES,
     **bench_pools.CASES,
+    **bench_jobs.CASES,
 }
-GROUPS = {"pools": tuple(bench_pools.CASES)}
+GROUPS = {"pools": tuple(bench_pools.CASES), "jobs": tuple(bench_jobs.CASES)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -35,18 +35,28 @@ class Balance:
     def watch_claims(self) -> bool:
         """Break up claims of several tasks that do not move: a long one has got in among short ones. Whether it was
         time to look.
+
+        Where results are retained, for a job, nobody waits for one task: its claims are long, because outputs are
+        committed together, and are broken up only when somebody has nothing to do.
         """
         now = time.monotonic()
         if now - self._watched_at < TAKE_BACK_AFTER_S:
             return False
         self._watched_at = now
         ring = self._end.ring
+        if self._end.retains and not self._is_anybody_idle():
+            return True
         for worker in range(ring.workers):
             claim = ring.words[ring.worker_word(worker, layout.W_CLAIM)]
             if claim == self._claims[worker] and claim & layout.CLAIM_COUNT_MASK > 1:
                 self.n_taken_back += self._end.take_back(worker)
             self._claims[worker] = claim
         return True
+
+    def _is_anybody_idle(self) -> bool:
+        cursors = self._end.ring.peek()
+        is_dry = cursors.ready_tail == cursors.ready_head and cursors.retry_tail == cursors.retry_head
+        return is_dry and cursors.parked | cursors.spinning != 0
 
     def deliver_overdue(self, arena: Arena) -> list[Sink]:
         """What there is of vectors that have been under way for long goes to their sinks; to which."""
