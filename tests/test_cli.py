@@ -4,74 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
-import select
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cli.command import TASKS, Terminal, finish, has_ended, objects, run, segments_of, start, wait_until
 
 import ringpool
 
-ROOT = Path(__file__).resolve().parents[1]
-TASKS = "tests.tasks_for_cli"
-WATCHDOG_S = 60
 
-
-def start(*words: str | Path, cwd: Path = ROOT, stderr: int = subprocess.PIPE, **more: str) -> subprocess.Popen[str]:
-    search_path = [str(ROOT), *map(os.path.abspath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))]
-    return subprocess.Popen(
-        [sys.executable, "-m", "ringpool", *map(str, words)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(search_path), **more},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-        errors="surrogateescape",
-        # Where a shell runs the tests in the background, they ignore SIGINT, and so would this.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def finish(command: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    with command:
-        try:
-            out, err = command.communicate(timeout=WATCHDOG_S)
-        finally:
-            command.kill()
-    assert "Traceback" not in (err or "")
-    return subprocess.CompletedProcess(command.args, command.returncode, out, err)
-
-
-def run(*words: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return finish(start(*words, cwd=cwd))
-
-
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + WATCHDOG_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain: {what}"
-        select.select([], [], [], 0.01)
-
-
-def has_ended(pid: int) -> bool:
-    """Gone, or a zombie that nobody has reaped yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-
-
-def segments_of(pid: int) -> set[Path]:
-    """The files in /dev/shm that process ``pid`` has mapped."""
-    return {Path(name) for name in re.findall(r"(/dev/shm/\S+)", Path(f"/proc/{pid}/maps").read_text())}
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs without outputs have their ledger in the current directory."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -120,10 +67,11 @@ def test_outputs_appear_where_the_pattern_says_and_nothing_is_printed(numbers: P
 
 
 def test_outputs_below_the_source_are_not_inputs_of_the_next_run(numbers: Path) -> None:
-    for _ in range(2):
-        done = run("run", f"{TASKS}:copy", ".", "--out", "copies/{relpath}", cwd=numbers)
+    for n_done, words in ((8, "8 files done, 0 failed"), (0, "0 files done, 8 done before")):
+        done = run("run", f"{TASKS}:copy", ".", "--out", "copies/{relpath}", "--json", cwd=numbers)
         assert done.returncode == 0
-        assert "8 files done" in done.stderr
+        assert words in done.stderr
+        assert sorted(line["output"] for line in objects(done)) == [f"copies/{n}.txt" for n in range(n_done)]
     assert sorted(os.listdir(numbers / "copies")) == sorted([".ringpool", *(f"{n}.txt" for n in range(8))])
 
 
@@ -150,6 +98,10 @@ def test_json_lines_hold_all_that_is_known_of_a_file(numbers: Path, tmp_path: Pa
     line = json.loads(done.stdout)
     assert line.pop("duration_s") > 0
     assert line.pop("worker") >= 0
+    assert line.pop("started_s") > 0
+    assert line.pop("peak_rss_bytes") > 0
+    digest = line["outputs"][0].pop("digest")
+    assert re.fullmatch("[0-9a-f]{32}", digest)
     assert line == {
         "path": f"{numbers}/4.txt",
         "output": f"{tmp_path}/4.txt.copy",
@@ -157,6 +109,10 @@ def test_json_lines_hold_all_that_is_known_of_a_file(numbers: Path, tmp_path: Pa
         "value": 5,
         "error": None,
         "attempts": 1,
+        "state": "done",
+        "outputs": [{"path": f"{tmp_path}/4.txt.copy", "size": 5}],
+        "input_bytes": 5,
+        "deaths": 0,
     }
 
 
@@ -179,7 +135,8 @@ def test_names_that_are_not_utf8_are_printed_byte_for_byte(tmp_path: Path) -> No
     name = os.fsdecode(b"caf\xe9")
     (tmp_path / name).write_text("x")
     assert run("run", f"{TASKS}:size", tmp_path).stdout == f"{tmp_path}/{name}\t1\n"
-    assert json.loads(run("run", f"{TASKS}:size", tmp_path, "--json").stdout)["path"] == f"{tmp_path}/{name}"
+    words = ("--json", "--param", "times=1")
+    assert json.loads(run("run", f"{TASKS}:touch", tmp_path, *words).stdout)["path"] == f"{tmp_path}/{name}"
     done = run("run", f"{TASKS}:copy", tmp_path, "--out", f"{tmp_path}/{{name}}/{{name}}")  # the file is in its way
     assert done.returncode == 1
     assert f"failed: {tmp_path}/{name}: " in done.stderr
@@ -201,7 +158,7 @@ def test_failures_are_listed_with_their_reasons_and_counted_by_kind(numbers: Pat
     done = run("run", f"{TASKS}:fail_on_odd", numbers)
     assert done.returncode == 1
     assert sorted(done.stdout.splitlines()) == [f"{numbers}/{n}.txt\t{n}" for n in (0, 2, 4, 6)]
-    *failures, kinds, summary = done.stderr.splitlines()
+    *failures, kinds, summary, ways = done.stderr.splitlines()
     assert sorted(failures) == [
         f"ringpool: failed: {numbers}/1.txt: ValueError: number 1 is odd",
         f"ringpool: failed: {numbers}/3.txt: LookupError: 3",
@@ -213,6 +170,9 @@ def test_failures_are_listed_with_their_reasons_and_counted_by_kind(numbers: Pat
         "ringpool: failures by kind: 2 LookupError, 2 ValueError",
     )
     assert summary.startswith("ringpool: 4 files done, 4 failed, ")
+    assert ways == (
+        "ringpool: `ringpool status .` says what failed and why; `ringpool retry .` does the failed files again"
+    )
 
 
 def test_of_many_failures_twenty_are_listed(tmp_path: Path) -> None:
@@ -243,7 +203,7 @@ def test_a_failed_output_leaves_nothing_behind(numbers: Path, tmp_path: Path) ->
 
 UNUSABLE = [
     ("no_such_module:f IN", "no_such_module:f: module no_such_module cannot be imported"),
-    ("TASKS:no_such_function IN", "tests.tasks_for_cli has no no_such_function"),
+    ("TASKS:no_such_function IN", "tests.cli.tasks has no no_such_function"),
     ("TASKS IN", "write it as module:function"),
     ("TASKS:size IN --param x=1", "it has no parameter 'x'"),
     ("TASKS:touch IN", "parameter 'times' is missing"),
@@ -258,7 +218,7 @@ UNUSABLE = [
     ("TASKS:copy IN --out OUT/all.txt", "two inputs map to the output OUT/all.txt: IN/0.txt and IN/1.txt"),
     (
         "TASKS:copy IN/0.txt IN/0.txt --out OUT/{relpath}",
-        "two inputs map to the output OUT/0.txt: IN/0.txt and IN/0.txt",
+        "IN/0.txt is listed twice, or two of its outputs are the same: OUT/0.txt",
     ),
     ("TASKS:copy IN --out OUT/{suffix}x/../{name}", "may stand before the first field only"),
     ("TASKS:copy IN --out IN/0.txt/{name}", "IN/0.txt"),
@@ -329,37 +289,18 @@ def test_in_a_pipe_progress_is_a_line_now_and_then(endless: Path) -> None:
     assert len(done.stderr.splitlines()) <= 4
 
 
-def test_on_a_terminal_progress_is_one_line_that_changes_and_then_goes(endless: Path, tmp_path: Path) -> None:
-    primary, replica = pty.openpty()
+def test_on_a_terminal_progress_is_lines_that_change_and_then_go(endless: Path, tmp_path: Path) -> None:
     words = ["--workers", "2", "--out", f"{tmp_path}/out/{{relpath}}"]
-    command = start("run", f"{TASKS}:copy_slowly", endless, *words, stderr=replica, TERM="xterm", COLUMNS="100")
-    os.close(replica)
-    shown = b""
-
-    def read() -> bool:
-        nonlocal shown
-        if select.select([primary], [], [], 0)[0]:
-            try:
-                shown += os.read(primary, 65536)
-            except OSError:  # EIO: the last writer has gone
-                return True
-        return False
-
-    def has_counted() -> bool:
-        read()
-        return len(set(re.findall(rb"(\d+) files done", shown))) >= 3
-
-    try:
-        wait_until(has_counted, "a count that rises")
-        command.send_signal(signal.SIGTERM)
-        wait_until(read, "the end of the terminal")
-        assert finish(command).returncode == 143
-    finally:
-        command.kill()
-        os.close(primary)
-    assert b"Traceback" not in shown
-    assert b"\x1b[2K" in shown  # it erases its line
-    assert shown.count(b"\n") <= 6
+    with Terminal("run", f"{TASKS}:copy_slowly", endless, *words) as terminal:
+        terminal.wait_for("of 2,000 files")
+        n_frames = len(terminal.screen.frames)
+        wait_until(lambda: terminal.shows(".") and len(terminal.screen.frames) > n_frames + 3, "a count that rises")
+        terminal.type("\x03")
+        assert terminal.finish() == 130
+    assert b"\x1b[2K" in terminal.screen.written  # it erases its lines
+    lines = terminal.screen.text.splitlines()
+    assert "%" not in terminal.screen.text
+    assert len(lines) <= 3
 
 
 # ---- signals ---------------------------------------------------------------------------------------------------------
@@ -371,7 +312,7 @@ def test_one_signal_ends_all_and_leaves_nothing(
 ) -> None:
     begun = tmp_path / "begun"
     begun.mkdir()
-    words = ["--param", f"begun={begun}", "--workers", "2", "--out", f"{tmp_path}/out/{{relpath}}"]
+    words = ["--param", f"begun={begun}", "--workers", "2", "--out", f"{tmp_path}/out/{{relpath}}", "--grace", "0"]
     command = start("run", f"{TASKS}:write_half_and_wait", numbers, *words)
     try:
         wait_until(lambda: len([p for p in begun.iterdir() if p.read_text()]) == 2, "two tasks that have begun")
@@ -383,7 +324,9 @@ def test_one_signal_ends_all_and_leaves_nothing(
     finally:
         command.kill()
     assert done.returncode == status
-    assert done.stderr == f"ringpool: stopped by {number.name}; every output that is there is whole\n"
+    way = f"`ringpool resume {tmp_path}/out` goes on"
+    said = f"ringpool: stopped by {number.name}; every output that is there is whole; {way}"
+    assert done.stderr.splitlines()[-1] == said
     wait_until(lambda: all(map(has_ended, workers)), "the end of the workers")
     assert not [segment for segment in segments if segment.exists()]
     names = set(os.listdir(tmp_path / "out")) - {".ringpool"}

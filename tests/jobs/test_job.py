@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,9 @@ from ringpool.errors import (
     CommandTemplateError,
     InputMissingError,
     JobBusyError,
+    JobError,
     OutputCollisionError,
+    OutputPatternError,
     ParameterError,
 )
 from ringpool.shm import owner, segment
@@ -440,6 +443,10 @@ def test_two_inputs_with_one_output_are_named(source: Path, tmp_path: Path) -> N
         (lambda: Job(functions.size_of, "in", "out/{name}"), ParameterError),
         (lambda: Job(functions.compress, "in", "out/{name}", params={"levle": 1}), ParameterError),
         (lambda: Job(command="cat {src}", inputs="in", output="out/{name}"), (ParameterError, CommandTemplateError)),
+        (lambda: Job(command="cp {src} {dst}", inputs="in", output={"a": "out/{name}"}), CommandTemplateError),
+        (lambda: Job(command="cp {src} {dst.b}", inputs="in", output={"a": "out/{name}"}), CommandTemplateError),
+        (lambda: Job(command="wc {src} {dst}", inputs="in"), CommandTemplateError),
+        (lambda: Job(functions.compress, "in", {"a-b": "out/{name}"}), OutputPatternError),
         (lambda: Job(functions.compress, "in", "out/{name}", attempts_max=0), ValueError),
         (lambda: Job(functions.compress, "in", "out/{name}", timeout_s=0), ValueError),
         (lambda: Job(functions.compress, "in", "out/{name}", nonsense=1), TypeError),
@@ -449,6 +456,30 @@ def test_two_inputs_with_one_output_are_named(source: Path, tmp_path: Path) -> N
 def test_a_job_that_cannot_be_is_refused_at_once(make: Callable[[], Job], error: type[Exception]) -> None:
     with pytest.raises(error):
         make()
+
+
+def test_an_output_that_is_its_own_input_is_refused(source: Path) -> None:
+    with pytest.raises(OutputPatternError, match="of itself"):
+        Job(functions.compress, str(source), f"{source}/{{relpath}}").run(1)
+
+
+def test_outputs_on_another_file_system_than_the_ledger_are_refused_at_once(source: Path, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="ringpool-test-") as other:
+        if os.stat(other).st_dev == os.stat(tmp_path).st_dev:
+            pytest.skip("one file system")
+        job = Job(functions.compress, str(source), f"{other}/{{relpath}}", directory=tmp_path / "job")
+        with pytest.raises(JobError, match="another file system"):
+            job.run(1)
+        assert [name for name in os.listdir(other) if name != ".ringpool"] == []
+
+
+def test_a_file_that_is_set_aside_counts_as_a_failure(tmp_path: Path) -> None:
+    source = named(tmp_path / "in", "0.kill", *(f"{i:04}" for i in range(1, 3000)))
+    job = Job(functions.fail_by_name, str(source), f"{tmp_path}/out/{{name}}", attempts_max=1, max_failures=0)
+    report = job.run(2)
+    assert report.stopped
+    assert report.progress.done < 2999
+    assert job.run(2).progress.done == 2999 - report.progress.done  # what was set aside before does not count again
 
 
 def test_a_missing_source_is_an_error_and_makes_no_job(tmp_path: Path) -> None:

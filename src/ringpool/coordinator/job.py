@@ -38,7 +38,7 @@ from ringpool.coordinator.lists import relpath_of
 from ringpool.coordinator.outputs import NamedOutputs, hash_of, with_outputs
 from ringpool.coordinator.pool import Pool, WorkerLimits
 from ringpool.coordinator.stagedjobs import staging_directory
-from ringpool.errors import OutputPatternError, ParameterError, RingpoolError
+from ringpool.errors import JobError, OutputPatternError, ParameterError, RingpoolError, words_of
 from ringpool.shm import blobs, layout, segment
 from ringpool.shm.layout import Encoding
 from ringpool.workers import jobtasks, tasks
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 FilePath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Inputs = FilePath | Sequence[FilePath] | Iterable[FilePath | InputFile]
+_FIELDS_OF_FILE = frozenset({"relpath", "parent", "index", "hash"})
 _encode_sorted = functools.partial(msgspec.msgpack.encode, order="deterministic", enc_hook=repr)
 
 
@@ -157,7 +158,7 @@ class Job:
             from ringpool.workers.commands import Template
 
             self._template = Template(command)
-            function, params = COMMAND, {"template": command, **(params or {})}
+            function, params = COMMAND, {**(params or {}), "template": command}
         assert function is not None
         self.name, self._signature = tasks.describe(function)
         tasks.require_importable_main(self.name)
@@ -185,11 +186,8 @@ class Job:
     def _check_output(self) -> None:
         signature = self._signature
         if self._template is not None:
-            wants = any(field == "dst" or field.startswith("dst.") for field in self._template.fields)
-            if wants and self.outputs is None:
-                raise ParameterError(self._template.text, "it has a {dst}, and the job has no output")
-            if self.outputs is not None and not wants:
-                raise ParameterError(self._template.text, "it has no {dst}, and the job has an output")
+            names = () if self.outputs is None else tuple(f"dst.{name}" for name in self.outputs.names) or ("dst",)
+            self._template.check({"src", "name", "stem", "suffix", *_FIELDS_OF_FILE, *names})
             return
         if self.outputs is None and signature.needs_output:
             raise ParameterError(self.name, "it has a parameter dst, and the job has no output")
@@ -335,6 +333,12 @@ class Job:
             else:
                 own_digest, packed, parameters = b"", b"", self.digest
             source = _absolute(file.path, here) if self.options.fingerprints else os.fsencode(file.path)
+            if source in targets:
+                assert self.outputs is not None
+                raise OutputPatternError(
+                    str(self.outputs.patterns[targets.index(source)].pattern),
+                    f"it makes the output {os.fsdecode(source)} of itself; write the outputs somewhere else",
+                )
             yield Work(file.path, source, targets, packed, own_digest, parameters)
 
     @property
@@ -368,7 +372,7 @@ class Job:
         """What a command needs to know of a file besides its paths."""
         if self._template is None:
             return None
-        wanted = self._template.fields & {"relpath", "parent", "index", "hash"}
+        wanted = self._template.fields & _FIELDS_OF_FILE
         if not wanted:
             return None
 
@@ -388,6 +392,7 @@ class Job:
         if self.outputs is not None:
             for base in self.outputs.bases:
                 _found_locks(base)
+                _require_one_file_system(self.directory, base)
         n_workers = workers if workers is not None else min(len(os.sched_getaffinity(0)), layout.WORKERS_MAX)
         pool = Pool(
             n_workers,
@@ -399,7 +404,7 @@ class Job:
             retains=True,
         )
         name, staging = pool.name, staging_directory(_base(self.directory), pool.token)
-        run_id = 0
+        run_id, outcome = 0, ""
         try:
             os.makedirs(staging, exist_ok=True)
             function_id = next(pool.function_ids)
@@ -410,7 +415,8 @@ class Job:
             pool.close()
         except StopNow:
             pool.abort()
-        except BaseException:
+        except BaseException as error:
+            outcome = f"{type(error).__name__}: {words_of(error)}"
             pool.abort()
             with contextlib.suppress(RingpoolError, OSError):
                 run.commit_rows()
@@ -423,7 +429,7 @@ class Job:
                 segment.unlink(name)
                 shutil.rmtree(staging, ignore_errors=True)
             if run_id:
-                outcome = run.progress.stopping or "ended"
+                outcome = outcome or run.progress.stopping or "ended"
                 ledger.end_run(run_id, outcome, msgspec.json.encode(run.progress))
 
     def _job_spec(self, job: int, staging: bytes) -> JobSpec:
@@ -509,6 +515,16 @@ def _found_locks(base: Path) -> None:
     base.mkdir(parents=True, exist_ok=True)
     with PathLock(base / "any name", base=base):
         pass
+
+
+def _require_one_file_system(directory: Path, base: Path) -> None:
+    """Raise ``JobError`` where what is staged in ``directory`` cannot be renamed to ``base``."""
+    if os.stat(directory).st_dev != os.stat(base).st_dev:
+        raise JobError(
+            f"the outputs below {base} are on another file system than {directory}, where the job keeps its ledger and "
+            f"what is not finished: put both on one, or the ledger where the outputs are (directory={str(base)!r}, "
+            "--job on the command line)"
+        )
 
 
 def _digest(name: str, parameters: dict[str, Any]) -> bytes:

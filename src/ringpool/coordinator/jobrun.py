@@ -187,6 +187,7 @@ class JobRun:
         self._exhausted = False
         self._input_error: Exception | None = None
         self._error: BaseException | None = None
+        self._n_dead = 0  # set aside by this run
         self._stops = 0
         self._stop_reason = ""
         self._stopped_at: float | None = None
@@ -280,7 +281,7 @@ class JobRun:
             self._exhausted = True
             self.progress.stopping = self._stop_reason
             assert self._pool is not None
-            self._pool.drop_unstarted()
+            self._pool.drop_unstarted(claimed=True)
         if self._stops > 1 or time.monotonic() - self._stopped_at > self._settings.grace_s:
             raise StopNow
 
@@ -385,14 +386,14 @@ class JobRun:
 
     def _limit_failures(self) -> None:
         settings, progress = self._settings, self.progress
-        n = progress.failed + progress.dead
-        n_run = progress.done + progress.failed
-        if self._stops or not progress.failed:
+        n = progress.failed + self._n_dead  # not those that were set aside before
+        n_run = progress.done + n
+        if self._stops or not n:
             return
         if settings.max_failures is not None and n > settings.max_failures:
             self.stop(f"more than {settings.max_failures} failures")
         share = settings.max_failure_share
-        if share is not None and n_run >= SHARE_OF_MIN and progress.failed > share * n_run:
+        if share is not None and n_run >= SHARE_OF_MIN and n > share * n_run:
             self.stop(f"more than {100 * share:g} % of the files failed")
 
     # ---- rows
@@ -418,6 +419,7 @@ class JobRun:
             self.kinds[row[_KIND]] += 1
             if row[_STATE] == State.DEAD:
                 progress.dead += 1
+                self._n_dead += 1
             else:
                 progress.failed += 1
             if len(self.failures) < FAILURES_KEPT:

@@ -16,6 +16,7 @@ import copy
 import itertools
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -217,10 +218,11 @@ class Pool:
         except RuntimeError:
             return  # the interpreter ends: it is closed at exit
 
-    def drop_unstarted(self) -> None:
-        """Cancel what no worker has."""
+    def drop_unstarted(self, *, claimed: bool = False) -> None:
+        """Cancel what no worker has; or with ``claimed`` what no worker runs."""
+        cancel = self.pump.refuse_all if claimed else self.pump.cancel_all
         try:
-            dropped: list[Ticket] = self.pump.call(self.pump.cancel_all) or []
+            dropped: list[Ticket] = self.pump.call(cancel) or []
         except CoordinatorClosedError:
             return
         for ticket in dropped:
@@ -265,6 +267,25 @@ class Pool:
         _open.discard(self)
 
 
+def start_server() -> None:
+    """Start the fork server, if there is to be one; for a program whose processes are all of ringpool.
+
+    Ctrl-C at a terminal reaches the server too, and would end it while it imports. Here it is held back from it, and
+    from each worker until that has a session of its own; other processes of the server would never get it.
+    """
+    context = _context(None)
+    if context.get_start_method() != "forkserver":
+        return
+    from multiprocessing import forkserver, resource_tracker
+
+    resource_tracker.ensure_running()  # first: when it is started, it lets the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _context(chosen: str | BaseContext | None) -> BaseContext:
     context = chosen if isinstance(chosen, BaseContext) else multiprocessing.get_context(chosen or _start_method())
     if context.get_start_method() == "forkserver":
@@ -284,7 +305,8 @@ def _preload() -> list[str]:
     """
     if getattr(sys.modules["__main__"], "__spec__", None) is None:
         return _PRELOAD
-    return _PRELOAD + sorted(name for name in sys.modules if name.startswith("ringpool."))
+    ours = (name for name in sys.modules if name.startswith("ringpool."))
+    return _PRELOAD + sorted(name for name in ours if not name.startswith("ringpool.cli."))
 
 
 def _start_method() -> str:

@@ -219,6 +219,14 @@ class Pump:
         self.end.cancel_unclaimed(self.staff.on_their_way() if on_demand else 0)
         return dropped
 
+    def refuse_all(self) -> list[Ticket]:
+        """``cancel_all``, and what workers have claimed and not started. Through ``call``."""
+        dropped = self.cancel_all()
+        for ticket in self._tickets:
+            if ticket is not None:
+                self.end.refuse(ticket.slot, ticket.sequence)
+        return dropped
+
     def abandon(self, inbox: Inbox) -> None:
         """Nobody takes the results of a run any more: keep its tasks from starting. Returns at once."""
 

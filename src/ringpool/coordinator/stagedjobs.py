@@ -78,7 +78,8 @@ class StagedJobs:
         tasks = [StagedTask(entry, self._outputs(entry)) for entry in entries]
         staging = Staging(spec.staging)
         try:
-            staging.commit(tasks, Durability(spec.durability))
+            directories = {os.path.dirname(output.target) for task in tasks for output in task.outputs}
+            staging.commit(tasks, Durability(spec.durability), directories)
         finally:
             staging.close()
         for task in tasks:

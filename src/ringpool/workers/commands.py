@@ -109,8 +109,10 @@ _OPENS = {
 _PATTERN = re.compile(r"\$\{\w+(?:\[[^]]*\])?[#%/]")  # ${x%...}: quotes count in it, whatever stands around it
 _COMMAND_BEGINS = re.compile(r"(?:\A|[;&|(`{!\n]|\b(?:then|do|else|elif|if|while|until))\s*\Z")
 _DELIMITER = re.compile(r"[ \t]*((?:'[^']*'|\"[^\"]*\"|\\.|[^\s;&|<>()'\"\\])+)")
+_SHELL_OPTION = r"(?:\s+(?:[-+]\w*[oO]\s+\w+|[-+]\S+))"  # -o has a word of its own
 _OTHER_SHELL = re.compile(
-    r"(?<![^\s;&|(`/])(?:(?:[bd]a|[akz])?sh(?:\s+-\S+)*?\s+-\w*c\s+(?:'[^']*'|\"[^\"]*\"|[^\s'\"])*|eval\s[^;&|\n]*)\Z"
+    rf"(?<![^\s;&|(`/])(?:(?:[bd]a|[akz])?sh{_SHELL_OPTION}*?\s+[-+]\w*c{_SHELL_OPTION}*\s+"
+    r"(?:'[^']*'|\"[^\"]*\"|[^\s'\"])*|eval\s[^;&|\n]*)\Z"
 )
 _SIMPLE = re.compile(r"\s*([\w./+-]+)(?:\s(?:'[^']*'|\"[^\"`\\]*\"|[<>]&|[^;&|()`\n'\"\\])*)?")
 _NO_FILES = re.compile(  # words that ``exec`` would not find, or would find something else for

@@ -73,10 +73,15 @@ class Staging:
         """Close it."""
         close_quietly(self._fd)
 
-    def commit(self, tasks: Sequence[StagedTask], durability: Durability) -> None:
-        """Put the outputs of ``tasks`` in their places; ``error`` of each that could not be is set."""
+    def commit(
+        self, tasks: Sequence[StagedTask], durability: Durability, new_directories: Iterable[bytes] = ()
+    ) -> None:
+        """Put the outputs of ``tasks`` in their places; ``error`` of each that could not be is set.
+
+        ``new_directories``: of targets, whose own entries may not be on disk yet.
+        """
         if durability in (Durability.DATA, Durability.FULL):
-            self._sync_files(tasks)
+            self._sync_files(tasks, new_directories if durability is Durability.FULL else ())
         for task in _sound(tasks):
             self._rename(task)
         if durability is Durability.FULL:
@@ -114,13 +119,18 @@ class Staging:
             base = self._lock_bases[directory] = root_of(os.path.realpath(directory))
         return base
 
-    def _sync_files(self, tasks: Sequence[StagedTask]) -> None:
+    def _sync_files(self, tasks: Sequence[StagedTask], new_directories: Iterable[bytes]) -> None:
         if self._is_synced_whole and sum(len(task.outputs) for task in tasks) >= TOGETHER_MIN:
             try:
                 self._sync_whole("syncfs of what was staged")
             except DurabilityError as error:
                 _fail(tasks, error)
             return
+        try:
+            for directory in new_directories:
+                _sync_entries(directory)
+        except RingpoolError as error:
+            _fail(tasks, error)
         for task in tasks:
             try:
                 for output in task.outputs:
@@ -181,6 +191,14 @@ def _sync_file(output: StagedOutput) -> None:
         sync(fd, output.target, "fsync of the output")
     finally:
         close_quietly(fd)
+
+
+def _sync_entries(directory: bytes) -> None:
+    """Have ``directory`` and all above it on disk; each is synced once in a process."""
+    above = os.path.dirname(directory)
+    if above not in (directory, b""):
+        _sync_entries(above)
+    make_directories(directory or b"/", durable=True)
 
 
 def _sync_directory(directory: bytes) -> None:

@@ -115,7 +115,7 @@ _NO_FINGERPRINT = Fingerprint()
 
 class _Bound(msgspec.Struct):
     """A task function, resolved, with what its tasks share. ``directories``: of targets, known to be there;
-    ``n_calls``: since the task began.
+    ``new_directories``: those that may not be on disk themselves; ``n_calls``: since the task began.
     """
 
     spec: JobSpec
@@ -128,6 +128,7 @@ class _Bound(msgspec.Struct):
     is_command: bool
     retried: tasks.TaskFunction
     directories: set[bytes] = msgspec.field(default_factory=set[bytes])
+    new_directories: list[bytes] = msgspec.field(default_factory=list[bytes])
     n_calls: int = 0
 
 
@@ -206,7 +207,8 @@ class JobRunner:
         for wanted in task.targets:
             directory = wanted[: wanted.rfind(b"/")]
             if directory not in bound.directories:
-                make_directories(directory or b"/", durable=bound.is_group)
+                make_directories(directory or b"/", durable=False)
+                bound.new_directories.append(directory)
                 if len(bound.directories) >= DIRECTORIES_KNOWN_MAX:
                     bound.directories.clear()
                 bound.directories.add(directory)
@@ -239,7 +241,8 @@ class JobRunner:
         bound = self._group_of
         assert bound is not None
         assert bound.staging is not None
-        bound.staging.commit(group, bound.durability)
+        bound.staging.commit(group, bound.durability, bound.new_directories)
+        bound.new_directories.clear()
         results = self._post.results
         for task in group:
             if task.error is None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ringpool.shm import blobs, segment
+from ringpool.shm import blobs, layout, segment
 from ringpool.shm.claims import WorkerEnd
 from ringpool.shm.layout import Encoding, Form
 from ringpool.shm.results import Results
@@ -45,7 +45,9 @@ EXIT_INITIALIZER = 72  # the initializer raised; a blob says what
 EXIT_WORN_OUT = 73  # it has outgrown its memory, in the midst of a claim
 CLAIM_TARGET_NS = 200_000  # a claim holds about this much work: what a neighbour may have to wait
 RSS_EVERY_NS = 5_000_000  # how often a worker with a limit looks at its own memory
-JOB_TARGET_NS = 20_000_000  # ... and about this much of a job: outputs are committed together, and nobody waits for one
+JOB_SHORT_NS = (
+    5_000_000  # ... and of a job, whose outputs are committed together, all it may, while they take less each
+)
 _FILE, _VECTOR, _JOB = int(Form.FILE), int(Form.VECTOR), int(Form.JOB)
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -152,13 +154,13 @@ class Worker:
                     return 0
             if not n:
                 continue
-            target_ns = self._commit_staged()
+            self._commit_staged()
             self.confinement.disarm()
             self.n_tasks += n + self.calls.take_extra()
             self.busy_ns += now_ns - began_ns
             self.end.count(self.n_tasks, self.post.n_errors, self.busy_ns)
             mean_ns += ((now_ns - began_ns) / n - mean_ns) / 4
-            batch = max(1, min(self.batch_max, int(target_ns / (mean_ns + 1)), self.tasks_max - self.n_tasks))
+            batch = max(1, min(self._batch(mean_ns), self.batch_max, self.tasks_max - self.n_tasks))
 
     def run_task(self, entry: int, start_ns: int) -> int:
         """Run the task of ``entry`` and post its result: of whatever kind, one is posted. When that was done, ns."""
@@ -187,14 +189,16 @@ class Worker:
         self.jobs = JobRunner(self.segment, self.post, self.confinement)
         return self.jobs
 
-    def _commit_staged(self) -> int:
-        """What job tasks have staged goes to its place. How much work a claim is to hold, ns."""
-        jobs = self.jobs
-        if jobs is None:
-            return CLAIM_TARGET_NS
-        if jobs.has_staged:
-            jobs.commit()
-        return JOB_TARGET_NS
+    def _commit_staged(self) -> None:
+        """What job tasks have staged goes to its place."""
+        if self.jobs is not None and self.jobs.has_staged:
+            self.jobs.commit()
+
+    def _batch(self, mean_ns: float) -> int:
+        """How many entries to claim, by what recent tasks took."""
+        if self.jobs is None:
+            return int(CLAIM_TARGET_NS / (mean_ns + 1))
+        return layout.CLAIMS_MAX if mean_ns < JOB_SHORT_NS else 1
 
     def _is_worn_out(self, now_ns: int) -> bool:
         """Whether this process has run its number of tasks, or has more memory than it is to have; the latter is looked

@@ -96,3 +96,67 @@ class Found:
 
 def find(src: Path) -> Found:
     return Found({src.read_text()}, src)
+
+
+# ---- of jobs ---------------------------------------------------------------------------------------------------------
+
+
+class TransientError(Exception):
+    """Goes away when the call is tried again."""
+
+
+def fail_once(src: Path, *, marks: str) -> int:
+    """Fails at its first call for each file."""
+    mark = Path(marks, src.name)
+    if mark.exists():
+        return 2
+    mark.touch()
+    raise TransientError(src.name)
+
+
+def wait_for_gate(src: Path, dst: Path, *, begun: str, gate: str) -> None:
+    """Says that it has begun, and is done when there is a file ``gate``."""
+    dst.write_text("half")
+    Path(begun, src.name).write_text(str(os.getpid()))
+    while not Path(gate).exists():
+        select.select([], [], [], 0.01)
+    dst.write_text("whole")
+
+
+def fail_unless(src: Path, *, healed: str) -> str:
+    """Fails as the file's name says, until there is a file ``healed``."""
+    if Path(healed).exists() or src.stem == "fine":
+        return "well"
+    if src.stem.startswith("slow"):
+        raise TimeoutError("too slow")
+    if src.stem.startswith("dead"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise ValueError(f"{src.name} is bad")
+
+
+def thumb_and_meta(src: Path, dst: dict[str, Path]) -> dict[str, int]:
+    """Two outputs, and a value that is no plain one."""
+    dst["thumb"].write_text(src.read_text()[:1])
+    dst["meta"].write_text(str(src.stat().st_size))
+    return {"size": src.stat().st_size}
+
+
+def grow(src: Path) -> int:
+    """Takes more memory than it may."""
+    held = bytearray(1 << 30)
+    held[::4096] = b"x" * len(held[::4096])
+    select.select([], [], [], 60)
+    return len(held)
+
+
+def niceness(src: Path) -> int:
+    return os.nice(0)
+
+
+def worker_pid(src: Path) -> int:
+    return os.getpid()
+
+
+def name(src: str) -> str:
+    """Of an input that is no file."""
+    return src.upper()

@@ -1,0 +1,66 @@
+"""The ``ringpool`` command.
+
+    run resume retry          a job                     ``run``: options, config, calls, screen
+    status results clean      what jobs have left       ``look``
+
+    standard output   what was asked for: values, ``path<TAB>value``, or with --json an object for each file
+    standard error    progress, failures, the summary
+
+    exit status       when
+    0                 every file is done
+    1                 some are not; or the pool, the job or its ledger cannot go on
+    2                 the command cannot be run as it is written; a mistake that shows only later stops it then
+    130, 143, 141     stopped by Ctrl-C, by SIGTERM, by the end of whoever reads standard output; see ``stopping``
+
+Nothing is imported here before ``main`` runs: the fork server and the workers import this module too, as that of the
+program's main module, and need none of it.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+EXIT_FAILED = 1
+EXIT_UNUSABLE = 2
+EXIT_SIGNAL_BASE = 128  # plus the signal's number, as shells count
+
+
+def main() -> NoReturn:
+    """Run the command that ``sys.argv`` holds, and exit with its status."""
+    import signal
+    import sys
+
+    from ringpool.cli.stopping import Stopped, stopper
+
+    stopper.install()
+    try:
+        exit_status = _run_command(sys.argv[1:])
+    except Stopped as stop:
+        from ringpool.cli.lines import say
+
+        exit_status = EXIT_SIGNAL_BASE + stop.number
+        if stop.number != signal.SIGPIPE:
+            say(f"stopped by {signal.Signals(stop.number).name}; every output that is there is whole")
+    sys.exit(exit_status)
+
+
+def _run_command(arguments: list[str]) -> int:
+    import click
+
+    from ringpool.cli.group import ringpool, verb_of
+    from ringpool.cli.lines import one_line, say
+    from ringpool.errors import InputMissingError, JobError, PoolError, RingpoolError, SegmentError
+
+    try:
+        return ringpool.main(arguments or ["--help"], prog_name="ringpool", standalone_mode=False) or 0
+    except click.ClickException as error:
+        say(f"{error.format_message().rstrip('.')} (ringpool {verb_of(error, arguments)}--help lists what there is)")
+        return EXIT_UNUSABLE
+    except click.Abort:  # a question was answered by Ctrl-C, or by the end of the terminal
+        return EXIT_FAILED
+    except InputMissingError as error:
+        say(f"input {error.filename}: there is no such file or directory, and no file that matches it as a pattern")
+        return EXIT_UNUSABLE
+    except (RingpoolError, OSError) as error:
+        say(one_line(error))
+        return EXIT_FAILED if isinstance(error, PoolError | SegmentError | JobError) else EXIT_UNUSABLE

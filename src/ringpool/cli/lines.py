@@ -1,0 +1,109 @@
+"""What the command writes, line by line, and how values look in it.
+
+    say          standard error    ringpool: a sentence
+    print_line   standard output   a value, an object; at once: whoever reads it may act on it while the run goes on
+
+    a value      as text           as JSON
+    None         nothing           null
+    bytes        as they are       base64
+    a dataclass  str() of it       an object, as msgspec sees it; so with sets, dates, ...
+    others       str() of it       what JSON has, else repr() of it
+
+Paths are of any bytes: a line is written as they are, and in JSON the byte e9 is ``\\udce9``, as Python has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import sys
+from pathlib import PurePath
+from typing import Any
+
+import msgspec
+
+from ringpool.cli.stopping import Stopped, stopper
+
+MESSAGE_LENGTH_MAX = 300
+
+
+# ---- lines -----------------------------------------------------------------------------------------------------------
+
+
+def say(sentence: str) -> None:
+    """One line on standard error. Paths in it may be of any bytes."""
+    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # nobody listens any more
+        os.write(2, os.fsencode(f"ringpool: {sentence}\n"))
+
+
+def print_line(line: str) -> None:
+    """``line`` on standard output, at once. Raises ``Stopped`` where nobody reads it any more."""
+    stopper.is_writing = True
+    try:
+        sys.stdout.buffer.write(line.encode("utf-8", "surrogateescape") + b"\n")
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+        raise Stopped(signal.SIGPIPE) from None
+    finally:
+        stopper.is_writing = False
+
+
+def one_line(error: BaseException | str) -> str:
+    """What an error says, in one line that is not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MESSAGE_LENGTH_MAX else text[: MESSAGE_LENGTH_MAX - 3] + "..."
+
+
+def counted(n: int, noun: str, nouns: str = "") -> str:
+    """``n`` of something, such as ``1 file``, ``2 files``."""
+    return f"{n} {noun if n == 1 else nouns or noun + 's'}"
+
+
+def size_in_words(n_bytes: float) -> str:
+    """Such as ``36 B``, ``1.5 kB``, ``2.13 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.4g} TB"
+
+
+def command(verb: str, directory: str, *words: str) -> str:
+    """A command line that a shell takes as it stands."""
+    where = f"./{directory}" if directory.startswith("-") else directory
+    return shlex.join(["ringpool", verb, where, *words])
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+def as_text(value: object) -> str:
+    """A value as one reads it."""
+    if value is None:
+        return ""
+    return os.fsdecode(value) if isinstance(value, bytes) else str(value)
+
+
+def as_json(line: dict[str, Any]) -> str:
+    """``line`` as a JSON object; what JSON cannot hold of its ``value`` as text."""
+    try:
+        return json.dumps(line, default=_as_builtin)
+    except (TypeError, ValueError):  # keys that are no text, or a circle
+        return json.dumps({**line, "value": repr(line["value"])})
+
+
+def _as_builtin(value: object) -> object:
+    """What json has no notion of, as msgspec sees it (dataclasses, sets, dates, ...); anything else as its repr."""
+    try:
+        return msgspec.to_builtins(value, enc_hook=_path_or_repr)
+    except Exception:
+        return repr(value)
+
+
+def _path_or_repr(value: object) -> str:
+    return str(value) if isinstance(value, PurePath) else repr(value)

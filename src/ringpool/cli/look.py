@@ -1,0 +1,272 @@
+"""``ringpool status``, ``results``, ``clean``: what jobs have left in a directory.
+
+    status     the ledger, and whether a run is under way        reads
+    results    the ledger's files that are done, one by one      reads
+    clean      what dead runs left in /dev/shm and on disk       into the ledger, then away; --ledger: that too
+
+Nobody who reads disturbs a run, or waits for it. ``clean`` takes the job's lock, as a run does.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from ringpool.cli.lines import command, counted, one_line, print_line, say, size_in_words
+
+if TYPE_CHECKING:
+    from ringpool.coordinator.ledger import Cause, JobInfo, Ledger, RunInfo
+
+RUNNING, KILLED = "running", "killed"
+_DIRECTORY = click.argument("directory", metavar="[DIR]", default=".")
+_LEDGER_FILES = ("ledger.db-wal", "ledger.db-shm", "ledger.db")
+
+
+# ---- ringpool status -------------------------------------------------------------------------------------------------
+
+
+@click.command(short_help="What is done of a job, what failed, and why.")
+@_DIRECTORY
+@click.option("--json", "as_object", is_flag=True, help="As one JSON object.")
+def status(directory: str, as_object: bool) -> int:
+    """What is done of the jobs of DIR, the current directory if none is given; the one that ran last comes first."""
+    from ringpool.coordinator.ledger import JobLock, Ledger
+
+    with Ledger.open(Path(directory), create=False, read_only=True) as ledger:
+        running = JobLock(Path(directory)).holder()
+        jobs = [_facts(ledger, job, running if number == 0 else None) for number, job in enumerate(ledger.jobs())]
+    if as_object:
+        print_line(_dumps({"directory": os.path.abspath(directory), "running": running, "jobs": jobs}))
+        return 0
+    for number, job in enumerate(jobs):
+        if number:
+            print_line("")
+        for line in _in_lines(job, directory, is_last_job=number == 0):
+            print_line(line)
+    return 0
+
+
+def _dumps(value: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(value)
+
+
+def _facts(ledger: Ledger, job: JobInfo, running: int | None) -> dict[str, Any]:
+    """What there is to say of a job, as JSON has it."""
+    counts = ledger.counts(job.id)
+    return {
+        "identity": job.identity,
+        "begun_s": job.created_s,
+        "call": _call(job),
+        "files": {"done": counts.done, "failed": counts.failed, "set_aside": counts.dead, "retried": counts.n_retried},
+        "input_bytes": counts.input_bytes,
+        "output_bytes": counts.output_bytes,
+        "duration_s": counts.duration_s,
+        "last_run": _run_facts(ledger.last_run(job.id), running),
+        "causes": [_cause_facts(cause) for cause in ledger.failures_by_cause(job.id)],
+    }
+
+
+def _call(job: JobInfo) -> dict[str, Any] | None:
+    """What the command line was, and where; None for the job of a program."""
+    import json
+
+    return json.loads(job.spec) if job.spec else None
+
+
+def _run_facts(run: RunInfo | None, running: int | None) -> dict[str, Any] | None:
+    if run is None:
+        return None
+    outcome = run.outcome
+    if run.ended_s is None:
+        outcome = RUNNING if running in (run.pid, 0) else KILLED  # 0: a process that cannot be told
+    counts = msgspec.json.decode(run.counts) if run.counts else None
+    return {"outcome": outcome, "pid": run.pid, "started_s": run.started_s, "ended_s": run.ended_s, "counts": counts}
+
+
+def _cause_facts(cause: Cause) -> dict[str, Any]:
+    from ringpool.coordinator.ledger import State
+
+    return {
+        "kind": cause.kind,
+        "state": "set aside" if cause.state == State.DEAD else "failed",
+        "files": cause.n_files,
+        "example": {"path": os.fsdecode(cause.input), "message": cause.message},
+    }
+
+
+def _in_lines(job: dict[str, Any], directory: str, *, is_last_job: bool) -> Iterator[str]:
+    files = job["files"]
+    yield f"job        {_what(job)}"
+    yield f"last run   {_run_in_words(job['last_run'])}"
+    words = [f"{files['done']} done", f"{files['failed']} failed", f"{files['set_aside']} set aside"]
+    if files["retried"]:
+        words.append(f"{files['retried']} retried")
+    sizes = f"{size_in_words(job['input_bytes'])} of input, {size_in_words(job['output_bytes'])} of output"
+    yield f"files      {', '.join(words)}; {sizes}, {job['duration_s']:.1f} s of work"
+    for cause in job["causes"]:
+        example = cause["example"]
+        n = f"{cause['files']} {cause['kind']}"
+        yield f"{cause['state']:<10} {n}, such as {example['path']}: {one_line(example['message'] or cause['kind'])}"
+    if is_last_job:
+        yield from _ways_on(job, directory)
+
+
+def _what(job: dict[str, Any]) -> str:
+    """What a job does, and what becomes of it."""
+    if job["call"] is None:
+        return job["identity"]
+    call = job["call"]["call"]
+    what = call.get("function") or f"--exec {shlex.quote(call['command'])}"
+    return " -> ".join([what, *([", ".join(call["out"])] if "out" in call else [])])
+
+
+def _ways_on(job: dict[str, Any], directory: str) -> Iterator[str]:
+    run = job["last_run"]
+    if run is not None and run["outcome"] == RUNNING:
+        return
+    if job["call"] is None:
+        yield "go on      run the Python program again that ran it"
+        return
+    label = "go on"
+    for line in _commands(job, directory):
+        yield f"{label:<10} {line}"
+        label = ""
+
+
+def _commands(job: dict[str, Any], directory: str) -> Iterator[str]:
+    yield command("resume", directory)
+    kinds = {cause["kind"]: None for cause in job["causes"] if cause["state"] == "failed"}
+    if len(kinds) > 1:
+        for kind in kinds:
+            yield command("retry", directory, "--kind", kind)
+    if kinds:
+        yield command("retry", directory)
+    if job["files"]["set_aside"]:
+        yield command("retry", directory, "--dead")
+
+
+def _run_in_words(run: dict[str, Any] | None) -> str:
+    if run is None:
+        return "none"
+    began = f"began {_when(run['started_s'])}"
+    if run["outcome"] == RUNNING:
+        return f"{began}, runs as process {run['pid']}"
+    if run["outcome"] == KILLED:
+        return f"{began}, was killed; what it had done and not written down, the next run or `ringpool clean` collects"
+    how = "came to its end" if run["outcome"] == "ended" else f"was stopped ({run['outcome']})"
+    return f"{began}, {how} {_when(run['ended_s'])}"
+
+
+def _when(since_epoch_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since_epoch_s))
+
+
+# ---- ringpool results ------------------------------------------------------------------------------------------------
+
+
+@click.command(short_help="The values of the files that are done.")
+@_DIRECTORY
+@click.option("--format", "form", type=click.Choice(["jsonl", "csv"]), default="jsonl", help="Default: jsonl.")
+def results(directory: str, form: str) -> int:
+    """Write the files of DIR's last job that are done to standard output: values, outputs, sizes, digests, times.
+
+    Paths are absolute. A value that is no plain one was pickled, and is unpickled here: ask ledgers that you trust.
+    """
+    from ringpool.cli import filelines
+    from ringpool.coordinator.ledger import Ledger, State
+    from ringpool.errors import JobMissingError
+
+    with Ledger.open(Path(directory), create=False, read_only=True) as ledger:
+        job = next(iter(ledger.jobs()), None)
+        if job is None:
+            raise JobMissingError(directory, "none was begun; `ringpool run` begins one")
+        _find_modules_of(job)
+        files = filelines.Files()
+        is_first = True
+        for row in ledger.rows(job.id):
+            if row.state != State.DONE:
+                continue
+            if form == "csv" and is_first:
+                print_line(filelines.csv_header(len(filelines.made_of(row))))
+            is_first = False
+            line = files.as_object(row, os.fsdecode(row.input)) if form == "jsonl" else filelines.csv_row(row)
+            print_line(line)
+    return 0
+
+
+def _find_modules_of(job: JobInfo) -> None:
+    """Values may be of classes of the job's own modules."""
+    call = _call(job)
+    if call is not None and not sys.flags.safe_path:
+        sys.path.insert(0, call["cwd"])
+
+
+# ---- ringpool clean --------------------------------------------------------------------------------------------------
+
+
+@click.command(short_help="Tidy up what killed runs have left.")
+@_DIRECTORY
+@click.option("--ledger", "forgets", is_flag=True, help="Forget as well what is done: the next run does all of it.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def clean(directory: str, forgets: bool, yes: bool) -> int:
+    """Write down what killed runs of DIR had done, and remove what else they left, on disk and in /dev/shm.
+
+    The next run does the same. Outputs that are in their places stay there, with --ledger too.
+    """
+    from ringpool.coordinator.ledger import JobLock, Ledger
+    from ringpool.errors import LedgerError
+
+    place = Path(directory)
+    try:
+        Ledger.open(place, create=False, read_only=True).close()
+    except LedgerError:
+        if not forgets:
+            raise
+    if forgets and not yes:
+        _confirm(directory)
+    with JobLock(place) as lock:
+        n_files = _collect(place, forgets=forgets)
+        if forgets:
+            for name in _LEDGER_FILES:
+                (lock.path.parent / name).unlink(missing_ok=True)
+            lock.path.unlink(missing_ok=True)
+    say(f"{directory}: {counted(n_files, 'file')} found in what killed runs had left; all else of them is removed")
+    if forgets:
+        say(f"{directory}: the ledger is forgotten")
+    return 0
+
+
+def _confirm(directory: str) -> None:
+    if not sys.stdin.isatty():
+        raise click.UsageError("--ledger forgets what is done, and there is no terminal to ask: say --yes as well")
+    click.confirm(f"Forget what is done in {directory}? The next run does all files again", abort=True, err=True)
+
+
+def _collect(place: Path, *, forgets: bool) -> int:
+    """Drain what dead runs left, put it into the ledger if there is one that can be read; how many files."""
+    from ringpool.coordinator.job import take_over_dead_runs
+    from ringpool.coordinator.ledger import Ledger
+    from ringpool.errors import LedgerError
+    from ringpool.shm import segment
+
+    segment.reclaim_dead()
+    try:
+        with Ledger.open(place, create=False) as ledger:
+            n_files = take_over_dead_runs(place, ledger)
+            for name in ledger.open_segments():
+                ledger.forget_segment(name)
+            return n_files
+    except LedgerError:
+        if not forgets:
+            raise
+    return 0

@@ -1,0 +1,292 @@
+"""``ringpool run``, ``resume``, ``retry``: a job, begun or gone on with.
+
+    run       the command line, over the directory's settings    new, failed and changed files; again is a resume
+    resume    what the ledger says the last one was told         the same
+    retry     ... too                                            of its inputs, those that failed, by kind
+
+What the job needs is imported when one of them is called: ``ringpool --help`` needs none of it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+import msgspec
+
+from ringpool.cli import EXIT_FAILED, EXIT_SIGNAL_BASE
+from ringpool.cli.config import settings
+from ringpool.cli.lines import as_json, as_text, command, counted, one_line, print_line, say
+from ringpool.cli.options import PLACES, WAYS, Call, combined, given, with_options
+from ringpool.cli.stopping import stopper
+
+if TYPE_CHECKING:
+    from ringpool.cli.calls import Stored
+    from ringpool.cli.screen import Failures
+    from ringpool.coordinator.job import Job
+    from ringpool.coordinator.jobrun import Planned, Progress, Work
+
+
+class Selection(NamedTuple):
+    """The files of a ledger that a retry is about: ``keys``, hashed, and how many."""
+
+    keys: frozenset[int]
+
+    def __call__(self, work: Work) -> bool:
+        """Whether ``work`` is one of them."""
+        return hash((work.source, work.targets[0] if work.targets else b"")) in self.keys
+
+
+class Order(NamedTuple):
+    """A job to run. ``directory``: where its ledger is, as its user calls it; ``selection``: None for all inputs."""
+
+    call: Call
+    job: Job
+    directory: str
+    selection: Selection | None = None
+
+
+# ---- the commands ----------------------------------------------------------------------------------------------------
+
+
+@click.command(short_help="Call a function, or run a command, for every file.")
+@click.argument("words", metavar="MODULE:FUNCTION INPUTS...", nargs=-1)
+@click.option("--exec", "command", metavar="COMMAND", help="Instead of a function: 'gzip -9c {src} > {dst}'.")
+@with_options(PLACES)
+@with_options(WAYS)
+@click.pass_context
+def run(context: click.Context, words: tuple[str, ...], **_options: Any) -> int:
+    """Call MODULE:FUNCTION for every file that INPUTS stand for, or run the shell command of --exec.
+
+    INPUTS are files, directories with all that is below them, globs ('photos/**/*.jpg'), and lists of files (@list.txt,
+    or - for standard input). MODULE is looked for in the current directory first. The function is called as fn(src,
+    **params); or as fn(src, dst, **params) where it has a dst, and what it writes there appears as its output, whole.
+    In --out, {relpath} {parent} {name} {stem} {suffix} {index} {hash} stand for parts of the input's path below its
+    source, its number and its hash.
+
+    What is done is written down beside the outputs: the same command again does what is missing, failed or changed.
+    The options may stand in ringpool.toml, or below [tool.ringpool] in pyproject.toml, too.
+    """
+    told = given(context)
+    call = combined(Call(), settings(Path(), context.command))
+    call = combined(call, {**told, **_function_and_inputs(call, words, told)})
+    from ringpool.cli.calls import job_of, spec_of
+
+    job = job_of(call, spec_of(call))
+    return execute(Order(call, job, str(job.directory)))
+
+
+def _function_and_inputs(call: Call, words: tuple[str, ...], told: dict[str, Any]) -> dict[str, Any]:
+    if "command" in told:
+        found: dict[str, Any] = {"inputs": words}
+    elif words:
+        found = {"function": words[0], "inputs": words[1:]}
+    else:
+        raise click.UsageError("Missing argument 'MODULE:FUNCTION'; or give --exec COMMAND")
+    has_manifest = told.get("manifest", call.manifest) is not None
+    if has_manifest and found["inputs"]:
+        raise click.UsageError("the inputs are given twice, by --manifest and by INPUTS: leave one of them away")
+    if not has_manifest and not found["inputs"]:
+        raise click.UsageError("Missing argument 'INPUTS...'")
+    return found
+
+
+@click.command(short_help="Go on with the last job of a directory.")
+@click.argument("directory", metavar="[DIR]", default=".")
+@with_options(WAYS)
+@click.pass_context
+def resume(context: click.Context, directory: str, **_options: Any) -> int:
+    """Go on with the last job of DIR, the current directory if none is given.
+
+    DIR is where .ringpool is: where its outputs are, or what its --job said. The job is run as it was started, from
+    where it was started; options that are given here override those, and are its own from then on.
+    """
+    from ringpool.cli.calls import spec_of
+
+    stored = _stored(directory)
+    call = combined(stored.call, given(context))
+    kept = msgspec.structs.replace(
+        call, quiet=stored.call.quiet, json=stored.call.json
+    )  # what it does, not how it looks
+    return execute(_order_again(call, directory, lambda: spec_of(kept), stored.cwd))
+
+
+@click.command(short_help="Do the failed files of a job again.")
+@click.argument("directory", metavar="[DIR]", default=".")
+@click.option("--kind", metavar="KIND", help="Only what failed by an error of this name, or one that ends in it.")
+@click.option("--dead", is_flag=True, help="Also what is set aside, because workers died in it again and again.")
+@with_options(WAYS)
+@click.pass_context
+def retry(context: click.Context, directory: str, kind: str | None, dead: bool, **_options: Any) -> int:
+    """Do the failed files of DIR's last job again, and nothing else.
+
+    The job is run as it was started, from where it was started; options that are given here hold for this time only.
+    """
+    stored = _stored(directory)
+    selection = _selection(Path(directory), stored.id, kind, dead=dead)
+    if not selection.keys:
+        which = "" if kind is None else f" of kind {kind}"
+        aside = "" if dead else "; --dead does those that are set aside too"
+        say(f"{directory}: no file{which} has failed{aside}")
+        return 0
+    from ringpool.cli.calls import spec_of
+
+    call = combined(stored.call, given(context))
+    return execute(_order_again(call, directory, lambda: spec_of(stored.call), stored.cwd, selection))
+
+
+def _stored(directory: str) -> Stored:
+    """The last job of ``directory``. Raises ``JobError``, ``click.UsageError`` where it cannot be run again."""
+    from ringpool.cli import calls
+
+    found = calls.last_job(Path(directory))
+    calls.require_repeatable(found.call, Path(directory))
+    return found
+
+
+def _order_again(
+    call: Call, directory: str, spec: Callable[[], bytes], cwd: str, selection: Selection | None = None
+) -> Order:
+    """The job of ``call`` from where it was started. ``directory`` is as it was called from here."""
+    from ringpool.cli.calls import job_of, require_same_place
+
+    place = Path(os.path.abspath(directory))
+    try:
+        os.chdir(cwd)
+    except OSError as error:
+        raise click.UsageError(f"{cwd}, where the job was started, cannot be entered: {error.strerror}") from None
+    job = job_of(call, spec())
+    require_same_place(job, place, directory)
+    return Order(call, job, directory, selection)
+
+
+def _selection(directory: Path, job: int, kind: str | None, *, dead: bool) -> Selection:
+    from ringpool.coordinator.ledger import Ledger, State
+
+    states = (State.FAILED, State.DEAD) if dead else (State.FAILED,)
+    keys: set[int] = set()
+    with Ledger.open(directory, create=False, read_only=True) as ledger:
+        for cause in ledger.failures_by_cause(job):
+            if cause.state in states and (kind is None or cause.kind.endswith(kind)):
+                keys.update(hash((row.input, row.output)) for row in ledger.failed(job, cause.kind, cause.state))
+    return Selection(frozenset(keys))
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+def execute(order: Order) -> int:
+    """Run a job, show it meanwhile, and say what came of it; the exit status."""
+    if order.call.dry_run:
+        return _plan(order)
+    from ringpool.cli.calls import inputs_ahead
+    from ringpool.cli.screen import Failures, shown
+    from ringpool.coordinator.jobrun import Progress
+    from ringpool.coordinator.pool import start_server
+
+    call, job, directory, selection = order
+    progress, failures = Progress(), Failures()
+    if selection is not None:
+        progress.total = len(selection.keys)
+    prints = call.json or not call.out
+    start_server()
+    try:
+        with (
+            stopper.running(job),
+            shown(progress, lambda: inputs_ahead(call, job), quiet=call.quiet, prints=prints) as advance,
+        ):
+            report = job.run(
+                call.workers,
+                verify="digest" if call.verify == "digest" else "size",
+                only=selection,
+                redo=selection,
+                on_progress=advance,
+                on_row=_writer(order, failures),
+                progress=progress,
+            )
+    except BaseException:
+        failures.say()
+        if progress.seen and not call.quiet:
+            _say_summary(progress, directory)
+        raise
+    failures.say()
+    if not call.quiet:
+        _say_summary(progress, directory)
+    return _ending(order, progress, report.stopped)
+
+
+def _say_summary(progress: Progress, directory: str) -> None:
+    from ringpool.cli.screen import in_words, ways_on
+
+    say(in_words(progress))
+    ways = ways_on(progress, directory)
+    if ways:
+        say(ways)
+
+
+def _ending(order: Order, progress: Progress, stopped: str) -> int:
+    from ringpool.cli.calls import is_repeatable
+
+    if stopped:
+        how = f"by {signal.Signals(stopper.number).name}" if stopper.number else f"({stopped})"
+        on = f"`{command('resume', order.directory)}` goes on"
+        if order.selection is not None:
+            on = f"`{command('retry', order.directory)}` does what is left of it"
+        elif not is_repeatable(order.call):
+            on = "the same command with the same list goes on"
+        say(f"stopped {how}; every output that is there is whole; {on}")
+    elif order.selection is not None and progress.seen < len(order.selection.keys):
+        n_gone = len(order.selection.keys) - progress.seen
+        say(f"{counted(n_gone, 'failed file')} not done again: no longer among the job's inputs")
+    if stopper.number:
+        return EXIT_SIGNAL_BASE + stopper.number
+    return EXIT_FAILED if stopped or progress.failed or progress.dead else 0
+
+
+def _writer(order: Order, failures: Failures) -> Callable[[Work, tuple[Any, ...], Any], None]:
+    """What takes note of each file that has ended, and writes it down where that is wanted."""
+    from ringpool.cli.filelines import Files, value_of
+    from ringpool.coordinator.ledger import Row, State
+
+    call = order.call
+    is_relative = bool(call.out) and not os.path.isabs(order.job.directory)
+    files = Files(os.getcwd() if is_relative else "")
+    done = int(State.DONE)
+
+    def write(work: Work, row: tuple[Any, ...], _value: Any) -> None:
+        found = Row(*row)
+        if found.state != done:
+            failures.add(work.path, found.kind, found.message)
+        if call.json:
+            print_line(files.as_object(found, work.path))
+        elif not call.out and found.state == done:
+            print_line(f"{work.path}\t{as_text(value_of(found))}")
+
+    return write
+
+
+# ---- looking only ----------------------------------------------------------------------------------------------------
+
+
+def _plan(order: Order) -> int:
+    """What would be done with each file, and why."""
+    from collections import Counter
+
+    call, job, _, selection = order
+    n_by_action: Counter[str] = Counter()
+    level = "digest" if call.verify == "digest" else "size"
+    plans: Iterator[Planned] = job.plan(verify=level, only=selection, redo=selection)
+    for plan in plans:
+        n_by_action[plan.action] += 1
+        if call.json:
+            print_line(as_json(plan._asdict()))
+        else:
+            print_line(f"{plan.action} {plan.path}: {one_line(plan.reason)}")
+    if not call.quiet:
+        n_run, n_done, n_aside = (n_by_action[action] for action in ("run", "skip", "set aside"))
+        say(f"{counted(n_run, 'file')} to run, {n_done} done before, {n_aside} set aside; nothing was changed")
+    return 0

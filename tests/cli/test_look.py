@@ -1,0 +1,194 @@
+"""``ringpool status``, ``results``, ``clean``."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.cli.command import TASKS, Terminal, finish, has_ended, objects, run, segments_of, start, wait_until
+
+FAIL = ("run", f"{TASKS}:fail_unless", "in", "--param", "healed=healed", "--attempts", "1", "--quiet")
+
+
+# ---- status ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("mixed")
+def test_status_has_the_failures_by_cause_with_examples_and_the_way_on(here: Path) -> None:
+    run(*FAIL)
+    done = run("status")
+    assert (done.returncode, done.stderr) == (0, "")
+    job, last_run, files, *causes = done.stdout.splitlines()
+    assert job == f"job        {TASKS}:fail_unless"
+    assert last_run.startswith("last run   began 20")
+    assert ", came to its end 20" in last_run
+    assert files.startswith("files      1 done, 3 failed, 1 set aside; ")
+    assert causes[0] == f"failed     2 ValueError, such as {here}/in/bad1.txt: bad1.txt is bad"
+    assert f"failed     1 TimeoutError, such as {here}/in/slow1.txt: too slow" in causes
+    assert any(line.startswith(f"set aside  1 WorkerDiedError, such as {here}/in/dead1.txt: ") for line in causes)
+    assert causes[-5:] == [
+        "go on      ringpool resume .",
+        "           ringpool retry . --kind ValueError",
+        "           ringpool retry . --kind TimeoutError",
+        "           ringpool retry .",
+        "           ringpool retry . --dead",
+    ]
+
+
+@pytest.mark.usefixtures("mixed")
+def test_status_as_json_has_all_of_it(here: Path) -> None:
+    run(*FAIL)
+    status = json.loads(run("status", "--json").stdout)
+    assert (status["directory"], status["running"]) == (str(here), None)
+    [job] = status["jobs"]
+    assert job["files"] == {"done": 1, "failed": 3, "set_aside": 1, "retried": 0}
+    assert job["call"]["cwd"] == str(here)
+    assert job["call"]["call"]["inputs"] == ["in"]
+    assert job["last_run"]["outcome"] == "ended"
+    assert {(cause["kind"], cause["state"], cause["files"]) for cause in job["causes"]} == {
+        ("ValueError", "failed", 2),
+        ("TimeoutError", "failed", 1),
+        ("WorkerDiedError", "set aside", 1),
+    }
+    assert job["causes"][0]["example"] == {"path": f"{here}/in/bad1.txt", "message": "bad1.txt is bad"}
+
+
+@pytest.mark.usefixtures("numbers")
+def test_status_has_every_job_of_the_directory_the_last_one_first() -> None:
+    run("run", f"{TASKS}:size", "in")
+    run("run", "--exec", "cat {src}", "in")
+    jobs = [line for line in run("status").stdout.splitlines() if line.startswith("job ")]
+    assert jobs == ["job        --exec 'cat {src}'", f"job        {TASKS}:size"]
+    run("run", f"{TASKS}:copy", "in", "--out", "out/{relpath}")
+    assert run("status", "out").stdout.splitlines()[0] == f"job        {TASKS}:copy -> out/{{relpath}}"
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("mixed")
+def test_results_are_those_of_files_that_are_done(here: Path) -> None:
+    run(*FAIL)
+    Path("healed").touch()
+    run("retry", "--quiet")
+    lines = objects(run("results"))
+    assert [line["path"] for line in lines] == [f"{here}/in/{name}.txt" for name in ("bad1", "bad2", "fine", "slow1")]
+    assert {line["value"] for line in lines} == {"well"}
+    assert {line["state"] for line in lines} == {"done"}
+    assert all(line["duration_s"] > 0 and line["attempts"] == 1 for line in lines)
+
+
+@pytest.mark.usefixtures("numbers")
+def test_results_have_outputs_sizes_and_digests_in_both_forms(here: Path) -> None:
+    run("run", f"{TASKS}:thumb_and_meta", "in", "--out", "thumb=t/{relpath}", "--out", "meta=m/{stem}.json")
+    [first, *_] = lines = objects(run("results", "t"))
+    assert len(lines) == 8
+    assert [(one["path"], one["size"]) for one in first["outputs"]] == [(f"{here}/t/0.txt", 1), (f"{here}/m/0.json", 1)]
+    done = run("results", "t", "--format", "csv")
+    rows = list(csv.DictReader(done.stdout.splitlines()))
+    assert len(rows) == 8
+    assert (rows[2]["path"], json.loads(rows[2]["value"])) == (f"{here}/in/2.txt", {"size": 3})
+    assert (rows[2]["output_1"], rows[2]["output_2"]) == (f"{here}/t/2.txt", f"{here}/m/2.json")
+    assert rows[0]["digest_1"] == first["outputs"][0]["digest"]
+    assert (rows[2]["input_bytes"], rows[2]["attempts"]) == ("3", "1")
+
+
+@pytest.mark.usefixtures("numbers")
+def test_values_of_a_jobs_own_classes_are_found_from_anywhere(here: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n@dataclass\nclass Found:\n    n: int\n"
+        "def find(src):\n    return Found(src.stat().st_size)\n"
+    )
+    assert run("run", "mine:find", "in", "--quiet").returncode == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert [line["value"] for line in objects(run("results", here, cwd=elsewhere))] == [{"n": n + 1} for n in range(8)]
+    (tmp_path / "mine.py").write_text("")
+    [first, *_] = objects(run("results"))
+    assert first["value"].startswith("(cannot be rebuilt here: AttributeError: ")
+
+
+@pytest.mark.usefixtures("numbers")
+def test_a_reader_of_results_that_has_enough_ends_them_quietly() -> None:
+    for number in range(3000):
+        Path(f"in/x{number}").touch()
+    run("run", f"{TASKS}:size", "in", "--quiet")
+    command = start("results")
+    assert command.stdout is not None
+    assert command.stderr is not None
+    with command:
+        command.stdout.readline()
+        command.stdout.close()
+        assert command.stderr.read() == ""
+    assert command.returncode == 128 + signal.SIGPIPE
+
+
+# ---- clean -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("numbers")
+def test_clean_writes_down_what_a_killed_run_had_done_and_removes_the_rest(here: Path) -> None:
+    (here / "begun").mkdir()
+    words = ("--param", "begun=begun", "--param", "gate=gate", "--workers", "2", "--out", "out/{relpath}")
+    command = start("run", f"{TASKS}:wait_for_gate", "in", *words)
+    wait_until(lambda: len([p for p in Path("begun").iterdir() if p.read_text()]) == 2, "two files that have begun")
+    workers = [int(path.read_text()) for path in Path("begun").iterdir()]
+    segments = segments_of(command.pid)
+    command.kill()
+    finish(command)
+    wait_until(lambda: all(map(has_ended, workers)), "the end of the workers")
+    assert [segment for segment in segments if segment.exists()]
+    assert os.listdir("out/.ringpool/staging")
+    done = run("clean", "out")
+    assert (done.returncode, done.stdout) == (0, "")
+    said = "ringpool: out: 0 files found in what killed runs had left; all else of them is removed\n"
+    assert done.stderr == said
+    assert not [segment for segment in segments if segment.exists()]
+    assert not Path("out/.ringpool/staging").exists()
+    assert run("clean", "out").stderr == said
+
+
+@pytest.mark.usefixtures("numbers")
+def test_clean_forgets_the_ledger_where_that_is_said_and_confirmed() -> None:
+    run("run", f"{TASKS}:copy", "in", "--out", "out/{relpath}")
+    done = run("clean", "out", "--ledger")
+    assert done.returncode == 2
+    assert "there is no terminal to ask: say --yes as well" in done.stderr
+    with Terminal("clean", "out", "--ledger") as terminal:
+        terminal.wait_for(r"Forget what is done in out\?")
+        terminal.type("n\n")
+        assert terminal.finish() == 1
+    assert "8 done" in run("status", "out").stdout
+    with Terminal("clean", "out", "--ledger") as terminal:
+        terminal.wait_for(r"Forget what is done in out\?")
+        terminal.type("y\n")
+        assert terminal.finish() == 0
+    assert run("status", "out").returncode == 1
+    assert Path("out/7.txt").exists()
+    assert "8 files done, 0 failed" in run("run", f"{TASKS}:copy", "in", "--out", "out/{relpath}").stderr
+    Path("out/.ringpool/ledger.db").write_text("no database " * 1000)
+    assert run("clean", "out").returncode == 1
+    assert run("clean", "out", "--ledger", "--yes").returncode == 0
+    assert run("status", "out").returncode == 1
+
+
+def test_help_of_every_command_is_no_error() -> None:
+    for verb in ("run", "resume", "retry", "status", "results", "clean"):
+        done = run(verb, "--help")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"Usage: ringpool {verb} ")
+
+
+def test_help_imports_neither_the_pool_nor_rich() -> None:
+    program = "import sys; sys.argv[1:] = ['--help']; from ringpool.cli import main"
+    program += "\ntry:\n    main()\nfinally:\n    print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30)
+    names = set(done.stdout.splitlines()[-1].split())
+    assert "ringpool.cli.run" in names
+    assert not {"rich", "sqlite3", "multiprocessing", "ringpool.coordinator.job"} & names

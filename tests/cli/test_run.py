@@ -1,0 +1,295 @@
+"""``ringpool run``: every option, for real, and what it says at its end."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shlex
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from tests.cli.command import TASKS, finish, objects, run, start
+
+
+def sizes(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """The values that were printed, by path."""
+    return dict(line.split("\t") for line in done.stdout.splitlines())
+
+
+# ---- what is run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("numbers")
+def test_a_command_is_run_for_each_file_and_a_second_run_does_nothing() -> None:
+    words = ("run", "--exec", "gzip -9c {src} > {dst}", "in", "--out", "packed/{relpath}.gz")
+    done = run(*words)
+    assert (done.returncode, done.stdout) == (0, "")
+    for number in range(8):
+        assert gzip.decompress(Path(f"packed/{number}.txt.gz").read_bytes()) == Path(f"in/{number}.txt").read_bytes()
+    done = run(*words)
+    assert done.returncode == 0
+    assert done.stderr.startswith("ringpool: 0 files done, 8 done before, 0 failed, ")
+    Path("packed/3.txt.gz").unlink()
+    Path("in/4.txt").write_text("changed")
+    assert run(*words).stderr.startswith("ringpool: 2 files done, 6 done before, 0 failed, ")
+
+
+@pytest.mark.usefixtures("numbers")
+def test_a_commands_output_is_its_value_where_it_has_no_dst() -> None:
+    done = run("run", "--exec", "wc -c < {src}", "in/3.txt")
+    assert (done.returncode, done.stdout.split()) == (0, ["in/3.txt", "4"])
+
+
+@pytest.mark.usefixtures("numbers")
+def test_several_outputs_have_names() -> None:
+    words = ("--out", "thumb=t/{relpath}", "--out", "meta=m/{stem}.json")
+    done = run("run", f"{TASKS}:thumb_and_meta", "in", *words, "--json")
+    assert done.returncode == 0
+    line = next(line for line in objects(done) if line["path"] == "in/2.txt")
+    assert line["output"] == "t/2.txt"
+    assert [one["path"] for one in line["outputs"]] == ["t/2.txt", "m/2.json"]
+    assert line["value"] == {"size": 3}
+    assert (Path("t/2.txt").read_text(), Path("m/2.json").read_text()) == ("2", "3")
+
+
+@pytest.mark.usefixtures("numbers")
+def test_the_ledger_of_a_job_without_outputs_is_where_it_is_told_to_be() -> None:
+    assert len(sizes(run("run", f"{TASKS}:size", "in", "--job", "kept"))) == 8
+    assert Path("kept/.ringpool/ledger.db").exists()
+    assert not Path(".ringpool").exists()
+    assert sizes(run("run", f"{TASKS}:size", "in", "--job", "kept")) == {}
+
+
+# ---- inputs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("numbers")
+def test_filters_hold_for_what_is_found() -> None:
+    done = run("run", f"{TASKS}:size", "in", "--include", "[0-4].txt", "--exclude", "2.txt", "--exclude", "3.*")
+    assert sizes(done) == {"in/0.txt": "1", "in/1.txt": "2", "in/4.txt": "5"}
+
+
+@pytest.mark.usefixtures("numbers")
+def test_a_list_is_read_from_a_file_and_from_standard_input() -> None:
+    Path("list").write_text("in/1.txt\nin/2.txt\n")
+    assert sizes(run("run", f"{TASKS}:size", "@list")) == {"in/1.txt": "2", "in/2.txt": "3"}
+    command = start("run", f"{TASKS}:size", "-", "--job", "other", stdin=subprocess.PIPE)
+    assert sizes(finish(command, "in/5.txt\n")) == {"in/5.txt": "6"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("m.csv", "path,times,mark\nin/1.txt,3,a\nin/2.txt,4,\n"),
+        ("m.jsonl", '{"path": "in/1.txt", "times": 3, "mark": "a"}\n{"path": "in/2.txt", "times": 4}\n'),
+    ],
+)
+@pytest.mark.usefixtures("numbers")
+def test_a_manifest_has_parameters_for_each_file(name: str, text: str) -> None:
+    Path(name).write_text(text)
+    done = run("run", f"{TASKS}:touch", "--manifest", name, "--param", "loud=true", "--param", "mark=z")
+    assert sizes(done) == {"in/1.txt": "1.txt 3 'a' True", "in/2.txt": "2.txt 4 'z' True"}
+
+
+def test_names_are_no_files() -> None:
+    Path("list").write_text("c\nhttp://d/e\n")
+    done = run("run", f"{TASKS}:name", "a", "./b", "@list", "--names")
+    assert (done.returncode, sizes(done)) == (0, {"a": "A", "./b": "./B", "c": "C", "http://d/e": "HTTP://D/E"})
+    assert sizes(run("run", f"{TASKS}:name", "a", "f", "--names")) == {"f": "F"}
+
+
+@pytest.mark.usefixtures("numbers")
+def test_the_largest_come_first() -> None:
+    done = run("run", f"{TASKS}:size", "in", "--largest-first", "--workers", "1")
+    assert list(sizes(done)) == [f"in/{n}.txt" for n in range(7, -1, -1)]
+
+
+@pytest.mark.usefixtures("numbers")
+def test_content_tells_that_a_touched_file_is_the_same_where_that_is_asked_for() -> None:
+    assert len(sizes(run("run", f"{TASKS}:size", "in", "--checksum"))) == 8
+    os.utime("in/1.txt", (1, 1))
+    assert sizes(run("run", f"{TASKS}:size", "in", "--checksum")) == {}
+    assert sizes(run("run", f"{TASKS}:size", "in")) == {"in/1.txt": "2"}
+
+
+# ---- how it is run ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("numbers")
+def test_workers_are_as_nice_as_is_asked_for() -> None:
+    done = run("run", f"{TASKS}:niceness", "in/1.txt", "--nice", "3")
+    assert done.stdout == f"in/1.txt\t{min(os.nice(0) + 3, 19)}\n"
+
+
+@pytest.mark.usefixtures("numbers")
+def test_a_worker_is_replaced_after_so_many_files() -> None:
+    done = run("run", f"{TASKS}:worker_pid", "in", "--workers", "1", "--max-tasks-per-child", "2")
+    pids = list(sizes(done).values())
+    assert len(pids) == 8
+    assert all(pids.count(pid) <= 2 for pid in pids)
+    assert "worker death" not in done.stderr
+
+
+@pytest.mark.usefixtures("numbers")
+def test_retries_are_for_the_errors_that_are_named() -> None:
+    Path("marks").mkdir()
+    words = ["run", f"{TASKS}:fail_once", "in/1.txt", "--param", "marks=marks", "--retries", "2", "--json"]
+    [line] = objects(run(*words, "--retry-on", "OSError,LookupError"))
+    assert (line["ok"], line["attempts"], line["error"]["type"]) == (False, 1, "TransientError")
+    Path("marks/1.txt").unlink()
+    [line] = objects(
+        run(*words, "--retry-on", "OSError", "--retry-on", f"{TASKS}:TransientError", "--retry-delay", "0")
+    )
+    assert (line["ok"], line["attempts"], line["value"]) == (True, 2, 2)
+    [line] = objects(run(*words[:2], "in/2.txt", *words[3:]))
+    assert (line["ok"], line["attempts"]) == (True, 2)
+
+
+@pytest.mark.usefixtures("numbers")
+def test_a_file_that_takes_too_long_fails() -> None:
+    Path("begun").mkdir()
+    words = ("--param", "begun=begun", "--timeout", "0.2", "--attempts", "1", "--json")
+    done = run("run", f"{TASKS}:wait_for_ever", "in/1.txt", *words)
+    [line] = objects(done)
+    assert (done.returncode, line["error"]["type"]) == (1, "TaskTimeoutError")
+
+
+@pytest.mark.usefixtures("numbers")
+def test_a_worker_that_takes_too_much_memory_is_killed() -> None:
+    done = run("run", f"{TASKS}:grow", "in/1.txt", "--memory-limit", "300M", "--attempts", "1", "--json")
+    [line] = objects(done)
+    assert (done.returncode, line["state"], line["error"]["type"]) == (1, "dead", "MemoryLimitError")
+    assert "1 set aside" in done.stderr
+    assert "`ringpool retry . --dead` those that are set aside too" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--no-keep-going"], "more than 0 failures"),
+        (["--max-failures", "2"], "more than 2 failures"),
+        (["--max-failures", "50%"], "more than 50 % of the files failed"),
+    ],
+)
+def test_a_run_with_too_many_failures_takes_no_new_file(here: Path, words: list[str], reason: str) -> None:
+    place = here / "in"
+    place.mkdir()
+    for number in range(4000):
+        (place / f"{4 * number + 1}").touch()
+    done = run("run", f"{TASKS}:fail_on_odd", "in", *words)
+    assert (done.returncode, done.stdout) == (1, "")
+    said = done.stderr.splitlines()[-1]
+    assert said == f"ringpool: stopped ({reason}); every output that is there is whole; `ringpool resume .` goes on"
+    assert "0 files done, 4000 failed" not in done.stderr
+
+
+@pytest.mark.usefixtures("numbers")
+def test_so_many_files_are_begun_in_a_second_at_most() -> None:
+    began_s = time.monotonic()
+    done = run("run", f"{TASKS}:size", "in", "--rate", "4")
+    assert len(sizes(done)) == 8
+    assert time.monotonic() - began_s > 6 / 4  # the first two may come together
+
+
+@pytest.mark.usefixtures("numbers")
+def test_digests_are_compared_where_that_is_asked_for() -> None:
+    words = ("run", f"{TASKS}:copy", "in", "--out", "out/{relpath}")
+    assert run(*words).returncode == 0
+    Path("out/3.txt").write_text("XXXX")  # of its size
+    assert "8 done before" in run(*words).stderr
+    assert "1 file done, 7 done before" in run(*words, "--verify", "digest").stderr
+    assert Path("out/3.txt").read_text() == "3333"
+    lines = objects(run("run", f"{TASKS}:copy", "in", "--out", "other/{relpath}", "--no-digest", "--json"))
+    assert {line["outputs"][0]["digest"] for line in lines} == {""}
+
+
+@pytest.mark.usefixtures("numbers")
+@pytest.mark.parametrize("durability", ["none", "atomic", "data"])
+def test_outputs_are_whole_at_every_level(durability: str) -> None:
+    done = run("run", f"{TASKS}:copy", "in", "--out", "out/{relpath}", "--durability", durability, "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert Path("out/7.txt").read_text() == "7" * 8
+
+
+# ---- a dry run -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("numbers")
+def test_a_dry_run_says_what_and_why_and_makes_nothing() -> None:
+    words = ("run", f"{TASKS}:copy", "in", "--out", "out/{relpath}")
+    done = run(*words, "--dry-run")
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [f"run in/{n}.txt: new" for n in range(8)]
+    assert done.stderr == "ringpool: 8 files to run, 0 done before, 0 set aside; nothing was changed\n"
+    assert not Path("out").exists()
+    run(*words)
+    Path("out/1.txt").unlink()
+    Path("in/2.txt").write_text("changed")
+    done = run(*words, "--dry-run")
+    assert done.stdout.splitlines()[:3] == [
+        "skip in/0.txt: done and verified",
+        f"run in/1.txt: its output {Path('out/1.txt').absolute()} is missing",
+        "run in/2.txt: its input has changed",
+    ]
+    assert done.stderr == "ringpool: 2 files to run, 6 done before, 0 set aside; nothing was changed\n"
+    [first, *_] = objects(run(*words, "--dry-run", "--json"))
+    assert (first["path"], first["action"], first["reason"]) == ("in/0.txt", "skip", "done and verified")
+
+
+# ---- it cannot be run ------------------------------------------------------------------------------------------------
+
+UNUSABLE = [
+    ("--exec 'cp {src} x' in --out out/{relpath}", "the command has no {dst}"),
+    ("--exec 'cp {src} {dst}' in", "say where with --out, such as --out 'out/{relpath}'"),
+    ("--exec 'cp {scr} {dst}' in --out out/{relpath}", "{scr}"),
+    ("--exec 'cat {src}'", "Missing argument 'INPUTS...'"),
+    ("", "Missing argument 'MODULE:FUNCTION'; or give --exec COMMAND"),
+    ("TASKS:size in --manifest m.csv", "the inputs are given twice"),
+    ("TASKS:size --manifest m.csv", "m.csv: No such file"),
+    ("TASKS:size @nothing", "list of inputs nothing: No such file"),
+    ("TASKS:size in --memory-limit 5Q", "'--memory-limit': '5Q' is no size; write bytes, or such as 512M, 2G"),
+    ("TASKS:size in --max-failures some", "'--max-failures': 'some' is neither a number of files"),
+    ("TASKS:size in --max-failures 101%", "'--max-failures': '101%' is neither"),
+    ("TASKS:size in --rate 0", "'--rate': '0' is not a number that is more than 0"),
+    ("TASKS:size in --timeout nan", "'--timeout': 'nan' is not a number"),
+    ("TASKS:size in --grace -1", "'--grace': '-1' is not a number, 0 or more"),
+    ("TASKS:size in --retry-delay 1", "say with --retries how often"),
+    ("TASKS:size in --retries 1 --retry-on Nope", "--retry-on Nope: there is no such exception; one that is not built"),
+    ("TASKS:size in --retries 1 --retry-on TASKS:size", "it is no subclass of Exception"),
+    ("TASKS:size in --retries 1 --retry-on no.such:E", "--retry-on no.such:E: no.such cannot be imported"),
+    ("TASKS:size in --retries 1 --retry-on a;b", "'a;b' is no name of an exception"),
+    ("TASKS:size in --max-failures 3 --no-keep-going", "--no-keep-going is --max-failures 0"),
+    ("TASKS:copy in --out out/{relpath} --verify digest --no-digest", "--no-digest leaves out"),
+    ("TASKS:copy in --out a=x/{relpath} --out y/{relpath}", "each of several outputs needs a name"),
+    ("TASKS:copy in --out a=x/{relpath} --out a=y/{relpath}", "another output is called a too"),
+]
+
+
+@pytest.mark.usefixtures("numbers")
+@pytest.mark.parametrize(("line", "says"), UNUSABLE, ids=[line for line, _ in UNUSABLE])
+def test_a_command_that_cannot_be_run_says_why_in_one_line(line: str, says: str) -> None:
+    done = run("run", *shlex.split(line.replace("TASKS", TASKS)))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert says in done.stderr
+    assert not Path(".ringpool").exists()
+    assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("numbers")
+def test_a_ledger_that_cannot_be_used_is_one_line_and_status_1() -> None:
+    Path(".ringpool").mkdir()
+    Path(".ringpool/ledger.db").write_text("no database " * 1000)
+    done = run("run", f"{TASKS}:size", "in")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+    assert "it is no SQLite database; move it away" in done.stderr
+
+
+@pytest.mark.usefixtures("numbers")
+def test_values_that_json_cannot_hold_are_text() -> None:
+    done = run("run", f"{TASKS}:odd_keys", "in/1.txt", "--json")
+    assert json.loads(done.stdout)["value"] == "{(1, 2): b'x'}"
