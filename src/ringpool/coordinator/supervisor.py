@@ -109,6 +109,22 @@ def _forget_processes() -> None:
 
 
 @contextlib.contextmanager
+def _interrupts_held_back(context: BaseContext) -> Generator[None]:
+    """A fork begins with SIGINT blocked, until it is bound to us: a Ctrl-C before that would be a traceback of its own.
+
+    The fork server must not inherit that: it would pass it on to processes that are none of ours.
+    """
+    if context.get_start_method() != "fork":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def _presentable_main() -> Generator[None]:
     """A program from standard input says that it is the file ``<stdin>``, which a new process would try to run."""
     main = sys.modules["__main__"]
@@ -258,7 +274,7 @@ class Supervisor:
             target=main, args=(arguments, guard, setup), name=f"ringpool-worker-{index}"
         )
         try:
-            with _presentable_main():
+            with _presentable_main(), _interrupts_held_back(self._context):
                 process.start()
         except Exception as error:  # fork fails (EAGAIN, ENOMEM), or arguments do not pickle: it counts as a death
             _guards.close(write_end)

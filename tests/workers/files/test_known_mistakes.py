@@ -32,7 +32,7 @@ from ringpool.errors import (
     TransactionConflictError,
 )
 from ringpool.shm.status import FileState, FileStatusTable
-from ringpool.workers.files import journal
+from ringpool.workers.files import journal, turns
 from ringpool.workers.files.atomic import atomic_write
 from ringpool.workers.files.locks import LockSet, PathLock
 from ringpool.workers.files.naming import unique_name
@@ -439,8 +439,9 @@ def test_13_waiting_by_looking_every_tenth_of_a_second(tmp_path: Path, monkeypat
     assert [pause_s for pause_s in sleeps if pause_s > 0.001] == []  # shorter: two threads at the table's mutex
 
 
-def test_14_a_table_of_locks_that_only_grows(tmp_path: Path) -> None:
+def test_14_a_table_of_locks_that_only_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """14: a descriptor for each path that was ever locked."""
+    monkeypatch.setattr(turns, "DESCRIPTORS_MAX", 64)
     table = naive.FlockTable()
     for number in range(150):
         table.acquire(os.fspath(tmp_path / f"{number}.lock"))
