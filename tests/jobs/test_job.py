@@ -379,8 +379,12 @@ def test_a_stop_lets_what_runs_end_and_a_resume_does_the_rest(tmp_path: Path) ->
     source = named(tmp_path / "in", *(f"{i:04}" for i in range(200)))
     job = Job(functions.slowly, str(source), f"{tmp_path}/out/{{name}}", params={"seconds": 0.02})
 
+    stopped: list[None] = []
+
     def stop(*_: Any) -> None:
-        job.stop("enough")
+        if not stopped:  # a second one would not wait
+            job.stop("enough")
+        stopped.append(None)
 
     report = job.run(2, on_row=stop)
     assert report.stopped == "enough"

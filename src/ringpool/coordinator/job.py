@@ -425,7 +425,9 @@ class Job:
             if pool.closed:
                 with contextlib.suppress(RingpoolError) if run_id == 0 else contextlib.nullcontext():
                     run.commit_rows()
-                    _drain_into(ledger, name)
+                    n_counted = ledger.counts(job).done
+                    if _drain_into(ledger, name):  # what was done when the workers were killed; some of it is counted
+                        run.progress.done += ledger.counts(job).done - n_counted
                 segment.unlink(name)
                 shutil.rmtree(staging, ignore_errors=True)
             if run_id:
