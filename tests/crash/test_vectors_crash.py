@@ -146,7 +146,7 @@ def split_without_end(n_vectors: int, n_splits_min: int) -> None:
 
 @can_take_back
 @pytest.mark.parametrize(
-    ("n_vectors", "n_splits"), [pytest.param(60, 10, id="sample"), pytest.param(3000, 300, id="full", marks=FULL)]
+    ("n_vectors", "n_splits"), [pytest.param(60, 1, id="sample"), pytest.param(3000, 300, id="full", marks=FULL)]
 )
 def test_splitting_in_parallel_with_runs_and_deaths_loses_nothing(n_vectors: int, n_splits: int) -> None:
     split_without_end(n_vectors, n_splits)
