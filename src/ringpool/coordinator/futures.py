@@ -21,6 +21,7 @@ from concurrent.futures._base import (  # pyright: ignore[reportMissingModuleSou
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ringpool.coordinator import signals
 from ringpool.coordinator.limits import Condemned
 from ringpool.coordinator.tickets import QUEUED, Ticket
 from ringpool.errors import RemoteError, TaskInDoubtError, WorkerDiedError
@@ -46,10 +47,19 @@ def outcome_of(ticket: Ticket, record: ResultRecord) -> tuple[Any, BaseException
         else:
             value = values.decode(record.encoding, record.payload) if record.payload else None
     except BaseException as error:  # unpickling may run anything, sys.exit too
+        if _is_from_signal(error):
+            raise
         return None, values.undecodable(error, "unknown")
     if record.status == _OK:
         return value, None
     return None, error_of(ticket, record.status, value)
+
+
+def _is_from_signal(error: BaseException) -> bool:
+    """Whether it is no doing of the value's: Ctrl-C, or a signal that ends the program, may come anywhere."""
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    return isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and signals.ended())
 
 
 def _value_of_blob(ticket: Ticket) -> Any:
