@@ -120,8 +120,11 @@ def test_all_bytecodes_of_either_side_are_met(duel: Duel) -> None:
 # ---- in parallel -----------------------------------------------------------------------------------------------------
 
 
-def split_without_end(n_vectors: int, n_splits_min: int) -> None:
-    """Vectors of two thousand items; parts of them are taken all the time, and one of the two workers dies at times."""
+def split_without_end(n_vectors: int) -> int:
+    """Vectors of two thousand items; parts of them are taken all the time, and one of the two workers dies at times.
+
+    How often a part was taken.
+    """
     n_splits = 0
     with VectorWorld((2000,) * n_vectors) as world:
         workers: list[Child] = [world.start_worker(index, life_s=600) for index in (0, 1)]
@@ -141,15 +144,17 @@ def split_without_end(n_vectors: int, n_splits_min: int) -> None:
         assert not any(worker.was_killed() for worker in workers)
         world.check()
         assert world.n_worker_deaths > 0
-        assert n_splits >= n_splits_min
+    return n_splits
 
 
 @can_take_back
 @pytest.mark.parametrize(
-    ("n_vectors", "n_splits"), [pytest.param(60, 1, id="sample"), pytest.param(3000, 300, id="full", marks=FULL)]
+    ("n_vectors", "n_splits"), [pytest.param(60, 60, id="sample"), pytest.param(3000, 3000, id="full", marks=FULL)]
 )
 def test_splitting_in_parallel_with_runs_and_deaths_loses_nothing(n_vectors: int, n_splits: int) -> None:
-    split_without_end(n_vectors, n_splits)
+    n = 0
+    while n < n_splits:  # on a busy machine, workers that are not scheduled leave little to split: then once more
+        n += split_without_end(n_vectors)
 
 
 # ---- public ----------------------------------------------------------------------------------------------------------
