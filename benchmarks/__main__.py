@@ -10,7 +10,7 @@ bench_pools      pools: pools-submit pools-map     RingPoolExecutor beside the p
 bench_jobs       jobs: jobs-files jobs-disk         batch jobs, their ledger included
                  jobs-durable jobs-short jobs-long
                  jobs-resume jobs-memory
-measure          turns, ratios, verdicts; the machine; the raw figures as JSON
+``ringpool.bench.measure`` has the turns, ratios and verdicts, the machine, and the raw figures as JSON.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import bench_atomic, bench_dispatch, bench_jobs, bench_locks, bench_pools, bench_status, measure
-from benchmarks.measure import Case
+from benchmarks import bench_atomic, bench_dispatch, bench_jobs, bench_locks, bench_pools, bench_status
+
+from ringpool.bench import measure
+from ringpool.bench.measure import Case
 
 CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     **bench_dispatch.CASES,

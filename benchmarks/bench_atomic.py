@@ -22,9 +22,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import measure
-from benchmarks.measure import Case
-
+from ringpool.bench import measure
+from ringpool.bench.measure import Case
 from ringpool.workers.files.atomic import atomic_open, atomic_write
 from ringpool.workers.files.batch import write_batch
 

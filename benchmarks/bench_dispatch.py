@@ -36,10 +36,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from benchmarks import measure
-from benchmarks.measure import Case, Claim, at_least, at_most
-
 from ringpool import Coordinator
+from ringpool.bench import measure
+from ringpool.bench.measure import Case, Claim, at_least, at_most
 from ringpool.coordinator.pool import SPINS
 from ringpool.coordinator.pump import COLLECT_EVERY_S
 from ringpool.shm import segment

@@ -35,11 +35,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import measure
 from benchmarks.bench_dispatch import Split, _calibrate, _small_files, read_and_compute
-from benchmarks.measure import Case, Claim, at_least, at_most
 
 from ringpool import Job, atomic_write
+from ringpool.bench import measure
+from ringpool.bench.measure import Case, Claim, at_least, at_most
 from ringpool.shm import segment
 
 WORKERS = 2

@@ -27,10 +27,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure
-from benchmarks.measure import Case, Claim, at_least, at_most
 from filelock import FileLock
 
+from ringpool.bench import measure
+from ringpool.bench.measure import Case, Claim, at_least, at_most
 from ringpool.workers.files.locks import AsyncPathLock, Mode, PathLock
 
 HOLD_S = 0.001

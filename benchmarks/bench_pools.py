@@ -41,9 +41,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import measure, pool_peers as peers
-from benchmarks.measure import Case, Claim, Figure, at_least, at_most
 from benchmarks.pool_peers import Call, Pools
 from benchmarks.pool_tasks import compute, compute_or_die, copy_hashed, no_op, target_of
+
+from ringpool.bench.measure import Case, Claim, Figure, at_least, at_most
 
 WORKERS = 2
 ALONE = "two processes alone"

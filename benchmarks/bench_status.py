@@ -26,10 +26,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks import measure
-from benchmarks.measure import Case
 from filelock import FileLock
 
+from ringpool.bench import measure
+from ringpool.bench.measure import Case
 from ringpool.shm.status import FileState, FileStatusTable
 
 POLL_S = 0.1

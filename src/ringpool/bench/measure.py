@@ -140,7 +140,7 @@ def take_turns(contestants: Mapping[str, Callable[[], Figure]], rounds: int) -> 
 
 
 def _others_s() -> float:
-    """CPU seconds that this process's cores have spent, on anything but itself and its living descendants."""
+    """CPU seconds that this process's cores have spent, on anything but itself and its descendants, living or ended."""
     cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
     busy_ticks = 0
     for line in Path("/proc/stat").read_text().splitlines():
@@ -154,7 +154,7 @@ def _others_s() -> float:
             times = process.cpu_times()
         except psutil.NoSuchProcess:
             continue
-        own_s += times.user + times.system
+        own_s += times.user + times.system + times.children_user + times.children_system
     return busy_ticks / _TICKS_PER_S - own_s
 
 

@@ -1,0 +1,1 @@
+"""Measuring: contestants that take turns, and what is made of their figures."""
