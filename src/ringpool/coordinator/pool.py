@@ -300,11 +300,9 @@ def _context(chosen: str | BaseContext | None) -> BaseContext:
 
 
 def _preload() -> list[str]:
-    """What the fork server imports, so that workers need not. It does not import the main module of ``python -m``,
-    which will import what it has imported here; of that, we answer for our own modules.
+    """What the fork server imports, so that workers need not. In these versions of Python it does not import the main
+    module, which will import in each worker what it has imported here; of that, we answer for our own modules.
     """
-    if getattr(sys.modules["__main__"], "__spec__", None) is None:
-        return _PRELOAD
     ours = (name for name in sys.modules if name.startswith("ringpool."))
     return _PRELOAD + sorted(name for name in ours if not name.startswith("ringpool.cli."))
 

@@ -17,6 +17,7 @@ one of syncfs, all of them. What a task that failed had staged is removed.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -26,7 +27,7 @@ import msgspec
 from ringpool.errors import DurabilityError, RingpoolError
 from ringpool.workers.files.batch import TOGETHER_MIN, is_synced_whole
 from ringpool.workers.files.durability import Durability, close_quietly, make_directories, sync
-from ringpool.workers.files.locks import PathLock, root_of
+from ringpool.workers.files.locks import call_locked, root_of
 from ringpool.workers.files.oslayer import calls
 from ringpool.workers.files.output import discard_staged
 from ringpool.workers.files.target import failed
@@ -53,7 +54,7 @@ class StagedTask(msgspec.Struct, eq=False, gc=False):
 
 def staged_name(directory: bytes, sequence: int, attempt: int, number: int, target: bytes) -> bytes:
     """Where an attempt writes its output ``number``. Whoever knows the task knows it."""
-    tail = os.path.basename(target)[-NAME_TAIL_BYTES:]
+    tail = target[target.rfind(b"/") + 1 :][-NAME_TAIL_BYTES:]
     return b"%b/%d.%d.%d.%b" % (directory, sequence, attempt, number, tail)
 
 
@@ -101,14 +102,9 @@ class Staging:
             _fail((task,), error)
 
     def _rename_one(self, output: StagedOutput) -> None:
-        with PathLock(output.target, base=self._lock_base(os.path.dirname(output.target))):
-            try:
-                calls.rename(output.staged, output.target)  # the commit point
-            except OSError as error:
-                if error.errno != errno.ENOENT or os.path.lexists(output.staged) or not os.path.lexists(output.target):
-                    raise failed(output.target, "rename", error) from error
-            if output.is_linked:
-                discard_staged(output.staged)
+        target = output.target
+        base = self._lock_base(target[: target.rfind(b"/")] or b"/")
+        call_locked(target, base, functools.partial(_put_in_place, output))
 
     def _lock_base(self, directory: bytes) -> bytes:
         """The base whose lock files serve ``directory``: looked up once, which is half of what a lock costs."""
@@ -161,6 +157,16 @@ class Staging:
         except OSError as error:
             reason = error.strerror or str(error)
             raise DurabilityError(os.fsdecode(self.path), operation, error.errno or errno.EIO, reason) from error
+
+
+def _put_in_place(output: StagedOutput) -> None:
+    try:
+        calls.rename(output.staged, output.target)  # the commit point
+    except OSError as error:
+        if error.errno != errno.ENOENT or os.path.lexists(output.staged) or not os.path.lexists(output.target):
+            raise failed(output.target, "rename", error) from error
+    if output.is_linked:
+        discard_staged(output.staged)
 
 
 def _sound(tasks: Iterable[StagedTask]) -> Iterable[StagedTask]:

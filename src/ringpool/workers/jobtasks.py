@@ -4,10 +4,10 @@
                          ^                    | no
                          +--------------------+ at most 3 times, then InputChangedError
 
-A task without an output is done when it has returned. With one, at the levels ``none`` and ``atomic``, its outputs are
-put in their places at once; at ``data`` and ``full`` together with those of others, see ``groupcommit``: when the
-claim ends, when 64 are staged, and before any task is started unless recent ones took under 5 ms, because while user
-code runs, nobody commits. A death in between loses nothing: whoever comes finishes what is STAGED.
+A task without an output is done when it has returned. With one, its outputs are put in their places together with those
+of others, see ``groupcommit``: when the claim ends, when 64 are staged, and before any task is started unless recent
+ones took under 5 ms, because while user code runs, nobody commits. A death in between loses nothing: whoever comes
+finishes what is STAGED.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
@@ -36,6 +36,7 @@ from ringpool.workers.posting import Post
 COMMAND = "ringpool.workers.commands:run_command"
 CHANGES_MAX = 3  # how often a task is run whose input changes meanwhile
 DIRECTORIES_KNOWN_MAX = 4096
+WEIGH_EVERY_NS = 1_000_000  # how often a worker looks at its peak RSS, which costs more than some tasks
 GROUP_TASKS_MAX = layout.CLAIMS_MAX
 GROUP_SHORT_NS = 5_000_000  # tasks that take longer are not begun while others are staged
 _OK, _STAGED, _MSGPACK = int(Status.OK), int(Status.STAGED), int(Encoding.MSGPACK)
@@ -124,7 +125,6 @@ class _Bound(msgspec.Struct):
     source_type: Callable[[bytes], Any]
     target_type: Callable[[bytes], Any]
     parameters: dict[str, Any]
-    is_group: bool
     is_command: bool
     retried: tasks.TaskFunction
     directories: set[bytes] = msgspec.field(default_factory=set[bytes])
@@ -143,6 +143,7 @@ class JobRunner:
         self._group: list[StagedTask] = []
         self._group_of: _Bound | None = None
         self._mean_ns = 0.0
+        self._peak_rss = self._weighed_ns = 0
 
     def run(self, entry: int, function_id: int, payload: bytes, blob: int, start_ns: int) -> int:
         """Run the task of ``entry``; post its result, or stage it. When that was done, ns."""
@@ -161,29 +162,32 @@ class JobRunner:
         return end_ns
 
     def _run(self, entry: int, bound: _Bound, task: JobPayload, start_ns: int) -> int:
-        started_s = time.time()
-        spec, names = bound.spec, self._prepare(entry, bound, task)
+        started_s, targets = time.time(), task.targets
+        names = self._prepare(entry, bound, targets) if targets else ()
         try:
             value, found = self._call(bound, task, names)
             staged: list[StagedOutput] = []
             outputs: list[Output] = []
-            for name, wanted in zip(names, task.targets, strict=True):
+            for name, wanted in zip(names, targets, strict=True):
                 # access first: most targets are new, and to look at what is missing costs an exception
-                is_there = os.access(wanted, os.F_OK, follow_symlinks=False)
-                target = output.prepare_target(wanted, bound.durability) if is_there else wanted
-                file = output.finish_staged(name, target, Durability.ATOMIC, digest=spec.digests)
+                is_new = not os.access(wanted, os.F_OK, follow_symlinks=False)
+                target = wanted if is_new else output.prepare_target(wanted, bound.durability)
+                file = output.finish_staged(name, target, Durability.ATOMIC, digest=bound.spec.digests, is_new=is_new)
                 staged.append(StagedOutput(name, target, file.n_links > 1))
                 outputs.append(Output(file.size, file.digest, file.dev, file.ino))
             end_ns = time.monotonic_ns()
-            self._confinement.end_if_forked()
+            if self._confinement.forked:
+                self._confinement.end_if_forked()
+            if bound.is_command:
+                self._peak_rss = commands.peak_rss_bytes
+            elif end_ns - self._weighed_ns > WEIGH_EVERY_NS:
+                self._weighed_ns, self._peak_rss = end_ns, getrusage(RUSAGE_SELF).ru_maxrss << 10
             encoding, encoded = _encode_value(value)
-            peak_rss = commands.peak_rss_bytes if bound.is_command else getrusage(RUSAGE_SELF).ru_maxrss << 10
-            outcome = JobOutcome(found, tuple(outputs), encoding, encoded, bound.n_calls, started_s, peak_rss)
+            outcome = JobOutcome(found, tuple(outputs), encoding, encoded, bound.n_calls, started_s, self._peak_rss)
             body, encoding, blob_bytes = encode_outcome(outcome), _MSGPACK, 0
             if len(body) > layout.INLINE_BYTES:
                 body, encoding, blob_bytes = self._post.place(entry, values.Encoded(_MSGPACK, body))
-            status = _STAGED if staged else _OK
-            self._post.results.post(entry, status, encoding, body, end_ns - start_ns, blob_bytes)
+            self._post.results.post(entry, _STAGED if staged else _OK, encoding, body, end_ns - start_ns, blob_bytes)
         except BaseException:
             self._confinement.end_if_forked()
             for name in names:
@@ -193,18 +197,13 @@ class JobRunner:
         if staged:
             self._group.append(StagedTask(entry, staged))
             self._group_of = bound
-            if not bound.is_group:
-                self.commit()
-                return time.monotonic_ns()
         return end_ns
 
     @staticmethod
-    def _prepare(entry: int, bound: _Bound, task: JobPayload) -> list[bytes]:
+    def _prepare(entry: int, bound: _Bound, targets: Sequence[bytes]) -> list[bytes]:
         """Where its outputs are to be written; the directories that they will go to are made."""
-        if not task.targets:
-            return []
         sequence, attempt, staging = layout.sequence_of(entry), layout.attempt_of(entry), bound.spec.staging
-        for wanted in task.targets:
+        for wanted in targets:
             directory = wanted[: wanted.rfind(b"/")]
             if directory not in bound.directories:
                 make_directories(directory or b"/", durable=False)
@@ -212,10 +211,10 @@ class JobRunner:
                 if len(bound.directories) >= DIRECTORIES_KNOWN_MAX:
                     bound.directories.clear()
                 bound.directories.add(directory)
-        return [staged_name(staging, sequence, attempt, number, wanted) for number, wanted in enumerate(task.targets)]
+        return [staged_name(staging, sequence, attempt, number, wanted) for number, wanted in enumerate(targets)]
 
     @staticmethod
-    def _call(bound: _Bound, task: JobPayload, staged: list[bytes]) -> tuple[Any, Fingerprint]:
+    def _call(bound: _Bound, task: JobPayload, staged: Sequence[bytes]) -> tuple[Any, Fingerprint]:
         """Call the function until its input was the same before and after."""
         spec, parameters = bound.spec, bound.parameters
         if task.parameters:
@@ -264,7 +263,7 @@ class JobRunner:
         signature = tasks.signature_of(call, spec.name)
         durability = Durability(spec.durability)
 
-        def call_once(staged: list[bytes], *arguments: Any, **parameters: Any) -> Any:
+        def call_once(staged: Sequence[bytes], *arguments: Any, **parameters: Any) -> Any:
             if bound.n_calls:
                 for one in staged:  # what an earlier call has left must not be taken for this one's
                     output.discard_staged(one)
@@ -283,7 +282,6 @@ class JobRunner:
             signature.source_type,
             signature.target_type,
             tasks.unpack_parameters(spec.parameters),
-            durability in (Durability.DATA, Durability.FULL),
             spec.name == COMMAND,
             tasks.with_retries(call_once, spec.retry),
         )
@@ -326,6 +324,9 @@ def _encode_value(value: object) -> tuple[int, bytes]:
     """A value for the ledger: all of it in one piece."""
     if value is None:
         return _MSGPACK, b""
+    body = values.encode_inline(value)
+    if body is not None:
+        return _MSGPACK, body
     encoded = values.encode_result(value)
     if encoded.buffers:
         return int(Encoding.PICKLE), pickle.dumps(value, 5)

@@ -64,12 +64,12 @@ class Place(NamedTuple):
 def find(path: bytes, base: bytes | None) -> Place:
     """Where ``path`` is locked. Raises ``OSError``."""
     directory, device, inode, name = _place(path)
-    return Place(base or _base_of(directory, device, inode), _stripe_of(device, inode, name), directory)
+    return Place(base or _base_of(directory, device, inode), stripe_in(device, inode, name), directory)
 
 
 def stripe_of(path: bytes) -> int:
     """The number of the stripe of ``path``, 0 to 255. Raises ``OSError``."""
-    return _stripe_of(*_place(path)[1:])
+    return stripe_in(*_place(path)[1:])
 
 
 def root_of(directory: bytes) -> bytes:
@@ -176,7 +176,8 @@ def _place(path: bytes) -> tuple[bytes, int, int, bytes]:
     return directory, found.st_dev, found.st_ino, name
 
 
-def _stripe_of(device: int, inode: int, name: bytes) -> int:
+def stripe_in(device: int, inode: int, name: bytes) -> int:
+    """The number of the stripe of ``name`` in that directory, 0 to 255."""
     return blake2b(_identity.pack(device, inode) + _folded(name), digest_size=1).digest()[0]
 
 

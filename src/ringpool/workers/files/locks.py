@@ -214,6 +214,26 @@ class PathLock(_Lock):
         self.release()
 
 
+def call_locked(path: bytes, base: bytes, call: Callable[[], object]) -> None:
+    """``call`` under the exclusive ``PathLock(path, base=base)``, which costs half when it is free.
+
+    ``path``: absolute, and no symlink. Raises what both raise.
+    """
+    turn = Turn(threading.get_ident(), path, exclusive=True)
+    try:
+        if turns.arrive_at_once(turn, base):
+            call()
+            return
+    finally:
+        if turn.stripe is not None:
+            try:
+                turn.stripe.leave(turn)
+            except OSError:
+                turns.drop(turn.stripe, turn)
+    with PathLock(path, base=base):
+        call()
+
+
 class AsyncPathLock(_Lock):
     """The lock on ``path`` for an asyncio task, its owner; otherwise as ``PathLock``, in one queue with it.
 

@@ -62,13 +62,15 @@ def prepare_target(target: bytes, durability: Durability = Durability.FULL) -> b
     return final
 
 
-def finish_staged(staged: bytes, target: bytes, durability: Durability, *, digest: bool = False) -> StagedFile:
+def finish_staged(
+    staged: bytes, target: bytes, durability: Durability, *, digest: bool = False, is_new: bool = False
+) -> StagedFile:
     """Make the output that a task function left at ``staged`` ready for its name ``target``; return its identity.
 
-    It takes the owner, mode and extended attributes of the file that it will replace; where there is none it keeps
-    those that the function gave it. From ``data`` on its content is on disk when this returns. Whatever is raised, the
-    staged file is gone then: ``OutputMissingError`` (the function wrote no regular file), ``DurabilityError`` (fsync),
-    ``AtomicWriteError`` (anything else).
+    It takes the owner, mode and extended attributes of the file that it will replace; where there is none (``is_new``:
+    the caller has seen so) it keeps those that the function gave it. From ``data`` on its content is on disk when this
+    returns. Whatever is raised, the staged file is gone then: ``OutputMissingError`` (the function wrote no regular
+    file), ``DurabilityError`` (fsync), ``AtomicWriteError`` (anything else).
     """
     try:
         fd = _open_staged(staged, target)
@@ -77,7 +79,8 @@ def finish_staged(staged: bytes, target: bytes, durability: Durability, *, diges
             if not stat.S_ISREG(own.st_mode):
                 raise OutputMissingError(os.fsdecode(target), os.fsdecode(staged), "is not a regular file")
             # access first: Python's exception for a missing file costs more than the rest
-            replaced = lstat(target) if calls.access(target, os.F_OK, follow_symlinks=False) else None
+            is_there = not is_new and calls.access(target, os.F_OK, follow_symlinks=False)
+            replaced = lstat(target) if is_there else None
             if replaced is not None and own.st_nlink == 1:  # a link's metadata would be those of the other names, too
                 take_over(fd, own, replaced, target, None)
             if durability in (Durability.DATA, Durability.FULL):
