@@ -110,13 +110,17 @@ def _forget_processes() -> None:
 
 @contextlib.contextmanager
 def _interrupts_held_back(context: BaseContext) -> Generator[None]:
-    """A fork begins with SIGINT blocked, until it is bound to us: a Ctrl-C before that would be a traceback of its own.
+    """A worker begins with SIGINT blocked, until it is bound to us: a Ctrl-C before would be a traceback of its own.
 
     The fork server must not inherit that: it would pass it on to processes that are none of ours.
     """
-    if context.get_start_method() != "fork":
+    if context.get_start_method() == "forkserver":
         yield
         return
+    if context.get_start_method() == "spawn":
+        from multiprocessing import resource_tracker
+
+        resource_tracker.ensure_running()  # first: when it is started, it lets the signal through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
