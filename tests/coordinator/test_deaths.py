@@ -390,6 +390,24 @@ def test_a_main_module_without_a_guard_ends_in_one_clear_error(run_program: RunP
     assert shared_memory_of(program.pid) == set()
 
 
+def test_a_job_of_a_main_module_without_a_guard_is_not_begun_in_its_own_workers(
+    run_program: RunProgram, tmp_path: Path
+) -> None:
+    program = run_program(
+        f"""
+        from ringpool import Job
+        Job(tasks.size, [__file__] * 3, directory={str(tmp_path / "job")!r}).run(2)
+        """,
+        guarded=False,
+    )
+    assert program.finish() == 1
+    assert "CrashLoopError" in program.err.splitlines()[-1]
+    assert "under `if __name__" in program.err, "what each worker says"
+    assert "JobBusyError" not in program.err, "a worker has begun the job that it was started for"
+    program.assert_no_process_is_left()
+    assert shared_memory_of(program.pid) == set()
+
+
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_a_main_module_that_raises_in_workers_ends_in_one_clear_error(run_program: RunProgram, method: str) -> None:
     program = run_program(

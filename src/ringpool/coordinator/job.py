@@ -37,7 +37,7 @@ from ringpool.coordinator.jobrun import Failure, JobRun, Planned, Progress, RunS
 from ringpool.coordinator.ledger import JobLock, Ledger
 from ringpool.coordinator.lists import relpath_of
 from ringpool.coordinator.outputs import NamedOutputs, hash_of, with_outputs
-from ringpool.coordinator.pool import Pool, WorkerLimits
+from ringpool.coordinator.pool import Pool, WorkerLimits, require_no_main_import
 from ringpool.coordinator.stagedjobs import staging_directory
 from ringpool.errors import JobError, OutputPatternError, ParameterError, RingpoolError, words_of
 from ringpool.shm import blobs, layout, segment
@@ -151,6 +151,7 @@ class Job:
         spec: bytes = b"",
         **options: Any,
     ) -> None:
+        require_no_main_import()  # before anything is looked at, made, or found busy by whose worker this is
         if (function is None) == (command is None):
             raise TypeError("a job has a function or a command: give one of them")
         self.options = JobOptions(**options)

@@ -94,8 +94,7 @@ class Pool:
         closed: Callable[[], Exception] = CoordinatorClosedError,
         retains: bool = False,
     ) -> None:
-        if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
-            raise MainModuleError
+        require_no_main_import()
         self.pid = os.getpid()
         self.lock = threading.Lock()  # for short steps of Python code in threads that are not the main one alone
         self._beginning = threading.Lock()
@@ -265,6 +264,12 @@ class Pool:
                 self._end.close()
             self.closed = True
         _open.discard(self)
+
+
+def require_no_main_import() -> None:
+    """Raise ``MainModuleError`` in a worker that is still importing the program's main module."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
+        raise MainModuleError
 
 
 def start_server() -> None:
