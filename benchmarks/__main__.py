@@ -6,10 +6,20 @@ bench_locks      locks                             pairs, fairness, deaths
 bench_status     status                            the status table
 bench_pools      pools: pools-submit pools-map     RingPoolExecutor beside the pools that people use
                  pools-trip pools-files pools-cpu
-                 pools-memory pools-start pools-deaths
+                 pools-memory pools-start
 bench_jobs       jobs: jobs-files jobs-disk         batch jobs, their ledger included
                  jobs-durable jobs-short jobs-long
                  jobs-resume jobs-memory
+bench_guide      guide: guide-write guide-read      concurrent file operations as the guide to them has
+                 guide-atomic guide-transaction     them, and the guide's own figures
+                 guide-locks guide-memory
+                 guide-queue guide-status
+bench_claims     claims: claim-batching claim-mmap  four claims of that guide: true, false, or depends
+                 claim-aiofiles claim-locks
+bench_scale      scale: scale-workers scale-tasks   throughput over workers, tasks, slots and claims
+                 scale-ring
+bench_faults     faults: faults-deaths heavy-tail   deaths, long tasks among short ones, large arrays
+                 arrays
 ``ringpool.bench.measure`` has the turns, ratios and verdicts, the machine, and the raw figures as JSON.
 """
 
@@ -22,7 +32,18 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import bench_atomic, bench_dispatch, bench_jobs, bench_locks, bench_pools, bench_status
+from benchmarks import (
+    bench_atomic,
+    bench_claims,
+    bench_dispatch,
+    bench_faults,
+    bench_guide,
+    bench_jobs,
+    bench_locks,
+    bench_pools,
+    bench_scale,
+    bench_status,
+)
 
 from ringpool.bench import measure
 from ringpool.bench.measure import Case
@@ -34,8 +55,19 @@ CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     **bench_status.CASES,
     **bench_pools.CASES,
     **bench_jobs.CASES,
+    **bench_guide.CASES,
+    **bench_claims.CASES,
+    **bench_scale.CASES,
+    **bench_faults.CASES,
 }
-GROUPS = {"pools": tuple(bench_pools.CASES), "jobs": tuple(bench_jobs.CASES)}
+GROUPS = {
+    "pools": tuple(bench_pools.CASES),
+    "jobs": tuple(bench_jobs.CASES),
+    "guide": tuple(bench_guide.CASES),
+    "claims": tuple(bench_claims.CASES),
+    "scale": tuple(bench_scale.CASES),
+    "faults": tuple(bench_faults.CASES),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

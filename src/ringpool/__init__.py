@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 from ringpool import startup as startup  # before everything else
 
 if TYPE_CHECKING:
+    from ringpool.bench.own import (
+        benchmark as benchmark,
+    )
     from ringpool.coordinator.coordinator import (
         Coordinator as Coordinator,
         CoordinatorStats as CoordinatorStats,
@@ -115,6 +118,7 @@ __version__ = "0.1.0"
 _HOMES = {
     name: home
     for home, names in {
+        "bench.own": "benchmark",
         "coordinator.coordinator": "Coordinator CoordinatorStats FileTask",
         "coordinator.engines": "register_joblib_backend",
         "coordinator.executor": "ExecutorStats ExecutorView RingPoolExecutor TaskOptions WorkerExit",

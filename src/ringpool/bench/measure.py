@@ -101,6 +101,13 @@ class Turns(NamedTuple, Generic[Figure]):
     others: list[float]
 
 
+class Cpu(NamedTuple):
+    """CPU seconds spent so far: by this process, and by its descendants, living or ended."""
+
+    own_s: float
+    descendants_s: float
+
+
 class Case(NamedTuple):
     """What was measured, as in ``Turns``, in ``unit``; and what it is to show."""
 
@@ -122,13 +129,20 @@ def at_most(limit: float) -> Bar:
     return Bar(limit, at_least=False)
 
 
-def take_turns(contestants: Mapping[str, Callable[[], Figure]], rounds: int) -> Turns[Figure]:
-    """Let each contestant run once a round, in their order. One more round, before the first, warms up."""
+def take_turns(
+    contestants: Mapping[str, Callable[[], Figure]], rounds: int, on_turn: Callable[[int, str], object] | None = None
+) -> Turns[Figure]:
+    """Let each contestant run once a round, in their order. One more round, before the first, warms up.
+
+    ``on_turn`` is told the round (0: the one that warms up) and the contestant before each turn.
+    """
     series: dict[str, list[Figure]] = {name: [] for name in contestants}
     others: list[float] = []
     for number in range(rounds + 1):
         began_s, began_busy_s = time.perf_counter(), _others_s()
         for name, run in contestants.items():
+            if on_turn is not None:
+                on_turn(number, name)
             gc.collect()
             figure = run()
             if number:
@@ -147,15 +161,21 @@ def _others_s() -> float:
         fields = line.split()
         if fields[0] in cores:
             busy_ticks += sum(int(fields[at]) for at in _BUSY_FIELDS)
-    own_s = 0.0
+    return busy_ticks / _TICKS_PER_S - sum(cpu_s())
+
+
+def cpu_s() -> Cpu:
+    """What this process and its descendants have spent. Exact to a hundredth of a second."""
     me = psutil.Process()
-    for process in (me, *me.children(recursive=True)):
+    times = me.cpu_times()
+    descendants_s = times.children_user + times.children_system
+    for process in me.children(recursive=True):
         try:
-            times = process.cpu_times()
+            spent = process.cpu_times()
         except psutil.NoSuchProcess:
             continue
-        own_s += times.user + times.system + times.children_user + times.children_system
-    return busy_ticks / _TICKS_PER_S - own_s
+        descendants_s += spent.user + spent.system + spent.children_user + spent.children_system
+    return Cpu(times.user + times.system, descendants_s)
 
 
 def rate_per_s(run: Callable[[Sequence[Item]], object], items: Sequence[Item]) -> Callable[[], float]:
@@ -270,15 +290,21 @@ def describe_machine(package: str) -> dict[str, Any]:
     }
 
 
-def print_machine(machine: Mapping[str, Any], rounds: int) -> None:
-    """Print the machine's description, and a warning where others seem to be at work on it."""
-    print(
+def machine_in_words(machine: Mapping[str, Any], rounds: int) -> str:
+    """The machine's description, and a warning where others seem to be at work on it."""
+    in_words = "1 round" if rounds == 1 else f"{rounds} rounds"
+    lines = [
         "{processor}, {cores} cores, {memory_mib:,} MiB; Linux {kernel}, {libc}, {python}".format_map(machine),
-        f"source {machine['source']}; {rounds} rounds; load before the start: {machine['load_1_minute']:.2f}",
-        sep="\n",
-    )
+        f"source {machine['source']}; {in_words}; load before the start: {machine['load_1_minute']:.2f}",
+    ]
     if machine["load_1_minute"] > machine["cores"] / 4:
-        print("Others are at work on this machine: figures are noisy, and those of two workers are too low.")
+        lines.append("Others are at work on this machine: figures are noisy, and those of two workers are too low.")
+    return "\n".join(lines)
+
+
+def print_machine(machine: Mapping[str, Any], rounds: int) -> None:
+    """Print what ``machine_in_words`` says."""
+    print(machine_in_words(machine, rounds))
 
 
 def write_json(file: Path, machine: Mapping[str, Any], cases: Sequence[Case]) -> None:

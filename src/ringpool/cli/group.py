@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ringpool import __version__
+from ringpool.cli.bench import bench
 from ringpool.cli.look import clean, results, status
 from ringpool.cli.run import resume, retry, run
 
@@ -31,5 +32,5 @@ def ringpool() -> None:
     """Run a function over very many files, on all cores. Kill any worker: no file is lost."""
 
 
-for _command in (run, resume, retry, status, results, clean):
+for _command in (run, resume, retry, status, results, clean, bench):
     ringpool.add_command(_command)

@@ -25,6 +25,7 @@
         JobMissingError            there is none in that directory
         JobBusyError               another process runs one there
         LedgerError                its ledger cannot be used
+      BenchmarkError             there is nothing to measure
       WorkerDiedError            the worker died while it ran this task (also a BrokenProcessPool)
         MemoryLimitError           it was killed, because it held more memory than it may
       TaskTimeoutError           the task ran longer than it may, and its worker was killed (also a TimeoutError)
@@ -139,6 +140,7 @@ if TYPE_CHECKING:
         WorkerDiedError as WorkerDiedError,
     )
     from ringpool.errors.jobs import (
+        BenchmarkError as BenchmarkError,
         CommandError as CommandError,
         CommandTemplateError as CommandTemplateError,
         InputChangedError as InputChangedError,
@@ -157,8 +159,8 @@ _LAZY = {
             "WorkerDiedError"
         ),
         "jobs": (
-            "CommandError CommandTemplateError InputChangedError JobBusyError JobError JobMissingError LedgerError "
-            "ListError"
+            "BenchmarkError CommandError CommandTemplateError InputChangedError JobBusyError JobError JobMissingError "
+            "LedgerError ListError"
         ),
     }.items()
     for name in names.split()

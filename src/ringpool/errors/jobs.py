@@ -116,3 +116,15 @@ class LedgerError(JobError):
 
     def __str__(self) -> str:
         return f"ledger {self.path}: {self.reason}"
+
+
+class BenchmarkError(RingpoolError):
+    """There is nothing to measure: every call has failed. Attributes: ``function``, ``reason`` (str)."""
+
+    def __init__(self, function: str, reason: str) -> None:
+        super().__init__(function, reason)
+        self.function = function
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.function} cannot be measured: {self.reason}"

@@ -1,0 +1,230 @@
+"""``ringpool bench``: how one's own function scales over workers; or, without one, what pools cost on this machine.
+
+    standard output   tables        standard error   whose turn it is, failures of the command
+    --json FILE       all figures   --plot FILE      speed-up and latency, as SVG
+
+What is measured with is imported when the command is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ringpool.cli import EXIT_FAILED
+from ringpool.cli.lines import one_line, say
+from ringpool.cli.options import Call, Number, pairs_of
+
+if TYPE_CHECKING:
+    from ringpool.bench.scaling import BenchmarkReport
+
+DEFAULT_WORKERS = "1,2,4"
+POOL_CASES = ("one", "mapped", "trip", "start", "files", "lock")  # those of ``ringpool.bench.quick``
+SAY_EVERY_S = 3.0  # whose turn it is, where standard error is no terminal
+_ONLY_FOR_FUNCTIONS = ("workers", "param", "out", "turn_s", "sample", "durability", "plot")
+
+OnTurn = Callable[[int, str], None]
+
+
+@click.command(short_help="Measure a function of yours, or this machine's pools.")
+@click.argument("words", metavar="[MODULE:FUNCTION INPUTS...]", nargs=-1)
+@click.option("--workers", metavar="N,N...", help=f"Numbers of workers to compare. Default: {DEFAULT_WORKERS}.")
+@click.option("--param", metavar="NAME=VALUE", multiple=True, help="A parameter of the function.")
+@click.option(
+    "--out", metavar="PATTERN", multiple=True, help="Where outputs would go; NAME=PATTERN for each of several."
+)
+@click.option(
+    "--rounds", metavar="N", type=click.IntRange(1), help="Default: 5; without a function 9, or 3 if --quick."
+)
+@click.option("--turn", "turn_s", type=Number("S"), help="Seconds that a turn lasts at least. Default: 1.")
+@click.option("--sample", metavar="N", type=click.IntRange(1), help="Use so many of the inputs, drawn evenly.")
+@click.option(
+    "--durability", type=click.Choice(["none", "atomic", "data", "full"]), help="Of outputs, as in run. Default: full."
+)
+@click.option("--json", "json_file", metavar="FILE", type=click.Path(dir_okay=False), help="Write all figures there.")
+@click.option("--plot", metavar="FILE.svg", type=click.Path(dir_okay=False), help="Draw speed-up and latency there.")
+@click.option("--quick", is_flag=True, help="Without a function: less work, about a minute.")
+@click.option("--case", "cases", type=click.Choice(POOL_CASES), multiple=True, help="Without a function: only these.")
+@click.pass_context
+def bench(context: click.Context, words: tuple[str, ...], **options: Any) -> int:
+    """Measure how MODULE:FUNCTION scales over workers: throughput, latency, CPU and memory, beside a plain loop.
+
+    MODULE:FUNCTION and INPUTS are those of `ringpool run`. With --out, outputs are written to a temporary directory
+    beside where they would go, on the same file system, and removed after each turn: your own outputs stay as they are.
+    A function with other effects has them many times: it is called for each input in each turn.
+
+    Without a function: what a task costs in ringpool and in the pools that are installed beside it. Cases: no-ops, one
+    by one and mapped, a round trip, the start of a pool, 1 KiB files, a lock for each output.
+    """
+    for option in ("json_file", "plot"):
+        _require_directory(options[option])
+    if words:
+        for name in ("quick", "cases"):
+            if options[name]:
+                raise click.UsageError(
+                    f"{_option(context, name)} is for a benchmark without a function: leave one of both away"
+                )
+        return _bench_own(words, options)
+    given = [name for name in _ONLY_FOR_FUNCTIONS if options[name]]
+    if given:
+        option = _option(context, given[0])
+        raise click.UsageError(f"{option} needs a function to measure: give MODULE:FUNCTION and INPUTS")
+    return _bench_pools(options)
+
+
+def _option(context: click.Context, name: str) -> str:
+    """What an option is called on the command line."""
+    return next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
+
+
+def _require_directory(file: str | None) -> None:
+    """Now, not when all is measured."""
+    if file and not os.access(os.path.dirname(file) or ".", os.W_OK):
+        raise click.UsageError(f"{file} cannot be written: make the directory {os.path.dirname(file) or '.'} first")
+
+
+# ---- one's own function ----------------------------------------------------------------------------------------------
+
+
+def _bench_own(words: tuple[str, ...], options: dict[str, Any]) -> int:
+    function, *inputs = words
+    if not inputs:
+        raise click.UsageError("Missing argument 'INPUTS...': the files to call it for")
+    workers = _numbers(options["workers"] or DEFAULT_WORKERS)
+    call = Call(
+        function=function, inputs=tuple(inputs), out=options["out"], param=pairs_of("--param", options["param"])
+    )
+    if options["plot"]:
+        from ringpool.bench.plots import require_matplotlib
+
+        try:
+            require_matplotlib()
+        except ModuleNotFoundError as error:
+            raise click.UsageError(f"--plot: {error}") from None
+    from ringpool.bench.own import ROUNDS, TURN_S, benchmark
+    from ringpool.bench.tables import show
+    from ringpool.cli.calls import job_of
+    from ringpool.coordinator.pool import start_server
+    from ringpool.errors import BenchmarkError
+
+    job = job_of(call, b"")  # whatever is wrong with function, parameters and patterns, in the command's words
+    rounds = options["rounds"] or ROUNDS
+    start_server()
+    try:
+        with _shown(rounds) as on_turn:
+            report = benchmark(
+                function,
+                inputs,
+                workers,
+                output=_output_of(job),
+                params=call.param,
+                rounds=rounds,
+                turn_s=options["turn_s"] or TURN_S,
+                sample=options["sample"],
+                durability=options["durability"] or "full",
+                on_turn=on_turn,
+            )
+    except BenchmarkError as error:
+        say(one_line(error))
+        return EXIT_FAILED
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    _keep(report, options)
+    print(_machine_of(report), end="\n\n")
+    for table in report.as_tables():
+        show(table)
+    return 0 if report.ok else EXIT_FAILED
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise click.UsageError(f"--workers {text!r} is no list of numbers; write it like {DEFAULT_WORKERS}") from None
+
+
+def _output_of(job: Any) -> str | dict[str, str] | None:
+    outputs = job.outputs
+    if outputs is None:
+        return None
+    patterns = [pattern.pattern for pattern in outputs.patterns]
+    return dict(zip(outputs.names, patterns, strict=True)) if outputs.names else patterns[0]
+
+
+def _machine_of(report: BenchmarkReport) -> str:
+    from ringpool.bench.measure import machine_in_words
+
+    return machine_in_words(report.machine, report.rounds)
+
+
+def _keep(report: BenchmarkReport, options: dict[str, Any]) -> None:
+    if options["json_file"]:
+        report.write_json(options["json_file"])
+    if options["plot"]:
+        report.plot(options["plot"])
+
+
+# ---- pools -----------------------------------------------------------------------------------------------------------
+
+
+def _bench_pools(options: dict[str, Any]) -> int:
+    from pathlib import Path
+
+    from ringpool.bench import measure, quick
+    from ringpool.bench.tables import show
+    from ringpool.coordinator.pool import start_server
+
+    scale = quick.QUICK if options["quick"] else quick.FULL
+    rounds = options["rounds"] or scale.rounds
+    scale = scale._replace(rounds=rounds)
+    machine = quick.describe()
+    measure.print_machine(machine, rounds)
+    print(quick.peers_in_words(machine), end="\n\n", flush=True)
+    start_server()
+    cases: list[measure.Case] = []
+    for name in options["cases"] or POOL_CASES:
+        with _shown(rounds) as on_turn:
+            found = quick.CASES[name](scale, on_turn)
+        for case in found:
+            show(quick.as_table(case))
+            cases.append(case)
+    if options["json_file"]:
+        measure.write_json(Path(options["json_file"]), machine, cases)
+    return 0
+
+
+# ---- whose turn it is ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _shown(rounds: int) -> Generator[OnTurn]:
+    """Say whose turn it is meanwhile: in one line that changes, or where that cannot be, now and then."""
+    began_s = time.monotonic()
+
+    def sentence(number: int, name: str) -> str:
+        if not number:
+            return f"warming up: {name}"
+        left_s = (time.monotonic() - began_s) / number * (rounds + 1 - number)
+        return f"round {number} of {rounds}: {name}; about {left_s:.0f} s left"
+
+    if sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        from rich.console import Console
+
+        with Console(stderr=True).status("warming up") as status:
+            yield lambda number, name: status.update(sentence(number, name))
+        return
+    said_s = began_s
+
+    def on_turn(number: int, name: str) -> None:
+        nonlocal said_s
+        if time.monotonic() - said_s >= SAY_EVERY_S:
+            said_s = time.monotonic()
+            say(sentence(number, name))
+
+    yield on_turn

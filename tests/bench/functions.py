@@ -1,0 +1,48 @@
+"""Functions that the tests have measured. They are run by worker processes, which import this module."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def size(src: Path, *, times: int = 1) -> int:
+    return times * src.stat().st_size
+
+
+def copy(src: Path, dst: Path) -> int:
+    return dst.write_bytes(src.read_bytes())
+
+
+def copy_twice(src: Path, dst: dict[str, Path]) -> None:
+    dst["one"].write_bytes(src.read_bytes())
+    dst["two"].write_bytes(src.read_bytes())
+
+
+def write_down(src: Path, dst: Path, *, places: str) -> None:
+    """Copies, and leaves a note of where it was told to."""
+    dst.write_bytes(src.read_bytes())
+    with open(places, "a") as file:
+        file.write(f"{dst}\n")
+
+
+def fail_on_odd(src: Path) -> int:
+    number = int(src.stem)
+    if number % 2:
+        raise ValueError(f"number {number} is odd")
+    return number
+
+
+def fail(src: Path) -> None:
+    raise LookupError(src.name)
+
+
+def end_process_on_7(src: Path) -> None:
+    if src.stem == "7":
+        os._exit(3)
+
+
+def double(number: int, *, plus: int = 0) -> int:
+    if number == 3:
+        raise ValueError("three")
+    return 2 * number + plus
