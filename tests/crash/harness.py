@@ -278,6 +278,7 @@ class World:
                 n += 1
                 if layout.sequence_of(entry) == last:
                     worker.ring.words[RUN_STATE] = RunState.STOP
+            self.end_claim(results)
             worker.count(n, 0, n)
 
     def begin(self, worker: WorkerEnd, entry: int) -> bool:
@@ -301,8 +302,7 @@ class World:
             results.post(entry, Status.OK, Encoding.MSGPACK, value_of(entry), 1)
         else:
             self.stage(results, entry)
-            self.effect(entry)
-            results.finish(entry)
+            self.commit(results, entry)
 
     def run_claim(self, worker: WorkerEnd, results: Results, entries: Sequence[int]) -> None:
         """Start and run ``entries`` until one was taken back."""
@@ -310,10 +310,19 @@ class World:
             if not self.begin(worker, entry):
                 break
             self.run(results, entry)
+        self.end_claim(results)
+
+    def end_claim(self, results: Results) -> None:
+        """What a worker does when it has run a claim, or come to what was taken back: nothing."""
 
     def stage(self, results: Results, entry: int) -> None:
         """Announce the effect of ``entry``."""
         results.stage(entry, Encoding.MSGPACK, value_of(entry), 1, 0, 0, 0)
+
+    def commit(self, results: Results, entry: int) -> None:
+        """Have the effect that is staged, and say so."""
+        self.effect(entry)
+        results.finish(entry)
 
     def effect(self, entry: int) -> None:
         """What a task does to the world."""
@@ -374,7 +383,9 @@ class World:
                 disk=disk,
                 may_retry=claim.deaths + 1 < self.attempts_max,
             )
-            if action is Action.FINISH:
+            if action is Action.COMMIT and disk is Disk.STAGED:
+                self.effect(claim.entry)
+            if action in (Action.FINISH, Action.COMMIT):
                 end.post_for_dead(claim.entry, Status.OK)
             elif action is Action.FAIL:
                 end.post_for_dead(claim.entry, Status.DIED)
@@ -403,6 +414,7 @@ class World:
             for entry in entries:
                 assert self.begin(worker, entry), "an entry was taken back, and nobody takes any back"
                 self.run(results, entry)
+            self.end_claim(results)
             self.collect(end)
             if not entries and end.published == total == end.ring.words[DONE_HEAD]:
                 worker.ring.words[worker.ring.worker_word(index, layout.W_PID)] = 0
