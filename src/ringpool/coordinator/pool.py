@@ -308,6 +308,9 @@ def _preload() -> list[str]:
     """What the fork server imports, so that workers need not. In these versions of Python it does not import the main
     module, which will import in each worker what it has imported here; of that, we answer for our own modules.
     """
+    main = sys.modules["__main__"]
+    if getattr(main, "__spec__", None) is None and getattr(main, "__file__", None) is None:
+        return _PRELOAD  # typed at a prompt, or given by -c: workers will not import it
     ours = (name for name in sys.modules if name.startswith("ringpool."))
     return _PRELOAD + sorted(name for name in ours if not name.startswith("ringpool.cli."))
 
