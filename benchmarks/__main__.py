@@ -20,6 +20,7 @@ bench_scale      scale: scale-workers scale-tasks   throughput over workers, tas
                  scale-ring
 bench_faults     faults: faults-deaths heavy-tail   deaths, long tasks among short ones, large arrays
                  arrays
+bench_costs      costs: cost-cpu cost-locks         the CPU that a pool adds to a task, and file work under locks
 ``ringpool.bench.measure`` has the turns, ratios and verdicts, the machine, and the raw figures as JSON.
 """
 
@@ -35,6 +36,7 @@ from pathlib import Path
 from benchmarks import (
     bench_atomic,
     bench_claims,
+    bench_costs,
     bench_dispatch,
     bench_faults,
     bench_guide,
@@ -59,6 +61,7 @@ CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     **bench_claims.CASES,
     **bench_scale.CASES,
     **bench_faults.CASES,
+    **bench_costs.CASES,
 }
 GROUPS = {
     "pools": tuple(bench_pools.CASES),
@@ -67,6 +70,7 @@ GROUPS = {
     "claims": tuple(bench_claims.CASES),
     "scale": tuple(bench_scale.CASES),
     "faults": tuple(bench_faults.CASES),
+    "costs": tuple(bench_costs.CASES),
 }
 
 

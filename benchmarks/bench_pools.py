@@ -170,7 +170,7 @@ def _beside_none(
 def bench_cpu(quick: bool) -> Iterator[Case]:
     """Tasks of a millisecond, without a chunk size where a pool has a choice of its own."""
     scale = QUICK if quick else FULL
-    iterations = _calibrate()
+    iterations = calibrate()
     work = Work(compute, [iterations] * scale.cpu_tasks, [compute(iterations)] * scale.cpu_tasks)
     with contextlib.ExitStack() as stack:
         series, others = _beside_none(stack, CPU_MAPS, work, 1, scale)
@@ -180,7 +180,7 @@ def bench_cpu(quick: bool) -> Iterator[Case]:
     yield Case(title, "tasks/s", series, claims, others)
 
 
-def _calibrate() -> int:
+def calibrate() -> int:
     """How many iterations of ``compute`` take TASK_NS of CPU on this machine, at its quietest."""
     costs_ns: list[int] = []
     for _ in range(20):
