@@ -130,7 +130,7 @@ def bench_workers(quick: bool) -> Iterator[Case]:
     counts = worker_counts()
     for label, task_ns in TASKS_NS.items():
         with contextlib.ExitStack() as stack:
-            series, others = measure.take_turns(_scaling(stack, task_ns, counts, scale), scale.rounds)
+            series, others = measure.take_turns(scaling(stack, task_ns, counts, scale), scale.rounds)
         names = (FILES, peers.MAP, FUTURES)
         claims = [
             Claim(workers_name(name, n), workers_name(base, n))
@@ -141,7 +141,7 @@ def bench_workers(quick: bool) -> Iterator[Case]:
         yield Case(f"scale-workers, {label} of CPU a file task", "tasks/s", series, claims, others)
 
 
-def _scaling(
+def scaling(
     stack: contextlib.ExitStack, task_ns: int, counts: Sequence[int], scale: Scale
 ) -> dict[str, Callable[[], float]]:
     """All contestants with each number of workers, closed with ``stack``. Processes are forked before threads start."""

@@ -6,7 +6,6 @@ with one            call(src, staged) -> stage: COMMITTING -> rename, under the 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,7 @@ from ringpool.workers import tasks, values
 from ringpool.workers.confinement import Confinement
 from ringpool.workers.files import naming, output
 from ringpool.workers.files.durability import Durability
-from ringpool.workers.files.locks import PathLock
+from ringpool.workers.files.locks import call_locked
 from ringpool.workers.posting import Post
 
 FUNCTIONS_MAX = 32  # bound at a time, with their parameters
@@ -99,10 +98,13 @@ class FileRunner:
             end_ns = time.monotonic_ns()
             self._confinement.end_if_forked()
             body, encoding, blob_bytes = post.place(entry, encoded)
-            with PathLock(os.fsdecode(target)):
+
+            def commit() -> None:
                 results.stage(entry, encoding, body, end_ns - start_ns, blob_bytes, file.dev, file.ino)
-                output.publish_staged(staged, target, function.durability)
+                output.publish_staged(staged, target, function.durability, is_linked=file.n_links > 1)
                 results.finish(entry)
+
+            call_locked(target, None, commit)
         except BaseException:
             self._confinement.end_if_forked()
             output.discard_staged(staged)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
 import threading
 from pathlib import Path
 
+import pytest
 from tests.workers.files import child_store
 from tests.workers.files.child import Child
 
+from ringpool.workers.files.lockfiles import lock_file
 from ringpool.workers.files.locks import PathLock
 from ringpool.workers.files.resources import resource_stats
 
@@ -42,17 +45,32 @@ def test_it_tells_what_is_open_and_what_the_limits_are(tmp_path: Path) -> None:
 
 
 def test_the_table_of_locks_is_bounded_and_a_held_one_stays(tmp_path: Path) -> None:
-    with PathLock(tmp_path / "held"):
-        for number in range(200):
-            with PathLock(tmp_path / f"{number}"):
+    bases = [tmp_path / name for name in ("a", "b", "c")]  # each has stripes of its own, as many as the table holds
+    for base in bases:
+        base.mkdir()
+
+    def lock_many(base: Path) -> None:
+        for number in range(1000):
+            with PathLock(base / f"{number}"):
                 pass
+
+    with PathLock(tmp_path / "held", base=tmp_path / "a"):
+        lock_many(bases[0])
+        lock_many(bases[1])
         stats = resource_stats()
-        assert 2 <= stats.lock_files_open <= stats.lock_files_max
-    before = stats.descriptors_open
-    for number in range(200, 400):
-        with PathLock(tmp_path / f"{number}"):
-            pass
-    assert resource_stats().descriptors_open <= before + 2
+        assert stats.lock_files_open == stats.lock_files_max
+        lock_many(bases[2])
+        after = resource_stats()
+        assert after.lock_files_open == after.lock_files_max
+        assert after.descriptors_open == stats.descriptors_open
+        with pytest.raises(BlockingIOError):
+            take(lock_file(os.fsencode(tmp_path / "a"), PathLock(tmp_path / "held").stripe))
+
+
+def take(path: bytes) -> None:
+    """Take a lock file as somebody else would."""
+    with open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_with_no_descriptor_left_it_still_tells_what_it_can(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class Place(NamedTuple):
 def find(path: bytes, base: bytes | None) -> Place:
     """Where ``path`` is locked. Raises ``OSError``."""
     directory, device, inode, name = _place(path)
-    return Place(base or _base_of(directory, device, inode), stripe_in(device, inode, name), directory)
+    return Place(base or base_of(directory, device, inode), stripe_in(device, inode, name), directory)
 
 
 def stripe_of(path: bytes) -> int:
@@ -78,7 +78,7 @@ def root_of(directory: bytes) -> bytes:
     A real path. Raises ``OSError`` where there is no such directory.
     """
     found = calls.stat(directory)
-    return _base_of(directory, found.st_dev, found.st_ino)
+    return base_of(directory, found.st_dev, found.st_ino)
 
 
 def bases_between(root: bytes, directory: bytes) -> list[bytes]:
@@ -193,7 +193,7 @@ def _folded(name: bytes) -> bytes:
     return normalize("NFD", normalize("NFD", text).casefold()).encode("utf-8", "surrogateescape")
 
 
-def _base_of(directory: bytes, device: int, inode: int) -> bytes:
+def base_of(directory: bytes, device: int, inode: int) -> bytes:
     """The outermost ancestor of ``directory`` that has a ``.ringpool``, else ``directory`` itself, as a real path."""
     real, ancestors = _ancestors(directory, device, inode)
     if real != directory and not _leads_to(real, device, inode):  # renamed since it was remembered

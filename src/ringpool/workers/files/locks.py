@@ -214,8 +214,8 @@ class PathLock(_Lock):
         self.release()
 
 
-def call_locked(path: bytes, base: bytes, call: Callable[[], object]) -> None:
-    """``call`` under the exclusive ``PathLock(path, base=base)``, which costs half when it is free.
+def call_locked(path: bytes, base: bytes | None, call: Callable[[], object]) -> None:
+    """``call`` under the exclusive ``PathLock(path, base=base)``, at half the cost where that is free.
 
     ``path``: absolute, and no symlink. Raises what both raise.
     """

@@ -21,7 +21,7 @@ from enum import Enum
 from hashlib import blake2b
 from typing import NamedTuple
 
-from ringpool.errors import FileOperationError, OutputMissingError
+from ringpool.errors import DurabilityError, FileOperationError, OutputMissingError
 from ringpool.workers.files.durability import Durability, close_quietly, make_directories, sync
 from ringpool.workers.files.oslayer import calls
 from ringpool.workers.files.target import failed, final_target, lstat, take_over
@@ -78,9 +78,7 @@ def finish_staged(
             own = calls.fstat(fd)
             if not stat.S_ISREG(own.st_mode):
                 raise OutputMissingError(os.fsdecode(target), os.fsdecode(staged), "is not a regular file")
-            # access first: Python's exception for a missing file costs more than the rest
-            is_there = not is_new and calls.access(target, os.F_OK, follow_symlinks=False)
-            replaced = lstat(target) if is_there else None
+            replaced = None if is_new else lstat(target)
             if replaced is not None and own.st_nlink == 1:  # a link's metadata would be those of the other names, too
                 take_over(fd, own, replaced, target, None)
             if durability in (Durability.DATA, Durability.FULL):
@@ -109,28 +107,33 @@ def digest_of(fd: int, size: int) -> bytes:
     return content.digest()
 
 
-def publish_staged(staged: bytes, target: bytes, durability: Durability) -> None:
+def publish_staged(staged: bytes, target: bytes, durability: Durability, *, is_linked: bool = True) -> None:
     """Give the finished file its final name, in one step; with ``full`` the name is on disk when this returns.
 
-    Raises ``AtomicWriteError``: not published, the staged file is gone. ``DurabilityError``: published, but perhaps not
-    for ever.
+    ``is_linked``: the file has, or may have, other names (its identity tells). Raises ``AtomicWriteError``: not
+    published, the staged file is gone. ``DurabilityError``: published, but perhaps not for ever.
     """
-    directory, name = os.path.split(target)
     dir_fd = -1
     try:
         if durability == Durability.FULL:
+            directory, name = os.path.split(target)
             dir_fd = calls.open(directory or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             calls.rename(staged, name, dst_dir_fd=dir_fd)  # the commit point
         else:
             calls.rename(staged, target)  # the commit point
-    except OSError as error:
-        raise failed(target, "rename", error) from error
-    else:
+        if is_linked:
+            discard_staged(staged)  # where both names are links of one file, rename(2) does nothing
         if dir_fd >= 0:
             sync(dir_fd, target, "fsync of its directory, after the rename")
-    finally:
-        # After a rename this finds nothing, but where both names were links of one file: rename(2) then does nothing.
+    except DurabilityError:
+        raise
+    except OSError as error:
         discard_staged(staged)
+        raise failed(target, "rename", error) from error
+    except BaseException:
+        discard_staged(staged)
+        raise
+    finally:
         if dir_fd >= 0:
             close_quietly(dir_fd)
 

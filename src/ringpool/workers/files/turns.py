@@ -58,20 +58,22 @@ def arrive(turn: Turn, base: bytes | None, *, may_wait: bool) -> bool:
     raise OSError(errno.ESTALE, "its lock file is removed again and again", turn.path)
 
 
-def arrive_at_once(turn: Turn, base: bytes) -> bool:
+def arrive_at_once(turn: Turn, base: bytes | None) -> bool:
     """Whether ``turn`` holds; otherwise it does not wait, and may still be entered: ``leave`` in any case.
 
     The short way of ``arrive``, for a path that is no symlink, and a lock file that is open, free and unmarked. Of
     whatever else there is, errors too, it says False; ``arrive`` then finds out.
     """
     directory, _, name = turn.path.rpartition(b"/")
-    if (base, directory) not in _looked_at:
-        return False
     try:
         found = calls.stat(directory)
-        number = lockfiles.stripe_in(found.st_dev, found.st_ino, name)
+        device, inode = found.st_dev, found.st_ino
+        root = base or lockfiles.base_of(directory, device, inode)
+        if (root, directory) not in _looked_at:
+            return False
+        number = lockfiles.stripe_in(device, inode, name)
         with stripes.mutex:
-            stripe = turn.stripe = _stripes.get((base, number))
+            stripe = turn.stripe = _stripes.get((root, number))
             return stripe is not None and stripe.arrive(turn, may_wait=False) and not turn.is_marked
     except (OSError, StaleError):
         return False
