@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-
 
 def compute(iterations: int) -> int:
     """A fixed amount of computing."""
@@ -12,11 +9,3 @@ def compute(iterations: int) -> int:
     for i in range(iterations):
         total += i & 1
     return total
-
-
-def compute_or_die(task: tuple[int, bool]) -> int:
-    """``compute``, or the end of this process."""
-    iterations, dies = task
-    if dies:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return compute(iterations)

@@ -40,6 +40,7 @@ HELD_BYTES_MAX = 1 << 26
 DRAW_S = 0.001  # an iterator that takes longer has its items sent before it is asked for more
 DRAW_GROUP_MAX = 32
 REFILL_AT = 0.75  # of what may be under way: below that, more is sent
+BUFFER_PARTS = 8  # a buffer whose size is given is filled again when so small a part of it is free
 FILL_S = 0.001  # how long items are drawn while results wait to be taken
 
 
@@ -173,8 +174,14 @@ class MapRun:
 
     def _wants_more(self) -> bool:
         """Whether so few items are under way that it is time to send some: several vectors at once, not one by one."""
-        n_under_way = self._n_drawn - self.inbox.n_arrived - self._n_unsent
-        return self._options.buffersize is not None or n_under_way <= self._sizer.under_way_max * REFILL_AT
+        buffersize = self._options.buffersize
+        if buffersize is not None:
+            return self._unbounded or buffersize - self._n_drawn + self._n_given >= self._refill(buffersize)
+        return self._n_drawn - self.inbox.n_arrived - self._n_unsent <= self._sizer.under_way_max * REFILL_AT
+
+    def _refill(self, buffersize: int) -> int:
+        """So much of the buffer is to be free before more is drawn: one by one, items would cost a vector each."""
+        return max(1, min(self._sizer.n, buffersize // BUFFER_PARTS))
 
     def _room(self) -> int:
         """How many items may be drawn now."""
@@ -267,10 +274,15 @@ class MapRun:
             self.close()
 
     def _one_by_one(self, outcomes: list[Any]) -> Iterator[Any]:
+        buffersize, n_given = self._options.buffersize, 0
+        refill = self._refill(buffersize) if buffersize is not None else 0
         while outcomes:
-            if self._options.buffersize is not None:
-                self._n_given += 1
-                self.fill()
+            if refill:
+                n_given += 1
+                if n_given >= refill or len(outcomes) == 1:
+                    self._n_given += n_given
+                    n_given = 0
+                    self.fill()
             if type(outcomes[-1]) is not Failure:
                 yield outcomes.pop()
             elif self._options.return_exceptions:
