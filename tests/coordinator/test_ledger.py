@@ -28,7 +28,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from tests.workers.files.child import Child, listen, say
 
 from ringpool.coordinator import ledger as ledgers
-from ringpool.coordinator.ledger import Counts, Found, JobLock, Ledger, Made, Row, RowTuple, State
+from ringpool.coordinator.joblock import JobLock
+from ringpool.coordinator.ledger import Counts, Found, Ledger, Made, Row, RowTuple, State
 from ringpool.errors import JobBusyError, JobMissingError, LedgerError
 
 PR_SET_PDEATHSIG = 1

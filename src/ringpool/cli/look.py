@@ -38,7 +38,8 @@ _LEDGER_FILES = ("ledger.db-wal", "ledger.db-shm", "ledger.db")
 @click.option("--json", "as_object", is_flag=True, help="As one JSON object.")
 def status(directory: str, as_object: bool) -> int:
     """What is done of the jobs of DIR, the current directory if none is given; the one that ran last comes first."""
-    from ringpool.coordinator.ledger import JobLock, Ledger
+    from ringpool.coordinator.joblock import JobLock
+    from ringpool.coordinator.ledger import Ledger
 
     with Ledger.open(Path(directory), create=False, read_only=True) as ledger:
         running = JobLock(Path(directory)).holder()
@@ -223,7 +224,8 @@ def clean(directory: str, forgets: bool, yes: bool) -> int:
 
     The next run does the same. Outputs that are in their places stay there, with --ledger too.
     """
-    from ringpool.coordinator.ledger import JobLock, Ledger
+    from ringpool.coordinator.joblock import JobLock
+    from ringpool.coordinator.ledger import Ledger
     from ringpool.errors import LedgerError
 
     place = Path(directory)
@@ -254,8 +256,8 @@ def _confirm(directory: str) -> None:
 
 def _collect(place: Path, *, forgets: bool) -> int:
     """Drain what dead runs left, put it into the ledger if there is one that can be read; how many files."""
-    from ringpool.coordinator.job import take_over_dead_runs
     from ringpool.coordinator.ledger import Ledger
+    from ringpool.coordinator.takeover import take_over_dead_runs
     from ringpool.errors import LedgerError
     from ringpool.shm import segment
 

@@ -12,15 +12,11 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import functools
-import inspect
 import os
 import shutil
 import signal
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -31,22 +27,24 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ringpool.coordinator import drain, jobrun, verify
+from ringpool.coordinator import jobrun, verify
+from ringpool.coordinator.functiondigest import encode_sorted, function_digest
 from ringpool.coordinator.inputs import InputFile, largest_first, list_inputs, relpaths_are_unique
+from ringpool.coordinator.joblock import JobLock
+from ringpool.coordinator.joboptions import JobOptions as JobOptions
 from ringpool.coordinator.jobrun import Failure, JobRun, Planned, Progress, RunSettings, StopNow, Work
-from ringpool.coordinator.ledger import JobLock, Ledger
+from ringpool.coordinator.ledger import Ledger
 from ringpool.coordinator.lists import relpath_of
 from ringpool.coordinator.outputs import NamedOutputs, hash_of, with_outputs
 from ringpool.coordinator.pool import Pool, WorkerLimits, require_no_main_import
 from ringpool.coordinator.stagedjobs import staging_directory
+from ringpool.coordinator.takeover import base_of, drain_into, take_over_dead_runs
 from ringpool.errors import JobError, OutputPatternError, ParameterError, RingpoolError, words_of
 from ringpool.shm import blobs, layout, segment
 from ringpool.shm.layout import Encoding
 from ringpool.workers import jobtasks, tasks
-from ringpool.workers.files.durability import Durability
 from ringpool.workers.files.locks import PathLock
 from ringpool.workers.jobtasks import COMMAND, JobSpec
-from ringpool.workers.retry import RetryPolicy
 from ringpool.workers.setup import Setup
 
 if TYPE_CHECKING:
@@ -56,57 +54,6 @@ FilePath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Inputs = FilePath | Sequence[FilePath] | Iterable[FilePath | InputFile]
 _FIELDS_OF_FILE = frozenset({"relpath", "parent", "index", "hash"})
 _ENCODING, _ENCODING_ERRORS = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
-_encode_sorted = functools.partial(msgspec.msgpack.encode, order="deterministic", enc_hook=repr)
-
-
-class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How a job is run.
-
-    ``durability`` of outputs: ``"none"``, ``"atomic"``, ``"data"`` or ``"full"`` (the default, at which many outputs
-    share their syncs). ``retry``: how a call that raises is tried again. ``attempts_max``: how often a file is begun
-    whose workers die, until it is set aside. ``timeout_s`` of each file, ``memory_limit_bytes`` of each worker: it is
-    killed. ``nice``: added to the workers' niceness. ``max_tasks_per_child``: a worker is replaced after so many.
-    ``max_failures``, ``max_failure_share`` (0 to 1): with more, the run takes no new file. ``rate_per_s``: at most so
-    many files are begun. ``largest_first``: list all, then begin with the largest. ``fingerprints``: inputs are files,
-    and their size, mtime and inode tell whether they changed (False: they are names, of anything). ``checksums``: of
-    the inputs' content too. ``digests`` of outputs, for ``verify="digest"``. ``grace_s``: how long running files have
-    when the run is stopped.
-    """
-
-    durability: str = "full"
-    retry: RetryPolicy | None = None
-    attempts_max: int = 3
-    timeout_s: float | None = None
-    memory_limit_bytes: int | None = None
-    nice: int = 0
-    max_tasks_per_child: int | None = None
-    max_failures: int | None = None
-    max_failure_share: float | None = None
-    rate_per_s: float | None = None
-    largest_first: bool = False
-    fingerprints: bool = True
-    checksums: bool = False
-    digests: bool = True
-    grace_s: float = 10.0
-
-    def __post_init__(self) -> None:
-        Durability(self.durability)
-        for name, accepts, wanted in _RULES:
-            value = getattr(self, name)
-            if value is not None and not accepts(value):
-                raise ValueError(f"{name} of a job must be {wanted}, not {value!r}")
-
-
-_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("attempts_max", lambda n: 1 <= n <= layout.ATTEMPT_MAX, f"from 1 to {layout.ATTEMPT_MAX}"),
-    ("timeout_s", lambda s: s > 0, "more than 0 seconds"),
-    ("memory_limit_bytes", lambda n: n > 0, "more than 0 bytes"),
-    ("max_tasks_per_child", lambda n: n >= 1, "1 or more"),
-    ("max_failures", lambda n: n >= 0, "0 or more"),
-    ("max_failure_share", lambda share: 0 <= share <= 1, "a share from 0 to 1"),
-    ("rate_per_s", lambda rate: rate > 0, "more than 0 files a second"),
-    ("grace_s", lambda s: s >= 0, "0 seconds or more"),
-)
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -168,7 +115,7 @@ class Job:
         self._check_output()
         own = tasks.validate(self.name, self._signature, params or {})
         self._parameters = tasks.pack_parameters(self.name, own)
-        self.digest = _digest(self.name, own)
+        self.digest = function_digest(self.name, own)
         self.directory = Path(directory if directory is not None else self.outputs.base if self.outputs else ".")
         self._inputs = inputs
         self._include, self._exclude = tuple(include), tuple(exclude)
@@ -328,7 +275,7 @@ class Job:
                 own["fields"] = fields(file, index)
             targets = tuple([_absolute(output, here) for output in outputs])
             if own:
-                own_digest = blake2b(_encode_sorted(own), digest_size=16).digest()
+                own_digest = blake2b(encode_sorted(own), digest_size=16).digest()
                 packed, parameters = (
                     tasks.pack_parameters(self.name, own),
                     jobtasks.parameters_digest(self.digest, own_digest),
@@ -406,7 +353,7 @@ class Job:
             setup=lambda: Setup(os.nice, (options.nice,), None) if options.nice else None,
             retains=True,
         )
-        name, staging = pool.name, staging_directory(_base(self.directory), pool.token)
+        name, staging = pool.name, staging_directory(base_of(self.directory), pool.token)
         run_id, outcome = 0, ""
         try:
             os.makedirs(staging, exist_ok=True)
@@ -429,7 +376,7 @@ class Job:
                 with contextlib.suppress(RingpoolError) if run_id == 0 else contextlib.nullcontext():
                     run.commit_rows()
                     n_counted = ledger.counts(job).done
-                    if _drain_into(ledger, name):  # what was done when the workers were killed; some of it is counted
+                    if drain_into(ledger, name):  # what was done when the workers were killed; some of it is counted
                         run.progress.done += ledger.counts(job).done - n_counted
                 segment.unlink(name)
                 shutil.rmtree(staging, ignore_errors=True)
@@ -460,22 +407,6 @@ class Job:
         return Report(progress, tuple(run.failures), dict(run.kinds), seconds, progress.stopping)
 
 
-def take_over_dead_runs(directory: Path, ledger: Ledger) -> int:
-    """Drain into ``ledger`` what runs of ``directory`` left whose processes are dead, and remove what they staged; how
-    many files that gave. Its caller holds the lock: nobody alive stages there.
-    """
-    staging = os.path.dirname(staging_directory(_base(directory), "x"))
-    n = 0
-    for name in drain.segments_of(staging):
-        n += _drain_into(ledger, name)
-    shutil.rmtree(staging, ignore_errors=True)
-    return n
-
-
-def _base(directory: Path) -> bytes:
-    return os.path.abspath(os.fsencode(directory))
-
-
 def _outputs(output: str | Mapping[str, str] | None) -> NamedOutputs | None:
     if output is None:
         return None
@@ -501,20 +432,6 @@ def _absolute(path: str, directory: bytes) -> bytes:
     return os.path.normpath(raw) if b"/." in raw or b"//" in raw else raw
 
 
-def _drain_into(ledger: Ledger, name: str) -> int:
-    """Put what a dead run has done into the ledger, and remove its segment; how many files."""
-    by_job: dict[int, list[tuple[Any, ...]]] = {}
-
-    def deliver(drained: drain.Drained) -> None:
-        by_job.setdefault(drained.spec.job, []).append(jobrun.row_of_drained(drained))
-
-    drain.drain(name, deliver)
-    for job, rows in by_job.items():
-        ledger.write(job, rows)
-    segment.unlink(name)
-    return sum(map(len, by_job.values()))
-
-
 def _found_locks(base: Path) -> None:
     """Have all lock files of a run below one directory: without it, each directory of outputs would get its own."""
     base.mkdir(parents=True, exist_ok=True)
@@ -530,21 +447,6 @@ def _require_one_file_system(directory: Path, base: Path) -> None:
             f"what is not finished: put both on one, or the ledger where the outputs are (directory={str(base)!r}, "
             "--job on the command line)"
         )
-
-
-def _digest(name: str, parameters: dict[str, Any]) -> bytes:
-    """What is done to each file, in 16 bytes: the function, by its name and its own source, and its parameters."""
-    return blake2b(_encode_sorted((name, _source_of(name), parameters)), digest_size=16).digest()
-
-
-def _source_of(name: str) -> str:
-    """The text of a function without comments, and in one form: what it does, as far as it stands in itself."""
-    if name == COMMAND:
-        return ""
-    try:
-        return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(tasks.resolve(name))))))
-    except (OSError, TypeError, SyntaxError, ValueError):  # a builtin, or typed at a prompt
-        return ""
 
 
 @contextlib.contextmanager

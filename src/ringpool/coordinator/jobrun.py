@@ -24,19 +24,18 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ringpool.coordinator import verify
-from ringpool.coordinator.drain import Drained
 from ringpool.coordinator.futures import outcome_of
 from ringpool.coordinator.inbox import Inbox
-from ringpool.coordinator.ledger import Ledger, Made, State
+from ringpool.coordinator.jobrows import KIND, STATE, row_of, row_of_error
+from ringpool.coordinator.ledger import Ledger, State
 from ringpool.coordinator.pool import Pool
 from ringpool.coordinator.tickets import Ticket
-from ringpool.errors import RemoteError, WorkerDiedError, words_of
 from ringpool.shm import blobs, layout
 from ringpool.shm.dispatch import Task
 from ringpool.shm.layout import Encoding, Form, Status
 from ringpool.shm.results import ResultRecord
 from ringpool.workers import jobtasks, values
-from ringpool.workers.jobtasks import JobOutcome, JobPayload
+from ringpool.workers.jobtasks import JobPayload
 
 WINDOW = 1024  # tasks under way
 SLOTS = 4 * WINDOW  # ... and results that the ledger does not have yet
@@ -46,7 +45,6 @@ FILL_S = 0.002  # how long inputs are drawn while results wait to be taken
 FLUSH_TICKETS = 64
 TELL_S = 0.1
 FAILURES_KEPT = 20
-encode_made = msgspec.msgpack.Encoder().encode
 _OK, _DIED, _CANCELLED, _BLOB = int(Status.OK), int(Status.DIED), int(Status.CANCELLED), int(Encoding.BLOB)
 
 
@@ -416,14 +414,14 @@ class JobRun:
             assert value is not None
             row = row_of_error(work, record, value)
             progress.retried += record.attempt > 0
-            self.kinds[row[_KIND]] += 1
-            if row[_STATE] == State.DEAD:
+            self.kinds[row[KIND]] += 1
+            if row[STATE] == State.DEAD:
                 progress.dead += 1
                 self._n_dead += 1
             else:
                 progress.failed += 1
             if len(self.failures) < FAILURES_KEPT:
-                self.failures.append(Failure(work.path, row[_KIND], row[_KIND + 1]))
+                self.failures.append(Failure(work.path, row[KIND], row[KIND + 1]))
         self._rows.append(row)
         if self._on_row is not None:
             self._on_row(work, row, value)
@@ -447,71 +445,6 @@ class _DrawingStopped(BaseException):
 
 SHARE_OF_MIN = 100  # files that must have ended before a share of failures means anything
 _JOB = int(Form.JOB)
-_STATE, _KIND = 2, 13  # places in a row
-
-
-def row_of(
-    source: bytes, targets: tuple[bytes, ...], parameters: bytes, record: ResultRecord, outcome: JobOutcome
-) -> tuple[Any, ...]:
-    """The row of a file that is done."""
-    found = outcome.input
-    made = encode_made([Made(path, one.size, one.digest) for path, one in zip(targets, outcome.outputs, strict=True)])
-    return (
-        source,
-        targets[0] if targets else b"",
-        int(State.DONE),
-        found.size,
-        found.mtime_ns,
-        found.inode,
-        found.checksum,
-        parameters,
-        made,
-        outcome.value or None,
-        outcome.encoding,
-        record.attempt + outcome.calls,
-        record.attempt,
-        "",
-        "",
-        "",
-        record.worker,
-        outcome.started_s,
-        record.duration_ns / 1e9,
-        outcome.peak_rss,
-    )
-
-
-def row_of_error(work: Work, record: ResultRecord, error: BaseException) -> tuple[Any, ...]:
-    """The row of a file that failed. Dead, where its workers died in it."""
-    kind = error.type_name if isinstance(error, RemoteError) else type(error).__name__
-    is_dead = record.status == _DIED and isinstance(error, WorkerDiedError)
-    text = error.traceback if isinstance(error, RemoteError) else ""
-    if error.__cause__ is not None and not text:
-        text = str(error.__cause__).strip('"\n')
-    return (
-        work.source,
-        work.targets[0] if work.targets else b"",
-        int(State.DEAD if is_dead else State.FAILED),
-        *(-1, -1, -1, b""),
-        work.parameters,
-        b"\x90",
-        None,
-        0,
-        record.attempt + 1,
-        record.attempt + is_dead,
-        kind,
-        words_of(error),
-        text,
-        record.worker if record.worker < layout.WORKERS_MAX else -1,
-        time.time() - record.duration_ns / 1e9,
-        record.duration_ns / 1e9,
-        getattr(error, "peak_rss_bytes", 0),
-    )
-
-
-def row_of_drained(drained: Drained) -> tuple[Any, ...]:
-    """The row of a file that a dead run had done."""
-    spec, task, record, outcome = drained
-    return row_of(task.source, task.targets, jobtasks.parameters_digest(spec.digest, task.own_digest), record, outcome)
 
 
 def _body_of(ticket: Ticket, record: ResultRecord) -> bytes | memoryview:

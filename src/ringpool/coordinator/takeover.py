@@ -1,0 +1,44 @@
+"""What runs that are dead have left of a job: taken into its ledger, and away."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ringpool.coordinator import drain, jobrows
+from ringpool.coordinator.ledger import Ledger
+from ringpool.coordinator.stagedjobs import staging_directory
+from ringpool.shm import segment
+
+
+def take_over_dead_runs(directory: Path, ledger: Ledger) -> int:
+    """Drain into ``ledger`` what runs of ``directory`` left whose processes are dead, and remove what they staged; how
+    many files that gave. Its caller holds the lock: nobody alive stages there.
+    """
+    staging = os.path.dirname(staging_directory(base_of(directory), "x"))
+    n = 0
+    for name in drain.segments_of(staging):
+        n += drain_into(ledger, name)
+    shutil.rmtree(staging, ignore_errors=True)
+    return n
+
+
+def base_of(directory: Path) -> bytes:
+    """Its absolute path, as what stages there has it."""
+    return os.path.abspath(os.fsencode(directory))
+
+
+def drain_into(ledger: Ledger, name: str) -> int:
+    """Put what a dead run has done into the ledger, and remove its segment; how many files."""
+    by_job: dict[int, list[tuple[Any, ...]]] = {}
+
+    def deliver(drained: drain.Drained) -> None:
+        by_job.setdefault(drained.spec.job, []).append(jobrows.row_of_drained(drained))
+
+    drain.drain(name, deliver)
+    for job, rows in by_job.items():
+        ledger.write(job, rows)
+    segment.unlink(name)
+    return sum(map(len, by_job.values()))
