@@ -18,6 +18,7 @@ from tests.coordinator import call_functions as functions
 from tests.coordinator.program import WATCHDOG_S, wait_until
 
 from ringpool import RingPoolExecutor
+from ringpool.coordinator.maprun import MapRun
 from ringpool.errors import PoolError
 
 BOTH = pytest.mark.parametrize("map_name", ["map", "map_unordered"])
@@ -124,6 +125,26 @@ def test_no_more_than_the_buffersize_is_drawn_ahead(
         found.append(value)
     assert max(ahead) <= buffersize
     assert (found if map_name == "map" else sorted(found)) == list(range(0, 600, 2))
+
+
+@BOTH
+def test_a_large_buffer_is_filled_in_few_pieces(
+    executor: RingPoolExecutor, map_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    send = MapRun._send
+
+    def count(run: MapRun, items: list[Any], index: int) -> None:
+        sizes.append(len(items))
+        send(run, items, index)
+
+    monkeypatch.setattr(MapRun, "_send", count)
+    drawn = Drawn(50_000)
+    results = getattr(executor, map_name)(functions.identity, drawn, buffersize=4096)
+    for n_given, _ in enumerate(results, 1):
+        assert drawn.n - n_given <= 4096
+    assert sum(sizes) == 50_000
+    assert len(sizes) < 5_000, "items went out one by one"
 
 
 @BOTH
