@@ -73,12 +73,14 @@ def finish_staged(
     file), ``DurabilityError`` (fsync), ``AtomicWriteError`` (anything else).
     """
     try:
+        replaced = None if is_new else lstat(target)
+        if replaced is None and not digest and durability not in (Durability.DATA, Durability.FULL):
+            own = _stat_staged(staged, target)  # nothing is to be done with it: it need not be opened
+            return StagedFile(own.st_dev, own.st_ino, own.st_size, own.st_nlink)
         fd = _open_staged(staged, target)
         try:
             own = calls.fstat(fd)
-            if not stat.S_ISREG(own.st_mode):
-                raise OutputMissingError(os.fsdecode(target), os.fsdecode(staged), "is not a regular file")
-            replaced = None if is_new else lstat(target)
+            _require_regular(own, staged, target)
             if replaced is not None and own.st_nlink == 1:  # a link's metadata would be those of the other names, too
                 take_over(fd, own, replaced, target, None)
             if durability in (Durability.DATA, Durability.FULL):
@@ -96,6 +98,20 @@ def finish_staged(
     except BaseException:
         discard_staged(staged)
         raise
+
+
+def _stat_staged(staged: bytes, target: bytes) -> os.stat_result:
+    try:
+        own = calls.stat(staged, follow_symlinks=False)
+    except FileNotFoundError:
+        raise OutputMissingError(os.fsdecode(target), os.fsdecode(staged)) from None
+    _require_regular(own, staged, target)
+    return own
+
+
+def _require_regular(own: os.stat_result, staged: bytes, target: bytes) -> None:
+    if not stat.S_ISREG(own.st_mode):
+        raise OutputMissingError(os.fsdecode(target), os.fsdecode(staged), "is not a regular file")
 
 
 def digest_of(fd: int, size: int) -> bytes:
