@@ -226,7 +226,8 @@ def bench_start(quick: bool) -> Iterator[Case]:
     peer, ours = START_MODULES
     for method in START_METHODS:
         runs = {name: starter(name, WORKERS, method) for name in START_MODULES}
-        figures, _ = measure.take_turns(runs, rounds)  # processes that have ended would count as others
+        # a fork server whose program has ended is nobody's, and its CPU would count as others'
+        figures, _ = measure.take_turns(runs, rounds)
         for which, (what, bar) in enumerate((("first result", at_most(1)), ("import and first result", None))):
             series = {name: [turn[which] for turn in turns] for name, turns in figures.items()}
             title = f"pools, start, {method}: {what}, fresh interpreter"

@@ -38,7 +38,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import msgspec
 import pytest
@@ -207,7 +207,7 @@ class World:
         self._open_ends: list[CoordinatorEnd | WorkerEnd] = []
         self._children: list[Child] = []
 
-    def __enter__(self) -> World:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -1,6 +1,7 @@
 """A worker stages what its tasks make and commits it at the end of a claim, as a job's does; whoever dies in between.
 
-worker         killed before each bytecode: alone; and while the coordinator takes back what it has not started
+worker         killed before each bytecode, while the coordinator takes back what it has not started (alone: in
+               ``test_kill_worker``, with the others)
 coordinator    killed before each bytecode of a take-back, and of the settling of a worker that died with things staged
 
 Between two tasks of a claim there are results that say STAGED: they stay with their worker, alive or dead, until each
@@ -11,76 +12,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import TracebackType
 
 import pytest
-from tests.crash.harness import Sweep, World, relinquish, sweeps, value_of
+from tests.crash.harness import Sweep, World, relinquish, sweeps
 from tests.crash.opcodes import Bytecodes
-from tests.crash.test_kill_worker import can_take_back, wait_until_parked
+from tests.crash.staging_world import StagingWorld
+from tests.crash.test_kill_worker import can_take_back
 
 from ringpool.shm.claims import WorkerEnd
 from ringpool.shm.dispatch import CoordinatorEnd
-from ringpool.shm.layout import Encoding, Status
 from ringpool.shm.results import Results
 
 N_WRAP = 11  # tasks that go before, so that the lists wrap
 
 
-class StagingWorld(World):
-    """A world whose workers stage the effects of a claim's tasks, and have all at its end. Every third has none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._staged: list[int] = []
-
-    def __enter__(self) -> StagingWorld:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
-
-    def stage(self, results: Results, entry: int) -> None:
-        results.post(entry, Status.STAGED, Encoding.MSGPACK, value_of(entry), 1)
-        self._staged.append(entry)
-
-    def commit(self, results: Results, entry: int) -> None:
-        """Not yet: at the end of the claim."""
-
-    def end_claim(self, results: Results) -> None:
-        self.commit_some(results, len(self._staged))
-
-    def commit_some(self, results: Results, n: int) -> None:
-        """The first ``n`` of what is staged."""
-        for entry in self._staged[:n]:
-            self.effect(entry)
-            results.finish(entry)
-        del self._staged[:n]
-
-
 # ---- workers ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batch", [1, 4])
-@sweeps()
-def test_a_worker_killed_at_any_bytecode_leaves_nothing_undone(sweep: Sweep, batch: int) -> None:
-    """It attaches, claims, stages, commits, parks, is woken, and is told to stop."""
-
-    def kill(at: int) -> bool:
-        with StagingWorld() as world:
-            end = world.coordinator()
-            world.drain(end, N_WRAP)
-            world.publish(end, 9)
-            worker = world.start_killed(lambda _: world.work(0, batch, last=21), at)
-            wait_until_parked(end, 0, worker)
-            world.publish(end, 2)
-            killed = worker.was_killed()
-            world.n_worker_deaths += killed
-            world.finish(world.coordinator(), 30, [0] if killed else [])
-            return killed
-
-    sweep.run(kill, 1500)
 
 
 @can_take_back

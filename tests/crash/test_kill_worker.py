@@ -15,6 +15,7 @@ import select
 import pytest
 from tests.crash.harness import FULL, PATIENCE_S, Child, Sweep, World, sweeps
 from tests.crash.opcodes import Bytecodes
+from tests.crash.staging_world import StagingWorld
 
 from ringpool.shm import barrier
 from ringpool.shm.claims import WorkerEnd
@@ -34,13 +35,16 @@ def wait_until_parked(end: CoordinatorEnd, index: int, worker: Child) -> None:
 # ---- alone -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("world_of", "n_min"), [(World, 2000), (StagingWorld, 1500)], ids=["", "staging"])
 @pytest.mark.parametrize("batch", [1, 4])
 @sweeps()
-def test_a_worker_killed_at_any_bytecode_loses_nothing(sweep: Sweep, batch: int) -> None:
+def test_a_worker_killed_at_any_bytecode_loses_nothing(
+    sweep: Sweep, batch: int, world_of: type[World], n_min: int
+) -> None:
     """It attaches, claims, runs, completes, parks, is woken, and is told to stop."""
 
     def kill(at: int) -> bool:
-        with World() as world:
+        with world_of() as world:
             end = world.coordinator()
             world.drain(end, N_WRAP)
             world.publish(end, 9)
@@ -52,7 +56,7 @@ def test_a_worker_killed_at_any_bytecode_loses_nothing(sweep: Sweep, batch: int)
             world.finish(world.coordinator(), 30, [0] if killed else [])
             return killed
 
-    sweep.run(kill, 2000)
+    sweep.run(kill, n_min)
 
 
 # ---- taken back ------------------------------------------------------------------------------------------------------

@@ -104,7 +104,8 @@ def bench_trip(scale: Scale, on_turn: OnTurn) -> list[Case]:
 def bench_start(scale: Scale, on_turn: OnTurn) -> list[Case]:
     """A new pool, to its first result."""
     runs = {name: starter(name, WORKERS, "forkserver") for name in START_MODULES}
-    figures, _ = measure.take_turns(runs, scale.rounds, on_turn)  # processes that have ended would count as others
+    # a fork server whose program has ended is nobody's, and its CPU would count as others'
+    figures, _ = measure.take_turns(runs, scale.rounds, on_turn)
     return [
         _case(f"fresh interpreter, forkserver: {what}", "ms", _nth(figures, place), [], "RingPoolExecutor")
         for place, what in enumerate(("new pool to first result", "import, new pool and first result"))

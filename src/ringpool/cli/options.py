@@ -83,7 +83,7 @@ class Size(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  (gen
         return n_bytes
 
 
-class Number(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
+class Number(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  (generic in some versions)
     """A float that is finite, and more than 0; or, where ``or_zero``, not less."""
 
     def __init__(self, name: str, *, or_zero: bool = False) -> None:
