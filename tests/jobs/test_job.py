@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +15,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.coordinator.program import wait_until
+from tests.coordinator.program import ROOT, wait_until
 from tests.jobs import job_functions as functions
 from tests.workers.files.child import Child, say
 
@@ -54,6 +57,24 @@ def rows_of(directory: Path) -> dict[str, Row]:
         return {os.path.basename(os.fsdecode(row.input)): row for row in ledger.rows(job.id)}
     finally:
         ledger.close()
+
+
+def test_what_a_killed_run_left_in_memory_goes_with_the_directory_of_its_job(source: Path, tmp_path: Path) -> None:
+    words = [str(source), str(tmp_path / "killed"), "atomic", "slowly"]
+    command = [sys.executable, "-m", "tests.jobs.job_program", *words]
+    program = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    wait_until(lambda: list((tmp_path / "killed").rglob("*.gz")), "an output appears")
+    program.kill()
+    program.wait()
+
+    def left() -> list[str]:
+        return [name for name in segment.dead_kept() if (who := segment.owner_of(name)) and who.pid == program.pid]
+
+    assert compress_job(source, tmp_path / "other").run(1).ok
+    assert len(left()) == 1  # a resume of the job would drain it
+    shutil.rmtree(tmp_path / "killed")
+    assert compress_job(source, tmp_path / "another").run(1).ok
+    assert left() == []
 
 
 def compress_job(source: Path, target: Path, **options: Any) -> Job:

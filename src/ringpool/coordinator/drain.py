@@ -41,7 +41,11 @@ class Drained(NamedTuple):
 
 
 def segments_of(staging: bytes) -> list[str]:
-    """The segments of dead runs that staged below ``staging``. Those in which nothing was begun are removed."""
+    """The segments of dead runs that staged below ``staging``.
+
+    Those in which nothing was begun are removed, and those of jobs, anywhere, whose directory was deleted: with it went
+    the ledger that they would be drained into.
+    """
     found: list[str] = []
     for name in segment.dead_kept():
         try:
@@ -52,7 +56,17 @@ def segments_of(staging: bytes) -> list[str]:
             continue
         if os.path.dirname(spec.staging) == staging:
             found.append(name)
+        elif _is_deleted(spec):
+            segment.unlink(name)
     return found
+
+
+def _is_deleted(spec: JobSpec) -> bool:
+    """Whether the directory of the job is gone, and its file system is there: not one that will be mounted again."""
+    directory = above = os.path.dirname(os.path.dirname(os.path.dirname(spec.staging)))
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    return above != directory and os.stat(above).st_dev == spec.device
 
 
 def drain(name: str, deliver: Callable[[Drained], None]) -> None:

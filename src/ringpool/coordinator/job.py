@@ -398,6 +398,7 @@ class Job:
             options.fingerprints,
             options.checksums,
             options.digests,
+            os.stat(self.directory).st_dev,
         )
 
     @staticmethod

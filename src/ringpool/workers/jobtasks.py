@@ -48,7 +48,8 @@ class JobSpec(msgspec.Struct, frozen=True, array_like=True):
     ``name`` of the function; pickled ``parameters``; ``durability``; a pickled ``RetryPolicy``, or none; ``staging``,
     the directory; ``names`` of the outputs (none: at most one, without a name); ``job`` (its number in the ledger) and
     ``digest`` (of function and parameters), for whoever finds this in a dead segment; whether to take
-    ``fingerprints`` of inputs, ``checksums`` of their content, and ``digests`` of outputs.
+    ``fingerprints`` of inputs, ``checksums`` of their content, and ``digests`` of outputs; ``device``: that of the
+    job's directory, so that one that was deleted can be told from one that is not mounted.
     """
 
     name: str
@@ -62,6 +63,7 @@ class JobSpec(msgspec.Struct, frozen=True, array_like=True):
     fingerprints: bool
     checksums: bool
     digests: bool
+    device: int = 0
 
 
 class JobPayload(msgspec.Struct, frozen=True, array_like=True, gc=False):
