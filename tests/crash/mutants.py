@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.crash import test_kill_coordinator, test_kill_worker
-from tests.crash.harness import Sweep
+from tests.crash.harness import Sweep, World
 
 import ringpool
 from ringpool.errors import RingpoolError
@@ -243,7 +243,7 @@ _interrupted = test_kill_coordinator.test_an_interrupted_coordinator_lets_go_of_
 
 # By name. A stride is less than the bytecodes between which each mistake that it is after shows.
 HUNTS: dict[str, Callable[[], object]] = {
-    "worker": lambda: test_kill_worker.test_a_worker_killed_at_any_bytecode_loses_nothing(Sweep(3, 1), 4),
+    "worker": lambda: test_kill_worker.test_a_worker_killed_at_any_bytecode_loses_nothing(Sweep(3, 1), 4, World, 2000),
     "taken back": lambda: test_kill_worker.test_a_worker_killed_after_a_take_back_loses_nothing(Sweep(3, 1)),
     "meeting": lambda: [test_kill_worker.meet(99, at, worker_first=False) for at in range(1, 800, 7)],
     "collect": lambda: _killed(Sweep(1, 1), "collect", "running"),
