@@ -37,3 +37,11 @@ def test_a_program_that_only_writes_files_imports_no_pool() -> None:
     assert (
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
     )
+
+
+def test_what_a_worker_imports_is_no_event_loop_and_no_shell_patterns() -> None:
+    program = (
+        "import sys, ringpool.coordinator.job, ringpool.coordinator.executor, ringpool.workers.jobtasks; "
+        "print(sorted({'asyncio', 'ringpool.workers.commands'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -68,6 +68,9 @@ if TYPE_CHECKING:
     from ringpool.workers.files.aiostore import (
         AsyncFileStore as AsyncFileStore,
     )
+    from ringpool.workers.files.asynclocks import (
+        AsyncPathLock as AsyncPathLock,
+    )
     from ringpool.workers.files.atomic import (
         atomic_open as atomic_open,
         atomic_write as atomic_write,
@@ -86,7 +89,6 @@ if TYPE_CHECKING:
         ErrorLog as ErrorLog,
     )
     from ringpool.workers.files.locks import (
-        AsyncPathLock as AsyncPathLock,
         LockSet as LockSet,
         PathLock as PathLock,
     )
@@ -138,7 +140,8 @@ _HOMES = {
         "workers.files.contained": "Contained",
         "workers.files.durability": "Durability",
         "workers.files.errorlog": "ErrorLog",
-        "workers.files.locks": "AsyncPathLock LockSet PathLock",
+        "workers.files.asynclocks": "AsyncPathLock",
+        "workers.files.locks": "LockSet PathLock",
         "workers.files.naming": "content_name unique_name",
         "workers.files.objects": "ContentAddress",
         "workers.files.resources": "ResourceStats resource_stats",

@@ -25,7 +25,6 @@ Waiting is sleeping in poll, on a FIFO that a release rings and on the owner's p
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 import os
@@ -334,6 +333,8 @@ class FileStatusTable:
 
     async def wait_available_async(self, path: AnyPath, timeout_s: float | None = None) -> FileStatus | None:
         """``wait_available`` for a coroutine; may be cancelled."""
+        import asyncio  # here: it takes longer to import than all the rest
+
         loop = asyncio.get_running_loop()
         with Wait(self._entries, _key(path), timeout_s) as wait:
             while wait.begin():

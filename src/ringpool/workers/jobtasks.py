@@ -26,7 +26,7 @@ from ringpool.errors import InputChangedError, InputMissingError
 from ringpool.shm import blobs, layout
 from ringpool.shm.layout import Encoding, Status
 from ringpool.shm.segment import Segment
-from ringpool.workers import commands, tasks, values
+from ringpool.workers import tasks, values
 from ringpool.workers.confinement import Confinement
 from ringpool.workers.files import output
 from ringpool.workers.files.durability import Durability, make_directories
@@ -118,7 +118,8 @@ _NO_FINGERPRINT = Fingerprint()
 
 class _Bound(msgspec.Struct):
     """A task function, resolved, with what its tasks share. ``directories``: of targets, known to be there;
-    ``new_directories``: those that may not be on disk themselves; ``n_calls``: since the task began.
+    ``new_directories``: those that may not be on disk themselves; ``n_calls``: since the task began;
+    ``peak_rss_of_command``: where commands are run, and not functions.
     """
 
     spec: JobSpec
@@ -127,7 +128,7 @@ class _Bound(msgspec.Struct):
     source_type: Callable[[bytes], Any]
     target_type: Callable[[bytes], Any]
     parameters: dict[str, Any]
-    is_command: bool
+    peak_rss_of_command: Callable[[], int] | None
     retried: tasks.TaskFunction
     directories: set[bytes] = msgspec.field(default_factory=set[bytes])
     new_directories: list[bytes] = msgspec.field(default_factory=list[bytes])
@@ -180,8 +181,8 @@ class JobRunner:
             end_ns = time.monotonic_ns()
             if self._confinement.forked:
                 self._confinement.end_if_forked()
-            if bound.is_command:
-                self._peak_rss = commands.peak_rss_bytes
+            if bound.peak_rss_of_command is not None:
+                self._peak_rss = bound.peak_rss_of_command()
             elif end_ns - self._weighed_ns > WEIGH_EVERY_NS:
                 self._weighed_ns, self._peak_rss = end_ns, getrusage(RUSAGE_SELF).ru_maxrss << 10
             encoding, encoded = _encode_value(value)
@@ -284,7 +285,7 @@ class JobRunner:
             signature.source_type,
             signature.target_type,
             tasks.unpack_parameters(spec.parameters),
-            spec.name == COMMAND,
+            _peak_rss_of_command if spec.name == COMMAND else None,
             tasks.with_retries(call_once, spec.retry),
         )
         self._functions[function_id] = bound
@@ -320,6 +321,12 @@ def _is_as_it_was(before: Fingerprint, path: bytes, with_checksum: bool) -> bool
 def parameters_digest(shared: bytes, own: bytes) -> bytes:
     """The digest of a function and of all parameters of a file: ``shared``, unless it has ``own`` ones."""
     return blake2b(shared + own, digest_size=16).digest() if own else shared
+
+
+def _peak_rss_of_command() -> int:
+    from ringpool.workers import commands  # here: few jobs run commands, and its patterns take 10 ms
+
+    return commands.peak_rss_bytes
 
 
 def _encode_value(value: object) -> tuple[int, bytes]:

@@ -14,7 +14,6 @@ A wait that no attempt can follow is not waited: after the last attempt, and whe
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import math
@@ -114,6 +113,8 @@ def retrying(
 
         @functools.wraps(function)
         async def call_async(*args: _P.args, **kwargs: _P.kwargs) -> Any:
+            import asyncio  # here: it takes longer to import than all that a worker needs
+
             attempts = _Attempts(policy, source)
             while True:
                 try:

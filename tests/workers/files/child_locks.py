@@ -15,7 +15,8 @@ from tests.workers.files.child import Child, listen, say
 
 from ringpool.errors import LockTimeoutError
 from ringpool.workers.files import lockfiles, locks, stripes
-from ringpool.workers.files.locks import AsyncPathLock, LockSet, Mode, PathLock
+from ringpool.workers.files.asynclocks import AsyncPathLock
+from ringpool.workers.files.locks import LockSet, Mode, PathLock
 
 PATIENCE_S = 60
 

@@ -13,7 +13,8 @@ from tests.workers.files.child_locks import hold, is_free, left_marked, lock_fil
 
 from ringpool.errors import LockTimeoutError, LockUpgradeError
 from ringpool.workers.files import journal
-from ringpool.workers.files.locks import AsyncPathLock, PathLock
+from ringpool.workers.files.asynclocks import AsyncPathLock
+from ringpool.workers.files.locks import PathLock
 
 
 async def use(directory: Path) -> None:

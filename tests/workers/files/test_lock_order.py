@@ -32,7 +32,8 @@ from tests.workers.files.child_locks import (
 
 from ringpool.errors import LockTimeoutError
 from ringpool.workers.files import locks, stripes
-from ringpool.workers.files.locks import AsyncPathLock, Mode, PathLock
+from ringpool.workers.files.asynclocks import AsyncPathLock
+from ringpool.workers.files.locks import Mode, PathLock
 
 
 def test_who_comes_first_is_served_first_whatever_it_is(tmp_path: Path) -> None:

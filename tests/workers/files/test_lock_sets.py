@@ -26,7 +26,8 @@ from tests.workers.files.child_locks import (
 
 from ringpool.errors import FileOperationError, LockTimeoutError
 from ringpool.workers.files import journal
-from ringpool.workers.files.locks import AsyncPathLock, LockSet, Mode, PathLock
+from ringpool.workers.files.asynclocks import AsyncPathLock
+from ringpool.workers.files.locks import LockSet, Mode, PathLock
 from ringpool.workers.files.oslayer import intercepted
 
 # ---- several at once -------------------------------------------------------------------------------------------------

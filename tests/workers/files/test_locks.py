@@ -27,7 +27,8 @@ from tests.workers.files.child_locks import (
 )
 
 from ringpool.errors import FileOperationError, LockTimeoutError, LockUpgradeError, PathNameError
-from ringpool.workers.files.locks import AsyncPathLock, LockSet, PathLock
+from ringpool.workers.files.asynclocks import AsyncPathLock
+from ringpool.workers.files.locks import LockSet, PathLock
 from ringpool.workers.files.oslayer import intercepted
 from ringpool.workers.files.tickets import Bell
 

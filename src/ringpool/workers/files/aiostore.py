@@ -17,8 +17,9 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import BinaryIO, ParamSpec, TypeVar
 
+from ringpool.workers.files.asynclocks import AsyncPathLock
 from ringpool.workers.files.durability import Durability
-from ringpool.workers.files.locks import AsyncPathLock, Mode
+from ringpool.workers.files.locks import Mode
 from ringpool.workers.files.naming import FilePath
 from ringpool.workers.files.objects import ContentAddress, Source, VerifyReport
 from ringpool.workers.files.replacement import octets

@@ -2,10 +2,11 @@
 ``filelock`` on the same lock file.
 
     PathLock        a thread's; blocks            with PathLock(path, "shared"): ...
-    AsyncPathLock   an asyncio task's             async with AsyncPathLock(path): ...
+    AsyncPathLock   an asyncio task's             async with AsyncPathLock(path): ...      (asynclocks.py)
     LockSet         several paths', all or none   with LockSet(paths): ...
 
     locks.py        what users see: owners, timeouts, errors
+    asynclocks.py   the same for tasks; apart, because asyncio takes longer to import than all the rest
     turns.py        from a path to held: the open lock files, the steps of an acquisition
     stripes.py      one lock file: who of this process holds and awaits it; the flock; recovery; forks
     tickets.py      the order among processes
@@ -41,7 +42,6 @@ What holds
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import functools
 import math
@@ -61,7 +61,7 @@ from ringpool.workers.files.naming import FilePath, encoded, unusable
 from ringpool.workers.files.oslayer import calls
 from ringpool.workers.files.stripes import MARK_BYTES_MAX, OutOfTimeError, Turn
 
-__all__ = ["AsyncPathLock", "LockSet", "Mode", "PathLock", "root_of"]
+__all__ = ["LockBase", "LockSet", "Mode", "PathLock", "root_of"]
 
 IDLE_S = 0.05
 
@@ -73,7 +73,7 @@ def _absolute(path: bytes) -> bytes:
     return path if path.startswith(b"/") and b"/." not in path and b"//" not in path else os.path.abspath(path)
 
 
-class _Lock:
+class LockBase:
     """What both kinds of lock on one path have in common: what they lock, and what they hold."""
 
     __slots__ = ("base", "mode", "path", "timeout_s", "turns")
@@ -125,7 +125,7 @@ class _Lock:
         if isinstance(error, OutOfTimeError):
             raise LockTimeoutError(os.fsdecode(self.path), _holder_of(turn), time.monotonic() - began_s) from None
         if isinstance(error, OSError) and not isinstance(error, RingpoolError):
-            raise _operation_error(self.path, "lock", error) from error
+            raise operation_error(self.path, "lock", error) from error
         raise error
 
     def _release(self, whose: Callable[[], object], kind: str) -> None:
@@ -138,7 +138,7 @@ class _Lock:
             if turn is not None and turn.owner == whose():
                 self._undo(turn)
             if isinstance(error, OSError):
-                raise _operation_error(self.path, "unlock", error) from error
+                raise operation_error(self.path, "unlock", error) from error
             raise
 
     def _leave(self, turn: Turn | None, owner: object, kind: str) -> None:
@@ -152,7 +152,7 @@ class _Lock:
         self.turns.remove(turn)
 
 
-class PathLock(_Lock):
+class PathLock(LockBase):
     """The lock on ``path``, which need not exist, though its directory must. A context manager; blocks the thread.
 
     ``mode`` is "exclusive" or "shared". ``base`` is the directory whose ``.ringpool`` holds the lock files; None: the
@@ -234,100 +234,6 @@ def call_locked(path: bytes, base: bytes | None, call: Callable[[], object]) -> 
         call()
 
 
-class AsyncPathLock(_Lock):
-    """The lock on ``path`` for an asyncio task, its owner; otherwise as ``PathLock``, in one queue with it.
-
-    An async context manager. Waiting takes no thread, and a cancelled wait leaves nothing behind.
-    """
-
-    __slots__ = ()
-
-    async def acquire(self) -> None:
-        """Take the lock. Raises as ``PathLock.acquire`` does."""
-        began_s = time.monotonic()
-        turn = Turn(asyncio.current_task(), self.path, self.mode == "exclusive")
-        try:
-            self.turns.append(turn)
-            await self._recover_root()
-            if not turns.arrive(turn, self.base, may_wait=self.timeout_s != 0) or turn.is_marked:
-                await self._finish(turn, self._deadline_s(began_s))
-        except BaseException as error:
-            try:
-                self._undo(turn)
-            except BaseException:  # a Ctrl-C while a timeout was handled
-                self._undo(turn)
-                raise
-            self._fail(error, turn, began_s)
-
-    async def _recover_root(self) -> None:
-        place = lockfiles.find(self.path, self.base)
-        if not turns.is_recovered(place):
-            await asyncio.to_thread(turns.recover, place)
-
-    async def _finish(self, turn: Turn, deadline_s: float | None) -> None:
-        loop = asyncio.get_running_loop()
-        woken = asyncio.Event()
-        turn.alarm = functools.partial(loop.call_soon_threadsafe, woken.set)
-        steps = turns.finish(turn, self.base, deadline_s, math.inf)
-        try:
-            pause_s = next(steps)
-            while True:
-                if pause_s is None:
-                    await _to_its_end(turn)
-                    pause_s = next(steps)
-                else:
-                    pause_s = steps.send(await _sleep(turn, woken, pause_s))
-        except StopIteration:
-            return
-
-    def release(self) -> None:
-        """Release it once. Raises ``RuntimeError`` where this task does not hold it, else as ``PathLock.release``."""
-        self._release(asyncio.current_task, "task")
-
-    async def __aenter__(self) -> AsyncPathLock:
-        await self.acquire()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-
-async def _sleep(turn: Turn, woken: asyncio.Event, pause_s: float) -> bool:
-    """Await the alarm or the bell of ``turn``, so many seconds at most; whether there was one."""
-    loop = asyncio.get_running_loop()
-    bell = turn.bell
-    if bell is not None:
-        loop.add_reader(bell.socket, woken.set)
-    timer = loop.call_later(pause_s, woken.set) if pause_s < math.inf else None
-    try:
-        await woken.wait()
-    finally:
-        if timer is not None:
-            timer.cancel()
-        if bell is not None:
-            loop.remove_reader(bell.socket)
-        woken.clear()
-    turns.answer(turn)
-    return timer is None or loop.time() < timer.when()
-
-
-async def _to_its_end(turn: Turn) -> None:
-    """Recover in a thread, and be cancelled only after it: until then the lock is needed."""
-    work = asyncio.ensure_future(asyncio.to_thread(turn.recover))
-    cancelled: asyncio.CancelledError | None = None
-    while not work.done():
-        try:
-            await asyncio.wait([work])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        work.exception()
-        raise cancelled
-    work.result()
-
-
 class LockSet:
     """The locks on ``paths``, all or none, for a thread. A context manager.
 
@@ -380,7 +286,7 @@ class LockSet:
                 place = lockfiles.find(lock.path, lock.base)
                 found = calls.stat(place.root)
             except OSError as error:
-                raise _operation_error(lock.path, "lock", error) from error
+                raise operation_error(lock.path, "lock", error) from error
             ordered.setdefault((found.st_dev, found.st_ino, place.stripe), lock)
         return [lock for _, lock in sorted(ordered.items())]
 
@@ -434,7 +340,7 @@ class LockSet:
             try:
                 stripe.write_mark(text)
             except OSError as error:
-                raise _operation_error(lock.path, "mark the lock", error) from error
+                raise operation_error(lock.path, "mark the lock", error) from error
 
     def __enter__(self) -> LockSet:
         self.acquire()
@@ -446,7 +352,7 @@ class LockSet:
         self.release()
 
 
-def _operation_error(path: bytes, operation: str, error: OSError) -> FileOperationError:
+def operation_error(path: bytes, operation: str, error: OSError) -> FileOperationError:
     if isinstance(error, FileOperationError):
         return error
     reason = error.strerror or str(error)

@@ -1,0 +1,107 @@
+"""The lock on a path for asyncio tasks. What it promises, and how, is in ``locks``."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+import time
+from types import TracebackType
+
+from ringpool.workers.files import lockfiles, turns
+from ringpool.workers.files.locks import LockBase
+from ringpool.workers.files.stripes import Turn
+
+
+class AsyncPathLock(LockBase):
+    """The lock on ``path`` for an asyncio task, its owner; otherwise as ``PathLock``, in one queue with it.
+
+    An async context manager. Waiting takes no thread, and a cancelled wait leaves nothing behind.
+    """
+
+    __slots__ = ()
+
+    async def acquire(self) -> None:
+        """Take the lock. Raises as ``PathLock.acquire`` does."""
+        began_s = time.monotonic()
+        turn = Turn(asyncio.current_task(), self.path, self.mode == "exclusive")
+        try:
+            self.turns.append(turn)
+            await self._recover_root()
+            if not turns.arrive(turn, self.base, may_wait=self.timeout_s != 0) or turn.is_marked:
+                await self._finish(turn, self._deadline_s(began_s))
+        except BaseException as error:
+            try:
+                self._undo(turn)
+            except BaseException:  # a Ctrl-C while a timeout was handled
+                self._undo(turn)
+                raise
+            self._fail(error, turn, began_s)
+
+    async def _recover_root(self) -> None:
+        place = lockfiles.find(self.path, self.base)
+        if not turns.is_recovered(place):
+            await asyncio.to_thread(turns.recover, place)
+
+    async def _finish(self, turn: Turn, deadline_s: float | None) -> None:
+        loop = asyncio.get_running_loop()
+        woken = asyncio.Event()
+        turn.alarm = functools.partial(loop.call_soon_threadsafe, woken.set)
+        steps = turns.finish(turn, self.base, deadline_s, math.inf)
+        try:
+            pause_s = next(steps)
+            while True:
+                if pause_s is None:
+                    await _to_its_end(turn)
+                    pause_s = next(steps)
+                else:
+                    pause_s = steps.send(await _sleep(turn, woken, pause_s))
+        except StopIteration:
+            return
+
+    def release(self) -> None:
+        """Release it once. Raises ``RuntimeError`` where this task does not hold it, else as ``PathLock.release``."""
+        self._release(asyncio.current_task, "task")
+
+    async def __aenter__(self) -> AsyncPathLock:
+        await self.acquire()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+async def _sleep(turn: Turn, woken: asyncio.Event, pause_s: float) -> bool:
+    """Await the alarm or the bell of ``turn``, so many seconds at most; whether there was one."""
+    loop = asyncio.get_running_loop()
+    bell = turn.bell
+    if bell is not None:
+        loop.add_reader(bell.socket, woken.set)
+    timer = loop.call_later(pause_s, woken.set) if pause_s < math.inf else None
+    try:
+        await woken.wait()
+    finally:
+        if timer is not None:
+            timer.cancel()
+        if bell is not None:
+            loop.remove_reader(bell.socket)
+        woken.clear()
+    turns.answer(turn)
+    return timer is None or loop.time() < timer.when()
+
+
+async def _to_its_end(turn: Turn) -> None:
+    """Recover in a thread, and be cancelled only after it: until then the lock is needed."""
+    work = asyncio.ensure_future(asyncio.to_thread(turn.recover))
+    cancelled: asyncio.CancelledError | None = None
+    while not work.done():
+        try:
+            await asyncio.wait([work])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        work.exception()
+        raise cancelled
+    work.result()
