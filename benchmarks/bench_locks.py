@@ -31,7 +31,8 @@ from filelock import FileLock
 
 from ringpool.bench import measure
 from ringpool.bench.measure import Case, Claim, at_least, at_most
-from ringpool.workers.files.locks import AsyncPathLock, Mode, PathLock
+from ringpool.workers.files.asynclocks import AsyncPathLock
+from ringpool.workers.files.locks import Mode, PathLock
 
 HOLD_S = 0.001
 KEPT = "PathLock"
