@@ -81,3 +81,32 @@ def thumb_and_meta(src: Path, dst: dict[str, Path]) -> None:
     data = src.read_bytes()
     dst["thumb"].write_bytes(data[:4])
     dst["meta"].write_text(str(len(data)))
+
+
+_kept: list[bytearray] = []
+
+
+def keep_or_need(src: Path, *, calls: Path) -> int:
+    """``keep*`` leaves much behind in its process, once both of them have run; ``need*`` has no room in such a one, and
+    ``grow*`` has none anywhere. The pid of the process.
+    """
+    (calls / f"{src.name}.{os.getpid()}").touch()
+    if src.name.startswith("keep"):
+        _kept.append(bytearray(b"x") * KEPT_BYTES)
+        while len(list(calls.glob("keep*"))) < 2:
+            time.sleep(0.01)
+    elif _kept or src.name.startswith("grow"):
+        _kept.append(bytearray(b"x") * (2 * KEPT_BYTES))
+        time.sleep(60)
+    return os.getpid()
+
+
+KEPT_BYTES = 100 << 20
+
+
+def begin_time(src: str) -> float:
+    """When it began, monotonic, s. The first one takes a while."""
+    now_s = time.monotonic()
+    if src.startswith("slow"):
+        time.sleep(1.5)
+    return now_s

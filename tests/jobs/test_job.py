@@ -528,3 +528,34 @@ def test_a_second_job_on_the_same_outputs_is_refused_while_the_first_lives(tmp_p
         assert error.value.pid == child.pid
         child.kill()
     assert compress_job(source, target).run(1).ok
+
+
+@pytest.mark.parametrize(
+    ("names", "dead", "calls"),
+    [
+        (["keep1", "keep2", "need"], 0, ["keep1", "keep2", "need", "need"]),  # the first had one's left-overs around it
+        (["grow"], 1, ["grow", "grow"]),
+    ],
+)
+def test_a_file_whose_worker_was_killed_for_its_memory_is_tried_once_more_in_a_new_process(
+    tmp_path: Path, names: list[str], dead: int, calls: list[str]
+) -> None:
+    log = tmp_path / "calls"
+    log.mkdir()
+    for name in names:
+        (tmp_path / name).touch()
+    paths = [str(tmp_path / name) for name in names]
+    limits: dict[str, Any] = {"memory_limit_bytes": 2 * functions.KEPT_BYTES, "attempts_max": 9}
+    report = Job(functions.keep_or_need, paths, directory=tmp_path / "job", params={"calls": log}, **limits).run(2)
+    assert (report.progress.done, report.progress.dead) == (len(names) - dead, dead)
+    assert [failure.kind for failure in report.failures] == ["MemoryLimitError"] * dead
+    assert sorted(path.name.partition(".")[0] for path in log.iterdir()) == calls
+
+
+def test_what_waits_behind_a_slow_file_does_not_begin_all_at_once_where_the_rate_is_limited(tmp_path: Path) -> None:
+    names = ["slow", *(f"quick{i}" for i in range(40))]
+    job = Job(functions.begin_time, iter(names), directory=tmp_path, fingerprints=False, rate_per_s=40.0)
+    assert job.run(1).progress.done == len(names)
+    began = sorted(msgspec.msgpack.decode(row.value or b"") for row in rows_of(tmp_path).values())
+    in_a_tenth = max(sum(first <= one < first + 0.1 for one in began) for first in began)
+    assert in_a_tenth <= 12  # 4 that waited, 4 or 5 at their time, and as many that were late; all 40 without a limit

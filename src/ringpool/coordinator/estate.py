@@ -69,7 +69,8 @@ class Estates:
         staged: list[int] = []
         claims = self._end.claims_of_dead(death.index)
         for claim in claims:
-            action = self._decide(claim)
+            for_memory = condemned is not None and condemned.reason == "memory" and claim.entry == condemned.entry
+            action = self._decide(claim, for_memory=for_memory)
             if action is Action.REQUEUE:
                 again.append(claim.entry)
                 continue
@@ -109,7 +110,7 @@ class Estates:
             return CrashLoopError(self.n_barren, death.signal, death.exitcode)
         return None
 
-    def _decide(self, claim: ClaimedTask) -> Action:
+    def _decide(self, claim: ClaimedTask, *, for_memory: bool) -> Action:
         disk = Disk.UNKNOWN
         if claim.status is Status.COMMITTING:
             disk = self._staged().side(claim.entry)
@@ -121,13 +122,19 @@ class Estates:
             result=claim.status,
             started=claim.started,
             disk=disk,
-            may_retry=self._may_retry(claim),
+            may_retry=self._may_retry(claim, for_memory=for_memory),
         )
 
-    def _may_retry(self, claim: ClaimedTask) -> bool:
-        """A vector never: what was not run of it is queued anew. Nor what nobody waits for: the pool is broken."""
+    def _may_retry(self, claim: ClaimedTask, *, for_memory: bool) -> bool:
+        """A vector never: what was not run of it is queued anew. Nor what nobody waits for: the pool is broken.
+
+        What its worker was killed for, ``for_memory``, is tried once more, in a new process; not again after that.
+        """
         ticket = self._ticket_of(claim.entry)
-        return ticket is not None and ticket.part is None and claim.deaths + 1 < ticket.attempts_max
+        if ticket is None or ticket.part is not None or (for_memory and ticket.starved):
+            return False
+        ticket.starved = ticket.starved or for_memory
+        return claim.deaths + 1 < ticket.attempts_max
 
     def _tidy(self, claim: ClaimedTask, action: Action) -> None:
         """Remove what the dead attempt left: its staged output, and its half-written result."""

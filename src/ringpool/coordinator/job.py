@@ -348,7 +348,7 @@ class Job:
             n_workers,
             mp_context,
             slots=jobrun.SLOTS,
-            limits=WorkerLimits(options.max_tasks_per_child or 0, 0),
+            limits=WorkerLimits(options.max_tasks_per_child or 0, options.memory_limit_bytes or 0),
             memory_limit_bytes=options.memory_limit_bytes,
             setup=lambda: Setup(os.nice, (options.nice,), None) if options.nice else None,
             retains=True,

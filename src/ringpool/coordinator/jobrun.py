@@ -38,6 +38,7 @@ from ringpool.workers import jobtasks, values
 from ringpool.workers.jobtasks import JobPayload
 
 WINDOW = 1024  # tasks under way
+RATED_S = 0.1  # ... where their rate is limited, what may begin in this time: what waits would begin all at once
 SLOTS = 4 * WINDOW  # ... and results that the ledger does not have yet
 BATCH_ROWS = 1024
 BATCH_S = 0.25
@@ -182,6 +183,7 @@ class JobRun:
         self._n_results = 0  # of records in ``_rows``, and of tasks without a row
         self._batch_at = self._told_at = time.monotonic()
         self._under_way = 0
+        self._window = WINDOW
         self._exhausted = False
         self._input_error: Exception | None = None
         self._error: BaseException | None = None
@@ -241,6 +243,9 @@ class JobRun:
     def run(self, pool: Pool, function_id: int) -> None:
         """To its end. Raises what the inputs raised, when all before it is done; what broke the pool; ``StopNow``."""
         self._pool, self._function = pool, function_id
+        rate_per_s = self._settings.rate_per_s
+        if rate_per_s is not None:
+            self._window = min(WINDOW, max(pool.n_workers, int(rate_per_s * RATED_S)))
         while True:
             self._consider_stopping()
             if not self._exhausted:
@@ -288,7 +293,7 @@ class JobRun:
         pump, arrived, clock = self._pool.pump, self._inbox.arrived, time.monotonic  # pyright: ignore[reportOptionalMemberAccess]
         began_s, not_told = clock(), 0 if self._under_way else FLUSH_TICKETS
         rate_per_s, now_s = self._settings.rate_per_s, began_s
-        while self._under_way < WINDOW and not self._stops:
+        while self._under_way < self._window and not self._stops:
             if rate_per_s is not None and not self._may_start(rate_per_s, clock()):
                 break
             work = self._draw()

@@ -95,7 +95,8 @@ class Ticket(msgspec.Struct, eq=False):
     absolute path; ``result_blob``: encoding, body and buffers of a result that is too large for its record, or its
     name, or the error of reading it.
     ``attempts_max``: how often it may be started whose workers die in it; ``timeout_s``: how long it may run;
-    ``priority``: higher first; ``part``: of a vector; ``index``: of an item in its map.
+    ``starved``: its worker was killed for its memory. ``priority``: higher first; ``part``: of a vector; ``index``: of
+    an item in its map.
     """
 
     task: Task
@@ -110,6 +111,7 @@ class Ticket(msgspec.Struct, eq=False):
     spared: bool = False
     attempts_max: int = 1
     timeout_s: float | None = None
+    starved: bool = False
     priority: int = 0
     part: Part | None = None
     index: int = 0

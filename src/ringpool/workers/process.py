@@ -8,7 +8,8 @@
                                          claim again              unstarted ones go back, nobody is blamed
 
 A worker that is worn out (it has run its number of tasks, or outgrown its memory) hands in what it has, and exits with
-0, or in the midst of a claim with WORN_OUT.
+0, or in the midst of a claim with WORN_OUT. So does one that comes to a task which has killed a worker before, where
+memory is limited and it is not its first: that task is to be tried alone.
 
 Crash-only: whatever goes wrong outside a task function ends the process at once (``os._exit``), without unlocking or
 tidying. That path has to be right anyway, because SIGKILL takes it; so there is no other.
@@ -42,7 +43,7 @@ EXIT_ORPHAN = 69  # the coordinator was gone before this process was bound to it
 EXIT_UNSOUND = 70  # a task closed descriptors that this process needs
 EXIT_BROKEN = 71  # an error outside a task function; standard error says which
 EXIT_INITIALIZER = 72  # the initializer raised; a blob says what
-EXIT_WORN_OUT = 73  # it has outgrown its memory, in the midst of a claim
+EXIT_WORN_OUT = 73  # its successor is to go on: it has outgrown its memory, or what comes next wants a new process
 CLAIM_TARGET_NS = 200_000  # a claim holds about this much work: what a neighbour may have to wait
 RSS_EVERY_NS = 5_000_000  # how often a worker with a limit looks at its own memory
 JOB_SHORT_NS = (
@@ -139,6 +140,9 @@ class Worker:
             for entry in entries:
                 if n:
                     now_ns = clock()  # what posting the result before it took is no part of this task
+                if self.is_mortal and self._is_too_used_for(entry):
+                    self._commit_staged()
+                    return EXIT_WORN_OUT
                 if not start(entry, now_ns):
                     break
                 now_ns = run_task(entry, now_ns)
@@ -199,6 +203,12 @@ class Worker:
         if self.jobs is None:
             return int(CLAIM_TARGET_NS / (mean_ns + 1))
         return layout.CLAIMS_MAX if mean_ns < JOB_SHORT_NS else 1
+
+    def _is_too_used_for(self, entry: int) -> bool:
+        """Whether ``entry`` is to have a process that has run nothing yet: where memory is limited, and it killed a
+        worker before, it may have been for what tasks before it had left behind.
+        """
+        return bool(self.rss_max_bytes and layout.attempt_of(entry) and self.n_tasks + self._n_of_claim)
 
     def _is_worn_out(self, now_ns: int) -> bool:
         """Whether this process has run its number of tasks, or has more memory than it is to have; the latter is looked
