@@ -11,7 +11,7 @@ from rich.console import Console
 from tests.cli.command import TASKS, Terminal, wait_until
 
 from ringpool.cli.screen import Count, Screen, in_words
-from ringpool.coordinator.jobrun import Progress
+from ringpool.coordinator.jobwork import Progress
 
 
 def drawn(progress: Progress, width: int = 100) -> list[str]:

@@ -42,7 +42,7 @@ from ringpool.coordinator.executor import RingPoolExecutor
 from ringpool.coordinator.filerun import FileResult
 from ringpool.coordinator.inputs import InputFile
 from ringpool.coordinator.job import Job
-from ringpool.coordinator.jobrun import Work
+from ringpool.coordinator.jobwork import Work
 from ringpool.coordinator.ledger import Row, State
 from ringpool.coordinator.outputs import NamedOutputs, OutputPattern
 from ringpool.errors import RemoteError, words_of

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ringpool.cli.calls import Stored
     from ringpool.cli.screen import Failures
     from ringpool.coordinator.job import Job
-    from ringpool.coordinator.jobrun import Planned, Progress, Work
+    from ringpool.coordinator.jobwork import Planned, Progress, Work
 
 
 class Selection(NamedTuple):
@@ -185,7 +185,7 @@ def execute(order: Order) -> int:
         return _plan(order)
     from ringpool.cli.calls import inputs_ahead
     from ringpool.cli.screen import Failures, shown
-    from ringpool.coordinator.jobrun import Progress
+    from ringpool.coordinator.jobwork import Progress
     from ringpool.coordinator.pool import start_server
 
     call, job, directory, selection = order

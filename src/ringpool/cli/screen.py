@@ -29,7 +29,7 @@ from ringpool.shm import layout
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ringpool.coordinator.jobrun import Progress
+    from ringpool.coordinator.jobwork import Progress
 
 PROGRESS_INTERVAL_S = 3.0  # between two lines where standard error is no terminal
 REDRAWS_PER_S = 8

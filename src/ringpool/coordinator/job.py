@@ -32,7 +32,8 @@ from ringpool.coordinator.functiondigest import encode_sorted, function_digest
 from ringpool.coordinator.inputs import InputFile, largest_first, list_inputs, relpaths_are_unique
 from ringpool.coordinator.joblock import JobLock
 from ringpool.coordinator.joboptions import JobOptions as JobOptions
-from ringpool.coordinator.jobrun import Failure, JobRun, Planned, Progress, RunSettings, StopNow, Work
+from ringpool.coordinator.jobrun import JobRun, RunSettings, StopNow
+from ringpool.coordinator.jobwork import Failure, Planned, Progress, Work
 from ringpool.coordinator.ledger import Ledger
 from ringpool.coordinator.lists import relpath_of
 from ringpool.coordinator.outputs import NamedOutputs, hash_of, with_outputs

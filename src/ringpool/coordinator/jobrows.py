@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from ringpool.coordinator.drain import Drained
+from ringpool.coordinator.jobwork import Work
 from ringpool.coordinator.ledger import Made, State
 from ringpool.errors import RemoteError, WorkerDiedError, words_of
 from ringpool.shm import layout
@@ -15,9 +16,6 @@ from ringpool.shm.layout import Status
 from ringpool.shm.results import ResultRecord
 from ringpool.workers import jobtasks
 from ringpool.workers.jobtasks import JobOutcome
-
-if TYPE_CHECKING:
-    from ringpool.coordinator.jobrun import Work
 
 STATE, KIND = 2, 13  # places in a row
 encode_made = msgspec.msgpack.Encoder().encode
