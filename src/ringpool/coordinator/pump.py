@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 from ringpool.coordinator.backlog import Backlog
 from ringpool.coordinator.balance import SPLIT_LOOK_S, TAKE_BACK_AFTER_S, Balance
 from ringpool.coordinator.ending import Ending
+from ringpool.coordinator.parcels import Parcels
 from ringpool.coordinator.staff import Staff
 from ringpool.coordinator.supervisor import Death
 from ringpool.coordinator.tickets import LEAVING, QUEUED, Part, Sink, Ticket
 from ringpool.errors import CoordinatorClosedError, RingpoolError
-from ringpool.shm import blobs, layout
+from ringpool.shm import layout
 from ringpool.shm.dispatch import CoordinatorEnd, Task
 from ringpool.shm.layout import Encoding, Status
 from ringpool.shm.results import ResultRecord
@@ -42,11 +43,7 @@ CROWD = 3  # ... and so many arrive in that time
 SPINS = 60  # looks for results before the pump sleeps, about 100 us, where few tasks are under way
 PUBLISH_MAX = 256
 PRIORITIES_DEEP = 2  # tasks in the ring for each worker, where there are priorities
-_OK, _CANCELLED, _BLOB = (
-    int(Status.OK),
-    int(Status.CANCELLED),
-    int(Encoding.BLOB),
-)  # plain integers compare faster than the enums
+_OK, _CANCELLED, _BLOB = int(Status.OK), int(Status.CANCELLED), int(Encoding.BLOB)  # which compare faster
 
 
 class Pump:
@@ -64,7 +61,7 @@ class Pump:
         self.broken: RingpoolError | None = None
         self.arena: Arena | None = None  # set by who queues vectors, before the first
         self.n_completed = self.n_failed = 0
-        self.segment = end.ring.segment.name
+        self.parcels = Parcels(end.ring.segment.name, retains=end.retains)
         self.balance = Balance(end, self.ticket_of)
         self.staff = Staff(end, self.ticket_of, n_started, on_demand, memory_limit_bytes, on_exit)
         self._n_vectors = 0  # in the ring
@@ -87,7 +84,6 @@ class Pump:
         self._rate_per_s = 0.0
         self._rated_total = 0
         self._rated_at = time.monotonic()
-        self._retained: deque[list[str]] = deque()  # blobs to be unlinked when a retained result is released
         self._thread = threading.Thread(target=self._run, name="ringpool-pump", daemon=True)
 
     # ---- for other threads
@@ -232,7 +228,7 @@ class Pump:
 
         def drop() -> None:
             for ticket in self._backlog.remove_if(lambda ticket: ticket.sink is inbox):
-                self._free_payload(ticket)
+                self.parcels.discard_payload(ticket.task)
             tickets = [ticket for ticket in self._tickets if ticket is not None and ticket.sink is inbox]
             for ticket in tickets:
                 self.end.refuse(ticket.slot, ticket.sequence)
@@ -258,9 +254,7 @@ class Pump:
 
         def release() -> None:
             self.end.release(n)
-            for _ in range(n):
-                for name in self._retained.popleft():
-                    blobs.unlink(name)
+            self.parcels.release(n)
 
         self._commands.append(release)
         self._wake()
@@ -356,7 +350,7 @@ class Pump:
             ticket.sequence = LEAVING
             if ticket.cancelled:
                 ticket.sequence = QUEUED
-                self._free_payload(ticket)
+                self.parcels.discard_payload(ticket.task)
                 continue
             task = ticket.task
             if ticket.part is not None:
@@ -394,13 +388,13 @@ class Pump:
     def _deliver(self, slot: int, entry: int) -> None:
         ticket = self._tickets[slot]
         record = self.end.results.read(entry)
-        blob: Any = self._take_blob(entry) if record.encoding == _BLOB else None
+        blob: Any = self.parcels.take(entry) if record.encoding == _BLOB else None
         if ticket is None:  # the pool broke, and its futures were told so, while a worker was still at this
             assert self.broken is not None, "a result that nobody waits for"
             return
         ticket.result_blob = blob
         if self.end.retains:
-            self._retain(ticket, entry, record)
+            self.parcels.retain(ticket.task, entry, is_parcel=record.encoding == _BLOB)
         self._tickets[slot] = None
         self._in_ring -= 1
         if ticket.timeout_s is not None:
@@ -409,7 +403,7 @@ class Pump:
             self._requeue([ticket])
             return
         if ticket.task.blob and not self.end.retains:
-            self._free_payload(ticket)
+            self.parcels.discard_payload(ticket.task)
         if record.status == _OK:
             self.n_completed += 1
         elif record.status != _CANCELLED:
@@ -431,7 +425,7 @@ class Pump:
         assert arena is not None
         again: list[Ticket] = []
         try:
-            again = ticket.sink.deliver_vector(ticket, record, arena, self._blob_name(entry))
+            again = ticket.sink.deliver_vector(ticket, record, arena, self.parcels.name_of_result(entry))
         except Exception as error:  # its chunk is damaged, or there is no memory: nobody may wait for it for ever
             ticket.sink.fail(ticket, error)
             raise
@@ -440,32 +434,6 @@ class Pump:
             part.chunk = None
             self._n_vectors -= 1
         self._requeue(again)
-
-    def _blob_name(self, entry: int) -> str:
-        return blobs.result_name(self.segment, layout.sequence_of(entry), layout.attempt_of(entry))
-
-    def _take_blob(self, entry: int) -> Any:
-        """Map a result's blob and take its name away: from here on it lives as long as somebody looks at it."""
-        name = self._blob_name(entry)
-        try:
-            blob = blobs.read(name, writable=True)
-        except OSError:  # no descriptor left, say: whoever takes the result tries again
-            return name
-        except RingpoolError as error:
-            blob = error  # which its reader raises
-        if not self.end.retains:
-            blobs.unlink(name)
-        return blob
-
-    def _retain(self, ticket: Ticket, entry: int, record: ResultRecord) -> None:
-        names = [self._blob_name(entry)] if record.encoding == _BLOB else []
-        if ticket.task.blob:
-            names.append(blobs.payload_name(self.segment, ticket.task.blob))
-        self._retained.append(names)
-
-    def _free_payload(self, ticket: Ticket) -> None:
-        if ticket.task.blob:
-            blobs.unlink(blobs.payload_name(self.segment, ticket.task.blob))
 
     def _after_delivery(self) -> None:
         touched, self._touched = self._touched, set()  # a sink may queue more, and where the pool has ended, that fails
