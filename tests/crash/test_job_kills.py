@@ -74,8 +74,9 @@ class Killer(threading.Thread):
                     self.n_left -= 1
 
 
-def start(source: Path, target: Path, durability: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.jobs.job_program", str(source), str(target), durability]
+def start(source: Path, target: Path, directory: Path, durability: str) -> subprocess.Popen[str]:
+    words = [str(source), str(target), durability, "compress", str(directory)]
+    command = [sys.executable, "-m", "tests.jobs.job_program", *words]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
@@ -100,18 +101,26 @@ def kill_at_random(program: subprocess.Popen[str], target: Path, n_before: int, 
 
 
 @pytest.mark.parametrize(
-    ("n_files", "n_coordinators", "n_workers", "durability"),
+    ("n_files", "n_coordinators", "n_workers", "durability", "elsewhere"),
     [
-        (600, 3, 10, "full"),
-        (600, 3, 10, "atomic"),
-        pytest.param(20_000, 20, 200, "full", marks=[pytest.mark.crash, pytest.mark.timeout(1800)]),
-        pytest.param(20_000, 20, 200, "atomic", marks=[pytest.mark.crash, pytest.mark.timeout(1800)]),
+        (600, 3, 10, "full", False),
+        (600, 3, 10, "atomic", False),
+        (600, 3, 10, "full", True),  # the ledger is on another file system than the outputs
+        pytest.param(20_000, 20, 200, "full", False, marks=[pytest.mark.crash, pytest.mark.timeout(1800)]),
+        pytest.param(20_000, 20, 200, "atomic", False, marks=[pytest.mark.crash, pytest.mark.timeout(1800)]),
     ],
 )
 def test_a_job_that_is_killed_again_and_again(
-    tmp_path: Path, n_files: int, n_coordinators: int, n_workers: int, durability: str
+    tmp_path: Path,
+    other_file_system: Path,
+    n_files: int,
+    n_coordinators: int,
+    n_workers: int,
+    durability: str,
+    elsewhere: bool,
 ) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
+    directory = other_file_system / "job" if elsewhere else target
     contents = make_inputs(source, n_files)
     for number in range(DIRECTORIES):
         (target / f"d{number:02}").mkdir(parents=True)
@@ -122,7 +131,7 @@ def test_a_job_that_is_killed_again_and_again(
     try:
         with Arrivals(sorted(target.iterdir())) as arrivals:
             while True:
-                program = start(source, target, durability)
+                program = start(source, target, directory, durability)
                 killer.pid = program.pid
                 pids.add(program.pid)
                 if n_killed < n_coordinators:
@@ -144,7 +153,8 @@ def test_a_job_that_is_killed_again_and_again(
     assert n_killed == n_coordinators
     assert killer.n_left == 0 or n_files < 20_000, "the job ended before so many workers could be killed"
     check_outputs(contents, source, target, arrivals)
-    check_ledger(contents, source, target)
+    check_ledger(contents, source, target, directory)
+    assert not any((target / ".ringpool" / "staging").glob("*/*"))
 
 
 def check_outputs(contents: dict[Path, bytes], source: Path, target: Path, arrivals: Arrivals) -> None:
@@ -156,8 +166,8 @@ def check_outputs(contents: dict[Path, bytes], source: Path, target: Path, arriv
     assert arrivals.counts == dict.fromkeys(expected, 1)
 
 
-def check_ledger(contents: dict[Path, bytes], source: Path, target: Path) -> None:
-    ledger = Ledger.open(target, create=False, read_only=True)
+def check_ledger(contents: dict[Path, bytes], source: Path, target: Path, directory: Path) -> None:
+    ledger = Ledger.open(directory, create=False, read_only=True)
     try:
         assert ledger.check() == []
         [job] = ledger.jobs()
@@ -170,4 +180,4 @@ def check_ledger(contents: dict[Path, bytes], source: Path, target: Path) -> Non
             assert Path(os.fsdecode(row.output)) == target / f"{path.relative_to(source)}.gz"
     finally:
         ledger.close()
-    assert not any((target / ".ringpool" / "staging").glob("*/*"))
+    assert not any((directory / ".ringpool" / "staging").glob("*/*"))

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,12 +24,12 @@ from ringpool.errors import (
     CommandTemplateError,
     InputMissingError,
     JobBusyError,
-    JobError,
     OutputCollisionError,
     OutputPatternError,
     ParameterError,
 )
-from ringpool.shm import owner, segment
+from ringpool.shm import blobs, owner, segment
+from ringpool.shm.layout import Encoding
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +71,15 @@ def test_what_a_killed_run_left_in_memory_goes_with_the_directory_of_its_job(sou
 
     assert compress_job(source, tmp_path / "other").run(1).ok
     assert len(left()) == 1  # a resume of the job would drain it
+    function = blobs.function_name(left()[0], 1)
+    _, body, _ = blobs.read(function)
+    spec = bytes(body)
+    blobs.unlink(function)
+    blobs.write(function, Encoding.MSGPACK, msgspec.msgpack.encode(["of another version"]))
+    assert compress_job(source, tmp_path / "third").run(1).ok
+    assert len(left()) == 1
+    blobs.unlink(function)
+    blobs.write(function, Encoding.MSGPACK, spec)
     shutil.rmtree(tmp_path / "killed")
     assert compress_job(source, tmp_path / "another").run(1).ok
     assert left() == []
@@ -488,14 +496,32 @@ def test_an_output_that_is_its_own_input_is_refused(source: Path) -> None:
         Job(functions.compress, str(source), f"{source}/{{relpath}}").run(1)
 
 
-def test_outputs_on_another_file_system_than_the_ledger_are_refused_at_once(source: Path, tmp_path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="ringpool-test-") as other:
-        if os.stat(other).st_dev == os.stat(tmp_path).st_dev:
-            pytest.skip("one file system")
-        job = Job(functions.compress, str(source), f"{other}/{{relpath}}", directory=tmp_path / "job")
-        with pytest.raises(JobError, match="another file system"):
-            job.run(1)
-        assert [name for name in os.listdir(other) if name != ".ringpool"] == []
+@pytest.mark.parametrize("durability", ["atomic", "full"])
+def test_outputs_may_be_on_other_file_systems_than_the_ledger(
+    source: Path, tmp_path: Path, other_file_system: Path, durability: str
+) -> None:
+    outputs = {"thumb": f"{other_file_system}/thumb/{{relpath}}", "meta": f"{tmp_path}/meta/{{relpath}}.json"}
+    job = Job(functions.thumb_and_meta, str(source), outputs, directory=tmp_path / "job", durability=durability)
+    assert job.run(2).ok
+    for path in (path for path in source.rglob("*") if path.is_file()):
+        relpath = path.relative_to(source)
+        assert (other_file_system / "thumb" / relpath).read_bytes() == path.read_bytes()[:4]
+        assert int((tmp_path / "meta" / f"{relpath}.json").read_text()) == path.stat().st_size
+    assert job.run(2).progress.skipped == 10
+    for base in (other_file_system / "thumb", tmp_path / "meta", tmp_path / "job"):
+        assert list((base / ".ringpool").glob("staging/*")) == []
+
+
+def test_what_a_killed_run_staged_on_another_file_system_is_found(tmp_path: Path, other_file_system: Path) -> None:
+    source = named(tmp_path / "in", "a", "b")
+    with Child(run_slowly, source, other_file_system, tmp_path / "job") as child:
+        child.wait_for("running")
+        wait_until(lambda: list(other_file_system.glob(".ringpool/staging/*/*")), "a staged output")
+        child.kill()
+    job = Job(functions.compress, str(source), f"{other_file_system}/{{name}}", directory=tmp_path / "job")
+    assert job.run(1).ok
+    assert list(other_file_system.glob(".ringpool/staging/*")) == []
+    assert sorted(path.name for path in other_file_system.iterdir()) == [".ringpool", "a", "b"]
 
 
 def test_a_file_that_is_set_aside_counts_as_a_failure(tmp_path: Path) -> None:
@@ -512,19 +538,29 @@ def test_a_missing_source_is_an_error_and_makes_no_job(tmp_path: Path) -> None:
         Job(functions.compress, str(tmp_path / "gone"), f"{tmp_path}/out/{{name}}").run(2)
 
 
-def run_slowly(source: Path, target: Path) -> None:
-    job = Job(functions.slowly, str(source), f"{target}/{{name}}", params={"seconds": 60})
+def run_slowly(source: Path, target: Path, *directory: Path) -> None:
+    job = Job(
+        functions.slowly,
+        str(source),
+        f"{target}/{{name}}",
+        directory=(*directory, None)[0],
+        params={"seconds": 60},
+    )
     threading.Thread(target=lambda: (wait_until(lambda: job._run, "the run"), say("running")), daemon=True).start()
     job.run(1)
 
 
-def test_a_second_job_on_the_same_outputs_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ledgers", [(None, None), ("one", None), ("one", "two")])
+def test_a_second_job_on_the_same_outputs_is_refused_while_the_first_lives(
+    tmp_path: Path, ledgers: tuple[str | None, str | None]
+) -> None:
     source = named(tmp_path / "in", "a")
     target = tmp_path / "out"
-    with Child(run_slowly, source, target) as child:
+    first, second = (None if name is None else tmp_path / name for name in ledgers)
+    with Child(run_slowly, source, target, *filter(None, [first])) as child:
         child.wait_for("running")
         with pytest.raises(JobBusyError) as error:
-            compress_job(source, target).run(1)
+            compress_job(source, target, directory=second).run(1)
         assert error.value.pid == child.pid
         child.kill()
     assert compress_job(source, target).run(1).ok

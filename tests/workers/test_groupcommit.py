@@ -68,7 +68,7 @@ def test_after_a_power_cut_each_output_is_old_or_new_and_after_the_commit_new(
     random = Random(n)
     with room() as root:
         staging_path, tasks = prepare(root, n, directories)
-        staging = Staging(os.fsencode(staging_path))
+        staging = Staging([os.fsencode(staging_path)])
         with PathLock(tasks[0].outputs[0].target):
             pass
         recording = Recording(root, random)
@@ -113,7 +113,7 @@ def test_who_comes_after_a_death_finishes_what_was_begun(tmp_path: Path, n: int,
         root.mkdir()
         staging_path, tasks = prepare(root, n, 2)
         write_staged(tasks)
-        dead = Staging(os.fsencode(staging_path))
+        dead = Staging([os.fsencode(staging_path)])
         died = False
         try:
             with intercepted(dying_at(at)):
@@ -125,7 +125,7 @@ def test_who_comes_after_a_death_finishes_what_was_begun(tmp_path: Path, n: int,
             there = root / os.fsdecode(path)
             assert not there.exists() or there.read_bytes() in (b"old", content_of(number))
         heirs = [StagedTask(task.entry, task.outputs) for task in tasks if not isinstance(task.error, Death)]
-        heir = Staging(os.fsencode(staging_path))
+        heir = Staging([os.fsencode(staging_path)])
         heir.commit(heirs, level)
         assert [task.error for task in heirs] == [None] * len(heirs)
         for path, number in targets_of(root, heirs).items():
@@ -160,7 +160,7 @@ def test_an_error_is_told_of_each_task_that_it_concerns_and_leaves_nothing(tmp_p
         root.mkdir()
         staging_path, tasks = prepare(root, n, 2)
         write_staged(tasks)
-        staging = Staging(os.fsencode(staging_path))
+        staging = Staging([os.fsencode(staging_path)])
         with intercepted(failing_at(at, number)):
             staging.commit(tasks, Durability.FULL)
         staging.close()
@@ -177,12 +177,72 @@ def test_an_error_is_told_of_each_task_that_it_concerns_and_leaves_nothing(tmp_p
     assert n_failed > n
 
 
+@pytest.mark.parametrize(("n", "n_elsewhere"), [(10, 10), (10, 2), (2, 10), (3, 2)])
+def test_each_file_system_is_synced_before_the_first_rename_and_after_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, n_elsewhere: int
+) -> None:
+    """The first ``n`` tasks have an output here and, the first ``n_elsewhere`` of them, one elsewhere as well."""
+    monkeypatch.setattr(groupcommit, "is_synced_whole", lambda _fd: True)
+    here, tasks = prepare(tmp_path / "here", n, n)
+    elsewhere, others = prepare(tmp_path / "elsewhere", n_elsewhere, n_elsewhere)
+    write_staged([*tasks, *others])
+    for task, other in zip(tasks, others, strict=False):
+        task.outputs = [*task.outputs, *other.outputs]
+    tasks += others[n:]
+    staging = Staging([os.fsencode(here), os.fsencode(elsewhere)])
+    done: list[tuple[str, bytes]] = []
+
+    def note(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in ("rename", "fsync", "syncfs"):
+            fd_or_path = args[0]
+            path = os.readlink(f"/proc/self/fd/{fd_or_path}").encode() if isinstance(fd_or_path, int) else args[1]
+            done.append((name, path))
+        return call(*args, **kwargs)
+
+    with intercepted(note):
+        staging.commit(tasks, Durability.FULL)
+    staging.close()
+    assert [task.error for task in tasks] == [None] * len(tasks)
+    renames = [at for at, (name, _) in enumerate(done) if name == "rename"]
+    before, after = done[: renames[0]], done[renames[-1] :]
+    outputs = [output for task in tasks for output in task.outputs]
+    for place in (here, elsewhere):
+        those = [output for output in outputs if output.staged.startswith(os.fsencode(place))]
+        if len(those) >= groupcommit.TOGETHER_MIN:
+            assert [("syncfs", os.fsencode(place))] == [one for one in before if one[1] == os.fsencode(place)]
+            assert ("syncfs", os.fsencode(place)) in after
+        else:
+            assert {("fsync", output.staged) for output in those} <= set(before)
+            assert {("fsync", os.path.dirname(output.target)) for output in those} <= set(after)
+
+
+def test_an_error_of_one_file_system_fails_those_that_have_an_output_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groupcommit, "is_synced_whole", lambda _fd: True)
+    here, tasks = prepare(tmp_path / "here", 10, 2)
+    elsewhere, others = prepare(tmp_path / "elsewhere", 10, 2)
+    write_staged([*tasks, *others])
+    staging = Staging([os.fsencode(here), os.fsencode(elsewhere)])
+
+    def fail(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "syncfs" and os.readlink(f"/proc/self/fd/{args[0]}") == str(elsewhere):
+            raise OSError(errno.EIO, "no more")
+        return call(*args, **kwargs)
+
+    with intercepted(fail):
+        staging.commit([*tasks, *others], Durability.DATA)
+    staging.close()
+    assert [task.error for task in tasks] == [None] * 10
+    assert all("no more" in str(task.error) for task in others)
+
+
 def test_one_that_fails_does_not_hold_up_the_others(tmp_path: Path) -> None:
     staging_path, tasks = prepare(tmp_path, 5, 2)
     write_staged(tasks)
     target = Path(os.fsdecode(tasks[1].outputs[0].target))
     target.mkdir()
-    staging = Staging(os.fsencode(staging_path))
+    staging = Staging([os.fsencode(staging_path)])
     staging.commit(tasks, Durability.FULL)
     staging.close()
     assert [task.error is None for task in tasks] == [True, False, True, True, True]
@@ -193,7 +253,7 @@ def test_a_directory_that_was_removed_meanwhile_is_made_again(tmp_path: Path) ->
     staging_path, tasks = prepare(tmp_path, 3, 3)
     write_staged(tasks)
     (tmp_path / "d1").rmdir()
-    staging = Staging(os.fsencode(staging_path))
+    staging = Staging([os.fsencode(staging_path)])
     staging.commit(tasks, Durability.ATOMIC)
     staging.close()
     assert [task.error for task in tasks] == [None] * 3
@@ -203,7 +263,7 @@ def test_a_directory_that_was_removed_meanwhile_is_made_again(tmp_path: Path) ->
 def test_a_directory_that_was_removed_after_it_was_locked_in_is_made_again(tmp_path: Path) -> None:
     staging_path, tasks = prepare(tmp_path, 4, 2)
     write_staged(tasks)
-    staging = Staging(os.fsencode(staging_path))
+    staging = Staging([os.fsencode(staging_path)])
     staging.commit(tasks[:2], Durability.ATOMIC)  # now it knows both directories
     (tmp_path / "d1/1.out").unlink()
     (tmp_path / "d1/3.out").unlink()
@@ -219,7 +279,7 @@ def test_a_link_of_the_target_is_put_in_its_place_too(tmp_path: Path) -> None:
     [output] = tasks[0].outputs
     os.link(output.target, output.staged)  # rename(2) of two names of one file does nothing
     tasks[0].outputs = [output._replace(is_linked=True)]
-    staging = Staging(os.fsencode(staging_path))
+    staging = Staging([os.fsencode(staging_path)])
     staging.commit(tasks, Durability.FULL)
     staging.close()
     assert tasks[0].error is None

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import msgspec
+
 from ringpool.coordinator.estate import Estates
 from ringpool.coordinator.stagedjobs import StagedJobs
 from ringpool.coordinator.supervisor import Death
@@ -40,8 +42,8 @@ class Drained(NamedTuple):
     outcome: JobOutcome
 
 
-def segments_of(staging: bytes) -> list[str]:
-    """The segments of dead runs that staged below ``staging``.
+def segments_of(directory: bytes) -> list[str]:
+    """The segments of dead runs of the job in ``directory``.
 
     Those in which nothing was begun are removed, and those of jobs, anywhere, whose directory was deleted: with it went
     the ledger that they would be drained into.
@@ -51,10 +53,12 @@ def segments_of(staging: bytes) -> list[str]:
         try:
             _, body, _ = blobs.read(blobs.function_name(name, FIRST_FUNCTION))
             spec = jobtasks.decode_spec(bytes(body))
+        except msgspec.MsgspecError:  # another version of ringpool has left it, and will drain it
+            continue
         except (RingpoolError, OSError):  # its coordinator died before it had a function: no task was in it
             segment.unlink(name)
             continue
-        if os.path.dirname(spec.staging) == staging:
+        if spec.directory == directory:
             found.append(name)
         elif _is_deleted(spec):
             segment.unlink(name)
@@ -63,7 +67,7 @@ def segments_of(staging: bytes) -> list[str]:
 
 def _is_deleted(spec: JobSpec) -> bool:
     """Whether the directory of the job is gone, and its file system is there: not one that will be mounted again."""
-    directory = above = os.path.dirname(os.path.dirname(os.path.dirname(spec.staging)))
+    directory = above = spec.directory
     while not os.path.lexists(above):
         above = os.path.dirname(above)
     return above != directory and os.stat(above).st_dev == spec.device

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ringpool.coordinator import jobrun, verify
+from ringpool.coordinator import jobrun, staging, verify
 from ringpool.coordinator.functiondigest import encode_sorted, function_digest
 from ringpool.coordinator.inputs import InputFile, largest_first, list_inputs, relpaths_are_unique
 from ringpool.coordinator.joblock import JobLock
@@ -38,9 +37,8 @@ from ringpool.coordinator.ledger import Ledger
 from ringpool.coordinator.lists import relpath_of
 from ringpool.coordinator.outputs import NamedOutputs, hash_of, with_outputs
 from ringpool.coordinator.pool import Pool, WorkerLimits, require_no_main_import
-from ringpool.coordinator.stagedjobs import staging_directory
 from ringpool.coordinator.takeover import base_of, drain_into, take_over_dead_runs
-from ringpool.errors import JobError, OutputPatternError, ParameterError, RingpoolError, words_of
+from ringpool.errors import OutputPatternError, ParameterError, RingpoolError, words_of
 from ringpool.shm import blobs, layout, segment
 from ringpool.shm.layout import Encoding
 from ringpool.workers import jobtasks, tasks
@@ -193,9 +191,9 @@ class Job:
         # Two inputs with one output are a likely mistake, to be seen before anything is made: unless they are streamed.
         head = [] if self._is_streamed else list(islice(works, 2))
         self.directory.mkdir(parents=True, exist_ok=True)
-        lock = JobLock(self.directory)
-        lock.acquire()
-        try:
+        with contextlib.ExitStack() as locks:
+            for place in self._places():
+                locks.enter_context(JobLock(place))
             ledger = Ledger.open(self.directory, synchronous=self.options.durability in ("data", "full"))
             try:
                 job = ledger.job(self.identity, self._spec)
@@ -220,8 +218,11 @@ class Job:
             finally:
                 self._run = None
                 ledger.close()
-        finally:
-            lock.release()
+
+    def _places(self) -> list[Path]:
+        """Where no other run may be at work meanwhile: the directory of the ledger, and those of the outputs."""
+        bases = self.outputs.bases if self.outputs is not None else ()
+        return list({os.path.realpath(place): place for place in (self.directory, *bases)}.values())
 
     def stop(self, reason: str = "asked to stop") -> None:
         """Take no new file and let those that run end, for ``grace_s`` at most; called again: at once. From any
@@ -340,10 +341,9 @@ class Job:
 
     def _run_on_pool(self, run: JobRun, ledger: Ledger, job: int, workers: int | None, mp_context: Any) -> None:
         options = self.options
-        if self.outputs is not None:
-            for base in self.outputs.bases:
-                _found_locks(base)
-                _require_one_file_system(self.directory, base)
+        bases = self.outputs.bases if self.outputs is not None else ()
+        for base in bases:
+            _found_locks(base)
         n_workers = workers if workers is not None else min(len(os.sched_getaffinity(0)), layout.WORKERS_MAX)
         pool = Pool(
             n_workers,
@@ -354,12 +354,12 @@ class Job:
             setup=lambda: Setup(os.nice, (options.nice,), None) if options.nice else None,
             retains=True,
         )
-        name, staging = pool.name, staging_directory(base_of(self.directory), pool.token)
+        name, own_staging = pool.name, staging.staging_directory(base_of(self.directory), pool.token)
         run_id, outcome = 0, ""
         try:
-            os.makedirs(staging, exist_ok=True)
+            stagings = staging.prepare(base_of(self.directory), list(map(base_of, bases)), pool.token)
             function_id = next(pool.function_ids)
-            spec = self._job_spec(job, staging)
+            spec = self._job_spec(job, stagings)
             blobs.write(blobs.function_name(name, function_id), Encoding.MSGPACK, jobtasks.encode_spec(spec))
             run_id = ledger.begin_run(job, name, os.getpid())
             run.run(pool, function_id)
@@ -380,20 +380,21 @@ class Job:
                     if drain_into(ledger, name):  # what was done when the workers were killed; some of it is counted
                         run.progress.done += ledger.counts(job).done - n_counted
                 segment.unlink(name)
-                shutil.rmtree(staging, ignore_errors=True)
+                staging.remove(own_staging)
             if run_id:
                 outcome = outcome or run.progress.stopping or "ended"
                 ledger.end_run(run_id, outcome, msgspec.json.encode(run.progress))
 
-    def _job_spec(self, job: int, staging: bytes) -> JobSpec:
+    def _job_spec(self, job: int, stagings: tuple[bytes, ...]) -> JobSpec:
         options = self.options
         return JobSpec(
             self.name,
             self._parameters,
             options.durability,
             tasks.pack_policy(self.name, options.retry),
-            staging,
+            stagings,
             self.outputs.names if self.outputs is not None else (),
+            base_of(self.directory),
             job,
             self.digest,
             options.fingerprints,
@@ -439,16 +440,6 @@ def _found_locks(base: Path) -> None:
     base.mkdir(parents=True, exist_ok=True)
     with PathLock(base / "any name", base=base):
         pass
-
-
-def _require_one_file_system(directory: Path, base: Path) -> None:
-    """Raise ``JobError`` where what is staged in ``directory`` cannot be renamed to ``base``."""
-    if os.stat(directory).st_dev != os.stat(base).st_dev:
-        raise JobError(
-            f"the outputs below {base} are on another file system than {directory}, where the job keeps its ledger and "
-            f"what is not finished: put both on one, or the ledger where the outputs are (directory={str(base)!r}, "
-            "--job on the command line)"
-        )
 
 
 @contextlib.contextmanager

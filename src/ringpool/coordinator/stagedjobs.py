@@ -76,7 +76,7 @@ class StagedJobs:
     def _commit(self, entries: Sequence[int]) -> Iterable[StagedTask]:
         spec, _ = self.task(entries[0])
         tasks = [StagedTask(entry, self._outputs(entry)) for entry in entries]
-        staging = Staging(spec.staging)
+        staging = Staging(spec.stagings)
         try:
             directories = {os.path.dirname(output.target) for task in tasks for output in task.outputs}
             staging.commit(tasks, Durability(spec.durability), directories)
@@ -92,8 +92,8 @@ class StagedJobs:
         spec, task = self.task(entry)
         sequence, attempt = layout.sequence_of(entry), layout.attempt_of(entry)
         return [
-            StagedOutput(staged_name(spec.staging, sequence, attempt, number, target), resolve_target(target), True)
-            for number, target in enumerate(task.targets)
+            StagedOutput(staged_name(staging, sequence, attempt, number, target), resolve_target(target), True)
+            for number, (staging, target) in enumerate(zip(spec.stagings, task.targets, strict=True))
         ]
 
 
@@ -106,8 +106,3 @@ def _side(output: StagedOutput, device: int, inode: int) -> Disk:
     if found is None or (found.st_dev, found.st_ino) != (device, inode):
         return Disk.UNKNOWN
     return Disk.STAGED if staged is not None else Disk.TARGET
-
-
-def staging_directory(base: bytes, token: str) -> bytes:
-    """Where the run whose segment has that token stages its outputs. Source: section 6 of the design."""
-    return os.path.join(base, b".ringpool/staging", token.encode())

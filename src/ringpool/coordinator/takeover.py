@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-from ringpool.coordinator import drain, jobrows
+from ringpool.coordinator import drain, jobrows, staging
 from ringpool.coordinator.ledger import Ledger
-from ringpool.coordinator.stagedjobs import staging_directory
 from ringpool.shm import segment
 
 
@@ -17,11 +15,11 @@ def take_over_dead_runs(directory: Path, ledger: Ledger) -> int:
     """Drain into ``ledger`` what runs of ``directory`` left whose processes are dead, and remove what they staged; how
     many files that gave. Its caller holds the lock: nobody alive stages there.
     """
-    staging = os.path.dirname(staging_directory(base_of(directory), "x"))
+    base = base_of(directory)
     n = 0
-    for name in drain.segments_of(staging):
+    for name in drain.segments_of(base):
         n += drain_into(ledger, name)
-    shutil.rmtree(staging, ignore_errors=True)
+    staging.remove_all(base)
     return n
 
 

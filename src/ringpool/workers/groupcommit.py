@@ -11,7 +11,7 @@
 
 Each step may be done again: a staged file that is missing was renamed already. So whoever comes after a death does the
 same, with what it finds, and the outcome is what the dead would have had. An error costs the task that it belongs to;
-one of syncfs, all of them. What a task that failed had staged is removed.
+one of syncfs, all that have an output on that file system. What a task that failed had staged is removed.
 """
 
 from __future__ import annotations
@@ -58,21 +58,48 @@ def staged_name(directory: bytes, sequence: int, attempt: int, number: int, targ
     return b"%b/%d.%d.%d.%b" % (directory, sequence, attempt, number, tail)
 
 
-class Staging:
-    """The directory ``path`` in which outputs are staged, on the file system where they will be.
+class _Place:
+    """A directory in which outputs are staged, on the file system where they will be.
 
-    Opened before anything is written there: syncfs tells of errors since then.
+    Opened before anything is written there: syncfs tells of errors since then. Raises ``OSError``.
     """
+
+    __slots__ = ("fd", "is_synced_whole", "path")
 
     def __init__(self, path: bytes) -> None:
         self.path = path
-        self._fd = calls.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._is_synced_whole = is_synced_whole(self._fd)
+        self.fd = calls.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.is_synced_whole = is_synced_whole(self.fd)
+
+    def sync(self, operation: str) -> None:
+        """Have all of the file system on disk. Raises ``DurabilityError``."""
+        try:
+            calls.syncfs(self.fd)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise DurabilityError(os.fsdecode(self.path), operation, error.errno or errno.EIO, reason) from error
+
+
+class Staging:
+    """The directories ``paths`` in which outputs are staged: one on each file system that they are on."""
+
+    def __init__(self, paths: Iterable[bytes]) -> None:
+        self._places: dict[bytes, _Place] = {}
         self._lock_bases: dict[bytes, bytes] = {}
+        try:
+            for path in dict.fromkeys(paths):
+                self._places[path] = _Place(path)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Close it."""
-        close_quietly(self._fd)
+        """Close them."""
+        for place in self._places.values():
+            close_quietly(place.fd)
+
+    def _place_of(self, output: StagedOutput) -> _Place:
+        return self._places[os.path.dirname(output.staged)]
 
     def commit(
         self, tasks: Sequence[StagedTask], durability: Durability, new_directories: Iterable[bytes] = ()
@@ -116,47 +143,49 @@ class Staging:
         return base
 
     def _sync_files(self, tasks: Sequence[StagedTask], new_directories: Iterable[bytes]) -> None:
-        if self._is_synced_whole and sum(len(task.outputs) for task in tasks) >= TOGETHER_MIN:
+        concerned: dict[_Place, list[StagedTask]] = {}
+        for task in tasks:
+            for output in task.outputs:
+                concerned.setdefault(self._place_of(output), []).append(task)
+        whole = [place for place, those in concerned.items() if place.is_synced_whole and len(those) >= TOGETHER_MIN]
+        for place in whole:
             try:
-                self._sync_whole("syncfs of what was staged")
+                place.sync("syncfs of what was staged")
             except DurabilityError as error:
-                _fail(tasks, error)
+                _fail(concerned[place], error)
+        if len(whole) == len(concerned):
             return
         try:
             for directory in new_directories:
                 _sync_entries(directory)
         except RingpoolError as error:
             _fail(tasks, error)
-        for task in tasks:
+        for task in _sound(tasks):
             try:
                 for output in task.outputs:
-                    _sync_file(output)
+                    if self._place_of(output) not in whole:
+                        _sync_file(output)
             except RingpoolError as error:
                 _fail((task,), error)
 
     def _sync_directories(self, tasks: Sequence[StagedTask]) -> None:
-        concerned: dict[bytes, list[StagedTask]] = {}
+        concerned: dict[_Place, dict[bytes, list[StagedTask]]] = {}
         for task in _sound(tasks):
             for output in task.outputs:
-                concerned.setdefault(os.path.dirname(output.target), []).append(task)
-        if self._is_synced_whole and len(concerned) >= TOGETHER_MIN:
-            try:
-                self._sync_whole("syncfs, after the renames")
-            except DurabilityError as error:
-                _fail(tasks, error)
-            return
-        for directory, those in concerned.items():
-            try:
-                _sync_directory(directory)
-            except RingpoolError as error:
-                _fail(those, error)
-
-    def _sync_whole(self, operation: str) -> None:
-        try:
-            calls.syncfs(self._fd)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise DurabilityError(os.fsdecode(self.path), operation, error.errno or errno.EIO, reason) from error
+                directories = concerned.setdefault(self._place_of(output), {})
+                directories.setdefault(os.path.dirname(output.target), []).append(task)
+        for place, directories in concerned.items():
+            if place.is_synced_whole and len(directories) >= TOGETHER_MIN:
+                try:
+                    place.sync("syncfs, after the renames")
+                except DurabilityError as error:
+                    _fail([task for those in directories.values() for task in those], error)
+                continue
+            for directory, those in directories.items():
+                try:
+                    _sync_directory(directory)
+                except RingpoolError as error:
+                    _fail(those, error)
 
 
 def _put_in_place(output: StagedOutput) -> None:

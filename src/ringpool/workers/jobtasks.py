@@ -45,8 +45,9 @@ _OK, _STAGED, _MSGPACK = int(Status.OK), int(Status.STAGED), int(Encoding.MSGPAC
 class JobSpec(msgspec.Struct, frozen=True, array_like=True):
     """What the tasks of a job share.
 
-    ``name`` of the function; pickled ``parameters``; ``durability``; a pickled ``RetryPolicy``, or none; ``staging``,
-    the directory; ``names`` of the outputs (none: at most one, without a name); ``job`` (its number in the ledger) and
+    ``name`` of the function; pickled ``parameters``; ``durability``; a pickled ``RetryPolicy``, or none; ``stagings``:
+    for each output, the directory where it is staged; their ``names`` (none: at most one, without a name);
+    ``directory``: the job's, absolute; ``job`` (its number in the ledger) and
     ``digest`` (of function and parameters), for whoever finds this in a dead segment; whether to take
     ``fingerprints`` of inputs, ``checksums`` of their content, and ``digests`` of outputs; ``device``: that of the
     job's directory, so that one that was deleted can be told from one that is not mounted.
@@ -56,8 +57,9 @@ class JobSpec(msgspec.Struct, frozen=True, array_like=True):
     parameters: bytes
     durability: str
     retry: bytes
-    staging: bytes
+    stagings: tuple[bytes, ...]
     names: tuple[str, ...]
+    directory: bytes
     job: int
     digest: bytes
     fingerprints: bool
@@ -205,7 +207,7 @@ class JobRunner:
     @staticmethod
     def _prepare(entry: int, bound: _Bound, targets: Sequence[bytes]) -> list[bytes]:
         """Where its outputs are to be written; the directories that they will go to are made."""
-        sequence, attempt, staging = layout.sequence_of(entry), layout.attempt_of(entry), bound.spec.staging
+        sequence, attempt, stagings = layout.sequence_of(entry), layout.attempt_of(entry), bound.spec.stagings
         for wanted in targets:
             directory = wanted[: wanted.rfind(b"/")]
             if directory not in bound.directories:
@@ -214,7 +216,9 @@ class JobRunner:
                 if len(bound.directories) >= DIRECTORIES_KNOWN_MAX:
                     bound.directories.clear()
                 bound.directories.add(directory)
-        return [staged_name(staging, sequence, attempt, number, wanted) for number, wanted in enumerate(targets)]
+        return [
+            staged_name(stagings[number], sequence, attempt, number, wanted) for number, wanted in enumerate(targets)
+        ]
 
     @staticmethod
     def _call(bound: _Bound, task: JobPayload, staged: Sequence[bytes]) -> tuple[Any, Fingerprint]:
@@ -281,7 +285,7 @@ class JobRunner:
         bound = _Bound(
             spec,
             durability,
-            Staging(spec.staging) if spec.staging else None,
+            Staging(spec.stagings) if spec.stagings else None,
             signature.source_type,
             signature.target_type,
             tasks.unpack_parameters(spec.parameters),
