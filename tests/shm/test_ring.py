@@ -165,6 +165,8 @@ class RingMachine(RuleBasedStateMachine):
         sequence = layout.sequence_of(entry)
         started = {layout.sequence_of(it) for it in self.results}
         started |= {layout.sequence_of(worker.last_started) for worker in self.workers if worker.last_started}
+        ring = self.coordinator.ring  # what an earlier attempt had staged stands until the next one posts
+        started.add(layout.sequence_of(ring.words[ring.results + layout.slot_of(entry) * layout.RECORD_BYTES >> 3]))
         certain = self.coordinator.refuse_unstarted(layout.slot_of(entry), sequence)
         assert certain == (sequence not in started)
         self.cancelled.add(sequence)

@@ -534,6 +534,7 @@ def test_a_creator_that_is_interrupted_anywhere_leaves_nothing() -> None:
 
 
 def create_interrupted_everywhere() -> None:
+    owner.this_process()  # what it looks up once, it has looked up
     n = bytecodes_of_create()
     for at in range(1, n - 3, 9):
         with pytest.raises(KeyboardInterrupt), Bytecodes(interrupt_before(at)):

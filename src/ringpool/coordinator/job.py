@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -43,6 +44,7 @@ from ringpool.shm import blobs, layout, segment
 from ringpool.shm.layout import Encoding
 from ringpool.workers import jobtasks, tasks
 from ringpool.workers.files.locks import PathLock
+from ringpool.workers.files.naming import absolute
 from ringpool.workers.jobtasks import COMMAND, JobSpec
 from ringpool.workers.setup import Setup
 
@@ -432,7 +434,13 @@ def _absolute(path: str, directory: bytes) -> bytes:
     raw = path.encode(_ENCODING, _ENCODING_ERRORS)  # os.fsencode, at half the price
     if raw[:1] != b"/":
         raw = os.path.join(directory, raw)
+    if b"/.." in raw:
+        parent, _, name = raw.rpartition(b"/")
+        return os.path.join(_real(parent), name) if name != b".." else absolute(raw)
     return os.path.normpath(raw) if b"/." in raw or b"//" in raw else raw
+
+
+_real = functools.lru_cache(maxsize=1024)(absolute)
 
 
 def _found_locks(base: Path) -> None:

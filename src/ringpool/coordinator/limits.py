@@ -42,7 +42,7 @@ import msgspec
 from ringpool.errors import MemoryLimitError, RingpoolError, TaskTimeoutError
 from ringpool.shm import layout
 from ringpool.shm.dispatch import CoordinatorEnd
-from ringpool.shm.owner import Owner
+from ringpool.shm.owner import Owner, state_of
 
 STOP_TIMEOUT_S = 0.1  # how long the pump, and whoever wants the mutex, may have to wait for a worker to stand
 STOP_LOOK_S = 0.0001
@@ -217,12 +217,10 @@ def _standing(who: Owner, pidfd: int) -> Generator[bool]:
 def _state(who: Owner) -> bytes:
     """The state of a process's main thread, a letter of proc(5); empty where it is gone, or another has its pid."""
     try:
-        with open(f"/proc/{who.pid}/stat", "rb", buffering=0) as stat:
-            line = stat.read()
+        state, start = state_of(who.pid)
     except OSError:
         return b""
-    fields = line[line.rfind(b")") + 2 :].split()
-    return fields[0] if len(fields) >= 20 and int(fields[19]) == who.start else b""
+    return state if start == who.start else b""
 
 
 def own_bytes(pid: int) -> int:

@@ -12,6 +12,7 @@ open --close()--> draining --idle--> closed        nothing is left in /dev/shm, 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import copy
 import itertools
 import multiprocessing
@@ -114,13 +115,14 @@ class Pool:
         self._retains = retains
         self.slots = slots
         self.n_workers = n_workers
+        umask = _umask()
         try:
             self._end = CoordinatorEnd(self._segment, retains=retains)
             n_started = 1 if on_demand else n_workers  # it begins with a first task
             self.pump = pump = Pump(self._end, n_started, on_demand, memory_limit_bytes, on_exit)
             self.supervisor = Supervisor(
                 context,
-                lambda w: (WorkerArguments(name, w, claims_max, SPINS, *limits), setup()),
+                lambda w: (WorkerArguments(name, w, claims_max, SPINS, *limits, umask), setup()),
                 n_started,
                 pump.on_death,
                 pump.on_failure,
@@ -330,3 +332,12 @@ def _close_all() -> None:
             pool.abort()
         else:
             pool.close()
+
+
+def _umask() -> int:
+    """This process's umask, which umask(2) would tell only by changing it; -1 where the kernel does not say it."""
+    with contextlib.suppress(OSError), open("/proc/self/status", "rb") as status:
+        for line in status:
+            if line.startswith(b"Umask:"):
+                return int(line.split()[1], 8)
+    return -1

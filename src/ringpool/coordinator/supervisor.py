@@ -41,6 +41,7 @@ EXIT_STATUS_TIMEOUT_S = 5.0
 KILL_TIMEOUT_S = 10.0  # what SIGKILL does not end by then hangs in the kernel, and is left to it
 START_RETRY_MIN_S = 0.05
 START_RETRY_MAX_S = 1.0
+WAKE_TIMEOUT_S = 0.1  # without being woken, the supervisor looks every second
 _SHELL_SIGNAL_BASE = 128
 
 
@@ -193,6 +194,7 @@ class Supervisor:
         self._killing = False
         self._poll = select.poll()
         self._wake_read, self._wake_write = os.pipe()
+        self._wake_lock = threading.Lock()  # of the pipe's write end
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         self._poll.register(self._wake_read, select.POLLIN)
@@ -236,8 +238,25 @@ class Supervisor:
             self._ending.wait(KILL_TIMEOUT_S)
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):
-            os.write(self._wake_write, b"\0")
+        if not self._wake_lock.acquire(timeout=WAKE_TIMEOUT_S):  # a signal handler has come to one who has it
+            return
+        try:
+            if self._wake_write >= 0:
+                os.write(self._wake_write, b"\0")
+        except BlockingIOError:
+            pass  # there are enough
+        finally:
+            self._wake_lock.release()
+
+    def _close_wake(self) -> None:
+        """Nobody writes to a number that may be another file's by then; better that the pipe stays."""
+        if self._wake_lock.acquire(timeout=WAKE_TIMEOUT_S):
+            try:
+                wake_write, self._wake_write = self._wake_write, -1
+                os.close(wake_write)
+                os.close(self._wake_read)
+            finally:
+                self._wake_lock.release()
 
     # ---- the thread
 
@@ -260,9 +279,7 @@ class Supervisor:
             self._on_failure(error)
         finally:
             del self._arguments  # and the initializer's with them: locks and queues that somebody may want to be rid of
-            wake_write, self._wake_write = self._wake_write, -1
-            os.close(wake_write)
-            os.close(self._wake_read)
+            self._close_wake()
             self._ending.reached()
 
     def _start(self, index: int) -> None:

@@ -24,8 +24,8 @@ def take_over_dead_runs(directory: Path, ledger: Ledger) -> int:
 
 
 def base_of(directory: Path) -> bytes:
-    """Its absolute path, as what stages there has it."""
-    return os.path.abspath(os.fsencode(directory))
+    """Its real path, as what stages there has it: whatever way leads to it, what a dead run has left is found."""
+    return os.path.realpath(os.fsencode(directory))
 
 
 def drain_into(ledger: Ledger, name: str) -> int:

@@ -114,7 +114,7 @@ class FileStatusTable:
         self._bells = bells.directory_of(entries.segment, entries.header.uuid)
         self.name = entries.table
         self.capacity = entries.header.capacity
-        self._owner = owner.this_process()
+        self._owner, self._forks = owner.this_process(), owner.forks()
 
     @property
     def _entries(self) -> Entries:
@@ -265,8 +265,8 @@ class FileStatusTable:
 
     def _me(self) -> Owner:
         """This process, which may be a fork of the one that made this object."""
-        if self._owner.pid != os.getpid():
-            self._owner = owner.this_process()
+        if self._forks != owner.forks():  # not the pid: a fork of a fork may have that of the first
+            self._owner, self._forks = owner.this_process(), owner.forks()
         return self._owner
 
     # ---- reading

@@ -11,13 +11,12 @@ as ever.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import BinaryIO, ParamSpec, TypeVar
 
-from ringpool.workers.files.asynclocks import AsyncPathLock
+from ringpool.workers.files.asynclocks import AsyncPathLock, in_thread
 from ringpool.workers.files.durability import Durability
 from ringpool.workers.files.locks import Mode
 from ringpool.workers.files.naming import FilePath
@@ -130,19 +129,3 @@ class AsyncFileStore:
     async def verify(self, *addresses: ContentAddress | str) -> VerifyReport:
         """See ``FileStore.verify``."""
         return await in_thread(self.store.verify, *addresses)
-
-
-async def in_thread(function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-    """``asyncio.to_thread``, but a cancellation comes through only when the function has ended."""
-    work = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
-    cancelled: asyncio.CancelledError | None = None
-    while not work.done():
-        try:
-            await asyncio.wait([work])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is None:
-        return work.result()
-    if not work.cancelled():
-        work.exception()  # looked at: the loop need not report it
-    raise cancelled

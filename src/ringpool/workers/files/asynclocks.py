@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import math
 import time
+from collections.abc import Callable
 from types import TracebackType
+from typing import ParamSpec, TypeVar
 
 from ringpool.workers.files import lockfiles, turns
 from ringpool.workers.files.locks import LockBase
 from ringpool.workers.files.stripes import Turn
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class AsyncPathLock(LockBase):
@@ -52,7 +58,7 @@ class AsyncPathLock(LockBase):
             pause_s = next(steps)
             while True:
                 if pause_s is None:
-                    await _to_its_end(turn)
+                    await in_thread(turn.recover)
                     pause_s = next(steps)
                 else:
                     pause_s = steps.send(await _sleep(turn, woken, pause_s))
@@ -92,16 +98,21 @@ async def _sleep(turn: Turn, woken: asyncio.Event, pause_s: float) -> bool:
     return timer is None or loop.time() < timer.when()
 
 
-async def _to_its_end(turn: Turn) -> None:
-    """Recover in a thread, and be cancelled only after it: until then the lock is needed."""
-    work = asyncio.ensure_future(asyncio.to_thread(turn.recover))
+async def in_thread(function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    """``asyncio.to_thread``, but a cancellation comes through only when the function has ended.
+
+    What is awaited is no task: ``asyncio.run`` cancels all tasks at its end, and the thread would go on.
+    """
+    context = contextvars.copy_context()
+    work = asyncio.get_running_loop().run_in_executor(None, functools.partial(context.run, function, *args, **kwargs))
     cancelled: asyncio.CancelledError | None = None
     while not work.done():
         try:
             await asyncio.wait([work])
         except asyncio.CancelledError as error:
             cancelled = error
-    if cancelled is not None:
-        work.exception()
-        raise cancelled
-    work.result()
+    if cancelled is None:
+        return work.result()
+    if not work.cancelled():
+        work.exception()  # looked at: the loop need not report it
+    raise cancelled

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 
 from ringpool.errors import FileOperationError, PathNameError, PathOutsideError
 from ringpool.workers.files.durability import close_quietly, make_durable
-from ringpool.workers.files.naming import FilePath, check_path, encoded, is_staging_name
+from ringpool.workers.files.naming import FilePath, absolute, check_path, encoded, is_staging_name
 from ringpool.workers.files.oslayer import RESOLVE_BENEATH, RESOLVE_NO_MAGICLINKS, calls
 
 OWN_DIRECTORY = b".ringpool"
@@ -48,7 +48,7 @@ class Contained:
     """
 
     def __init__(self, base: FilePath) -> None:
-        self.base = os.path.abspath(encoded(base))
+        self.base = absolute(encoded(base))
 
     def path(self, relative: FilePath) -> bytes:
         """The absolute path, checked like the others; for locks and messages. What is on its way may be missing."""

@@ -45,7 +45,7 @@ from ringpool.workers.files.errorrecord import (
 )
 from ringpool.workers.files.journal import DIRECTORY
 from ringpool.workers.files.locks import PathLock
-from ringpool.workers.files.naming import FilePath, encoded
+from ringpool.workers.files.naming import FilePath, absolute, encoded
 from ringpool.workers.files.oslayer import calls, write_all
 
 SEGMENTS = 8  # that share the bound
@@ -141,7 +141,7 @@ class ErrorLog:
         self.bytes_max = bytes_max
         self.durability = Durability(durability)
         self.timeout_s = timeout_s
-        self._base = os.path.abspath(encoded(base))
+        self._base = absolute(encoded(base))
         self._directory = os.path.join(self._base, DIRECTORY, b"errors")
         self._segments = _Segments(self._directory)
         self._segment_bytes = bytes_max // SEGMENTS

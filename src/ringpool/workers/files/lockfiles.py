@@ -146,9 +146,14 @@ def _make_lock_file(path: bytes) -> int:
 
 
 def share(fd: int, directory_mode: int) -> None:
-    """Let those write to our new file who may make files in its directory, whatever our umask says."""
-    if writers := directory_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        calls.fchmod(fd, stat.S_IMODE(calls.fstat(fd).st_mode) | writers | writers << 1)
+    """Let those write to our new file who may make files in its directory, and those read it who may list that: they
+    lock shared. Whatever our umask says.
+    """
+    writers = directory_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    wanted = writers | writers << 1 | directory_mode & (stat.S_IRGRP | stat.S_IROTH)
+    mode = stat.S_IMODE(calls.fstat(fd).st_mode)
+    if wanted & ~mode:
+        calls.fchmod(fd, mode | wanted)
 
 
 def _make_lock_directories(locks: bytes) -> None:

@@ -57,7 +57,7 @@ from typing import Literal, NoReturn, Self
 from ringpool.errors import FileOperationError, LockTimeoutError, RingpoolError
 from ringpool.workers.files import lockfiles, stripes, turns
 from ringpool.workers.files.lockfiles import root_of
-from ringpool.workers.files.naming import FilePath, encoded, unusable
+from ringpool.workers.files.naming import FilePath, absolute, encoded, unusable
 from ringpool.workers.files.oslayer import calls
 from ringpool.workers.files.stripes import MARK_BYTES_MAX, OutOfTimeError, Turn
 
@@ -69,8 +69,8 @@ Mode = Literal["exclusive", "shared"]
 
 
 def _absolute(path: bytes) -> bytes:
-    """``os.path.abspath(path)``, which takes longer than the rest, where it is not that already."""
-    return path if path.startswith(b"/") and b"/." not in path and b"//" not in path else os.path.abspath(path)
+    """``absolute(path)``, which takes longer than the rest, where it is not that already."""
+    return path if path.startswith(b"/") and b"/." not in path and b"//" not in path else absolute(path)
 
 
 class LockBase:

@@ -57,6 +57,14 @@ _token = re.compile(_TOKEN)
 _staging_name = re.compile(re.escape(PREFIX) + _TOKEN + rb"(?:\.[^/\0]*)?", re.DOTALL)
 
 
+def absolute(path: bytes) -> bytes:
+    """``path`` from the root, as the system reads it: ``os.path.abspath`` drops a symlink with the ``..`` after it.
+
+    A ``..`` leads where it does now. Nothing else is resolved.
+    """
+    return os.path.realpath(path) if b".." in path.split(b"/") else os.path.abspath(path)
+
+
 def staging_name(target: bytes, token: str) -> bytes:
     """Where the next content of ``target`` is written before it appears there: a path in the target's directory.
 

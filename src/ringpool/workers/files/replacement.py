@@ -33,6 +33,7 @@ _DATA, _FULL = Durability.DATA, Durability.FULL
 _TEMPORARY = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _DIRECTORY_UNSYNCED = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_HAS_PROC = os.path.isdir("/proc/self/fd")
 
 
 class Replacement:
@@ -214,7 +215,9 @@ class Replacement:
 
     def _reached_by(self) -> bytes:
         """A path that leads to what is replaced, for the calls that take no directory."""
-        return self.path if self.within is None else b"/proc/self/fd/%d/%b" % (self.dir_fd, self.name)
+        if self.within is None and not _HAS_PROC:
+            return self.path
+        return b"/proc/self/fd/%d/%b" % (self.dir_fd, self.name)
 
 
 def linked_elsewhere(path: bytes) -> FileOperationError:

@@ -33,7 +33,7 @@ from ringpool.workers.files.contained import Contained
 from ringpool.workers.files.durability import Durability, level_of, make_directories
 from ringpool.workers.files.finding import find
 from ringpool.workers.files.locks import LockSet, Mode, PathLock
-from ringpool.workers.files.naming import FilePath, encoded
+from ringpool.workers.files.naming import FilePath, absolute, encoded
 from ringpool.workers.files.objects import ContentAddress, Objects, Source, VerifyReport
 from ringpool.workers.files.oslayer import calls
 from ringpool.workers.files.replacement import octets
@@ -52,7 +52,7 @@ class FileStore:
     def __init__(
         self, base: FilePath, *, durability: Durability | str = Durability.FULL, timeout_s: float | None = None
     ) -> None:
-        self.base = os.path.abspath(encoded(base))
+        self.base = absolute(encoded(base))
         self.durability = level_of(durability)
         self.timeout_s = timeout_s
         self.unlocked = Unlocked(Contained(self.base))

@@ -132,11 +132,14 @@ class Unlocked:
         """
 
         def rename(source: int, old_name: bytes) -> None:
-            if stat.S_ISDIR(calls.stat(old_name, dir_fd=source, follow_symlinks=False).st_mode):
+            found = calls.stat(old_name, dir_fd=source, follow_symlinks=False)
+            if stat.S_ISDIR(found.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 
             def move(target: int, new_name: bytes) -> None:
-                if replace:
+                if replace and found.st_nlink > 1 and _is_other_name(found, old_name, new_name, source, target):
+                    calls.unlink(old_name, dir_fd=source)  # rename(2) of two names of one file does nothing
+                elif replace:
                     calls.rename(old_name, new_name, src_dir_fd=source, dst_dir_fd=target)
                 else:
                     _rename_exclusive(old_name, new_name, source, target)
@@ -210,3 +213,13 @@ def _rename_exclusive(old: bytes, new: bytes, source: int, target: int) -> None:
             raise
         calls.link(old, new, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
         calls.unlink(old, dir_fd=source)
+
+
+def _is_other_name(found: os.stat_result, old: bytes, new: bytes, source: int, target: int) -> bool:
+    """Whether ``new`` is another name of the file ``found``, which is at ``old``."""
+    if old == new and os.path.samestat(calls.fstat(source), calls.fstat(target)):
+        return False
+    try:
+        return os.path.samestat(found, calls.stat(new, dir_fd=target, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
