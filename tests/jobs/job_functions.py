@@ -8,6 +8,8 @@ import signal
 import time
 from pathlib import Path
 
+from ringpool.shm.results import Results
+
 
 def compress(src: Path, dst: Path, *, level: int = 1) -> int:
     """Whole, or not at all; the size is the value."""
@@ -110,3 +112,19 @@ def begin_time(src: str) -> float:
     if src.startswith("slow"):
         time.sleep(1.5)
     return now_s
+
+
+def copy(src: Path, dst: Path) -> None:
+    """The same again."""
+    dst.write_bytes(src.read_bytes())
+
+
+def kill_before_the_result(src: Path, dst: Path, *, pid: int) -> None:
+    """The coordinator, process ``pid``, and so this one, die between the rename and the result."""
+
+    def die(_results: Results, _entry: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        time.sleep(60)
+
+    Results.finish = die
+    dst.write_bytes(src.read_bytes())

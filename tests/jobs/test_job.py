@@ -20,6 +20,7 @@ from tests.workers.files.child import Child, say
 
 from ringpool import InputFile, Job, Report, RetryPolicy
 from ringpool.coordinator.ledger import Ledger, Row, State
+from ringpool.coordinator.takeover import take_over_dead_runs
 from ringpool.errors import (
     CommandTemplateError,
     InputMissingError,
@@ -269,10 +270,36 @@ def test_a_digest_finds_what_has_kept_its_size(source: Path, tmp_path: Path) -> 
     job = compress_job(source, target)
     assert job.run(2).ok
     path = target / "d1/3.txt.gz"
+    before = path.stat()
     path.write_bytes(path.read_bytes()[:-1] + b"?")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert counts(job.run(2)) == (0, 10, 0, 0)
     assert counts(job.run(2, verify="digest")) == (1, 9, 0, 0)
     assert gzip.decompress(path.read_bytes()) == b"content of 3"
+
+
+def test_an_output_that_was_written_since_is_looked_at_more_closely(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    job = compress_job(source, target)
+    assert job.run(2).ok
+    os.utime(target / "d1/3.txt.gz")  # or copied: it has its content
+    assert counts(job.run(2)) == (0, 10, 0, 0)
+    path = target / "d1/5.txt.gz"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert [planned.reason for planned in job.plan() if planned.action == "run"] == [
+        f"the content of its output {path} has changed"
+    ]
+    assert counts(job.run(2)) == (1, 9, 0, 0)
+
+
+def test_an_output_that_another_input_has_written_over_is_not_done(tmp_path: Path) -> None:
+    one, other = named(tmp_path / "one", "x"), named(tmp_path / "other", "x")
+    (one / "x").write_text("year 2024")
+    (other / "x").write_text("year 2025")
+    pattern = f"{tmp_path}/out/{{relpath}}"
+    for source in (one, other, one):
+        assert counts(Job(functions.copy, str(source), pattern).run(1)) == (1, 0, 0, 0)
+        assert (tmp_path / "out/x").read_text() == (source / "x").read_text()
 
 
 def test_with_checksums_an_input_that_was_only_touched_is_the_same(source: Path, tmp_path: Path) -> None:
@@ -493,7 +520,89 @@ def test_a_job_that_cannot_be_is_refused_at_once(make: Callable[[], Job], error:
 
 def test_an_output_that_is_its_own_input_is_refused(source: Path) -> None:
     with pytest.raises(OutputPatternError, match="of itself"):
-        Job(functions.compress, str(source), f"{source}/{{relpath}}").run(1)
+        Job(functions.compress, f"{source}/**/*.txt", f"{source}/{{relpath}}").run(1)
+
+
+@pytest.mark.parametrize("is_directory", [True, False])
+def test_an_output_that_a_symlink_leads_to_its_input_is_refused(
+    source: Path, tmp_path: Path, is_directory: bool
+) -> None:
+    out = tmp_path / "out"
+    if is_directory:
+        out.symlink_to(source)
+    else:
+        (out / "d1").mkdir(parents=True)
+        (out / "d1/3.txt").symlink_to(source / "d1/3.txt")
+    report = Job(functions.compress, f"{source}/d1/3*", f"{out}/d1/{{name}}").run(1)
+    assert [failure.kind for failure in report.failures] == ["AtomicWriteError"]
+    assert "the input itself" in report.failures[0].message
+    assert (source / "d1/3.txt").read_bytes() == b"content of 3"
+
+
+def test_outputs_among_the_inputs_are_refused_unless_it_is_said_which_are_inputs(source: Path) -> None:
+    with pytest.raises(OutputPatternError, match="the next run would take them for inputs"):
+        Job(functions.compress, str(source), f"{source}/{{relpath}}.gz").run(1)
+    assert list(source.rglob("*.gz")) == []
+    job = Job(functions.compress, str(source), f"{source}/{{relpath}}.gz", exclude=["*.gz"])
+    assert counts(job.run(1)) == (10, 0, 0, 0)
+    assert counts(job.run(1)) == (0, 10, 0, 0)
+
+
+@pytest.mark.parametrize("command", ["mv {src} {dst}", "cat {src} > {dst} && rm {src}"])
+def test_a_task_may_move_its_input_away(tmp_path: Path, command: str) -> None:
+    source = named(tmp_path / "in", "a")
+    (source / "a").write_text("the only copy")
+    assert Job(command=command, inputs=str(source), output=f"{tmp_path}/out/{{name}}").run(1).ok
+    assert (tmp_path / "out/a").read_text() == "the only copy"
+
+
+def test_a_parent_after_a_symlink_is_what_the_system_says_it_is(tmp_path: Path) -> None:
+    for directory, words in (("data", "wrong"), ("other/data", "right")):
+        (tmp_path / directory).mkdir(parents=True)
+        (tmp_path / directory / "f").write_text(words)
+    (tmp_path / "other/dir").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "other/dir")
+    job = Job(functions.copy, f"{tmp_path}/link/../data/f", f"{tmp_path}/link/../out/{{name}}")
+    assert job.run(1).ok
+    assert (tmp_path / "other/out/f").read_text() == "right"
+    assert counts(Job(functions.copy, f"{tmp_path}/link/../data", f"{tmp_path}/link/../all/{{name}}").run(1))[0] == 1
+    assert (tmp_path / "other/all/f").read_text() == "right"
+
+
+def test_files_that_are_skipped_do_not_count_for_the_rate(source: Path, tmp_path: Path) -> None:
+    assert compress_job(source, tmp_path / "out").run(1).ok
+    assert counts(compress_job(source, tmp_path / "out", rate_per_s=0.001).run(1)) == (0, 10, 0, 0)  # or 2 h 46 min
+
+
+def die_between_rename_and_result(source: Path, target: Path) -> None:
+    params = {"pid": os.getpid()}
+    Job(functions.kill_before_the_result, str(source), f"{target}/{{name}}", params=params).run(1)
+
+
+@pytest.mark.parametrize("has_staging", [True, False])
+def test_what_was_in_its_place_when_all_died_is_done(tmp_path: Path, has_staging: bool) -> None:
+    source = named(tmp_path / "in", "a")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with Child(die_between_rename_and_result, source, tmp_path / "link/out") as child:
+        child.process.wait()
+    target = tmp_path / "real/out"
+    inode = (target / "a").stat().st_ino
+    if not has_staging:
+        shutil.rmtree(target / ".ringpool/staging")
+    ledger = Ledger.open(target)
+    try:
+        assert take_over_dead_runs(target, ledger) == 1
+        [job] = ledger.jobs()
+        assert ledger.counts(job.id).done == 1
+    finally:
+        ledger.close()
+    assert (target / "a").stat().st_ino == inode
+
+
+def test_verify_is_a_word_that_there_is(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'digset'"):
+        compress_job(source, tmp_path / "out").run(1, verify="digset")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("durability", ["atomic", "full"])

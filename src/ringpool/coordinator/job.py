@@ -130,7 +130,7 @@ class Job:
             names = self.outputs.names or ("",)
             patterns = (str(pattern.pattern) for pattern in self.outputs.patterns)
             return "outputs " + " ".join(
-                f"{name}={os.path.abspath(p)}" for name, p in zip(names, patterns, strict=True)
+                f"{name}={os.fsdecode(absolute(os.fsencode(p)))}" for name, p in zip(names, patterns, strict=True)
             )
         return f"values of {self.name if self._template is None else self._template.text}"
 
@@ -190,6 +190,8 @@ class Job:
         once all before is done; what breaks the pool.
         """
         works = filter(only, self._works()) if only is not None else self._works()
+        if verify not in ("size", "digest"):
+            raise ValueError(f"verify is 'size' or 'digest', not {verify!r}")
         # Two inputs with one output are a likely mistake, to be seen before anything is made: unless they are streamed.
         head = [] if self._is_streamed else list(islice(works, 2))
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -318,9 +320,22 @@ class Job:
             ]
             if len(sources) < len(inputs):
                 return map(_as_input_file, inputs), False
+            if not (self._include or self._exclude):
+                self._require_apart(sources)
             files = list_inputs(sources, exclude_under=bases, include=self._include, exclude=self._exclude)
             return files, relpaths_are_unique(sources)
         return map(_as_input_file, inputs), False
+
+    def _require_apart(self, sources: Sequence[str | Path]) -> None:
+        """Raise ``OutputPatternError`` where the next run would take outputs for inputs."""
+        roots = {os.path.realpath(source) for source in sources if os.path.isdir(source)}
+        for pattern in self.outputs.patterns if self.outputs is not None else ():
+            if os.path.realpath(pattern.base) in roots:
+                raise OutputPatternError(
+                    pattern.pattern,
+                    "its outputs lie among the inputs, and the next run would take them for inputs: write them to a "
+                    "directory of their own, or say what the inputs are (--include '*.txt', --exclude '*.gz')",
+                )
 
     def _fields(self) -> Callable[[InputFile, int], dict[str, str]] | None:
         """What a command needs to know of a file besides its paths."""

@@ -27,7 +27,8 @@ def row_of(
 ) -> tuple[Any, ...]:
     """The row of a file that is done."""
     found = outcome.input
-    made = encode_made([Made(path, one.size, one.digest) for path, one in zip(targets, outcome.outputs, strict=True)])
+    pairs = zip(targets, outcome.outputs, strict=True)
+    made = encode_made([Made(path, one.size, one.digest, one.mtime_ns) for path, one in pairs])
     return (
         source,
         targets[0] if targets else b"",

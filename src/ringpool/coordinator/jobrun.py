@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from ringpool.coordinator import verify
+from ringpool.coordinator import lists, verify
 from ringpool.coordinator.futures import outcome_of
 from ringpool.coordinator.inbox import Inbox
 from ringpool.coordinator.jobrows import KIND, STATE, row_of, row_of_error
@@ -191,6 +191,16 @@ class JobRun:
         rate_per_s = self._settings.rate_per_s
         if rate_per_s is not None:
             self._window = min(WINDOW, max(pool.n_workers, int(rate_per_s * RATED_S)))
+        waiting = lists.while_waiting.set(self._meanwhile)
+        try:
+            self._run()
+        finally:
+            lists.while_waiting.reset(waiting)
+        error = self._error or self._input_error
+        if error is not None:
+            raise error
+
+    def _run(self) -> None:
         while True:
             self._consider_stopping()
             if not self._exhausted:
@@ -198,14 +208,14 @@ class JobRun:
             if self._exhausted and not self._under_way:
                 break
             self._take()
-            if len(self._rows) >= BATCH_ROWS or time.monotonic() - self._batch_at >= BATCH_S:
-                self.commit()
+            self._commit_in_time()
             self._tell()
         self.commit()
         self._tell(force=True)
-        error = self._error or self._input_error
-        if error is not None:
-            raise error
+
+    def _commit_in_time(self) -> None:
+        if len(self._rows) >= BATCH_ROWS or time.monotonic() - self._batch_at >= BATCH_S:
+            self.commit()
 
     def commit(self) -> None:
         """Write what has arrived into the ledger, then let the segment forget it."""
@@ -239,13 +249,15 @@ class JobRun:
         began_s, not_told = clock(), 0 if self._under_way else FLUSH_TICKETS
         rate_per_s, now_s = self._settings.rate_per_s, began_s
         while self._under_way < self._window and not self._stops:
-            if rate_per_s is not None and not self._may_start(rate_per_s, clock()):
+            if rate_per_s is not None and clock() < self._next_start_s:
                 break
             work = self._draw()
             if work is None:
                 break
             ticket = self._ticket_unless_done(work)
             if ticket is not None:
+                if rate_per_s is not None:
+                    self._next_start_s = max(self._next_start_s, clock() - 1 / rate_per_s) + 1 / rate_per_s
                 pump.queue(ticket)
                 self._under_way += 1
                 not_told += 1
@@ -257,12 +269,6 @@ class JobRun:
                 break
         if not_told:
             pump.wake()
-
-    def _may_start(self, rate_per_s: float, now_s: float) -> bool:
-        if now_s < self._next_start_s:
-            return False
-        self._next_start_s = max(self._next_start_s, now_s - 1 / rate_per_s) + 1 / rate_per_s
-        return True
 
     def _draw(self) -> Work | None:
         """The next input; None: there is none, for now or at all."""
@@ -314,6 +320,23 @@ class JobRun:
             inbox.wait(self._patience_s())
         elif self._settings.rate_per_s is not None:
             time.sleep(max(0.0, min(TELL_S, self._next_start_s - time.monotonic())))
+        self._collect()
+
+    def _meanwhile(self) -> None:
+        """What is to be done while the next line of a list is waited for, called in the midst of drawing it."""
+        self._is_drawing = False
+        self._pool.pump.wake()  # pyright: ignore[reportOptionalMemberAccess]
+        self._collect()
+        self._commit_in_time()
+        self._consider_stopping()
+        self._tell()
+        self._is_drawing = True
+        if self._stops:
+            raise _DrawingStopped
+
+    def _collect(self) -> None:
+        """Make rows of all results that are there."""
+        inbox = self._inbox
         while inbox.arrived:
             ticket, record = inbox.arrived.popleft()
             self._under_way -= 1

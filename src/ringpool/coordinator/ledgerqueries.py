@@ -43,11 +43,14 @@ class State(IntEnum):
 
 
 class Made(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One output: its path, its size in bytes, and the digest of its content (empty: not asked for)."""
+    """One output: its path, its size in bytes, the digest of its content (empty: not asked for), and its mtime in ns
+    (0: not recorded).
+    """
 
     path: bytes
     size: int
     digest: bytes = b""
+    mtime_ns: int = 0
 
 
 class Row(msgspec.Struct, gc=False):

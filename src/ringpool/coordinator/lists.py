@@ -28,7 +28,8 @@ import json
 import os
 import select
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from itertools import chain, repeat
 from typing import Any, NamedTuple, cast
 
@@ -38,10 +39,13 @@ from ringpool.errors import ListError
 
 STANDARD_INPUT = "-"
 BLOCK_BYTES = 1 << 16
+WAIT_MS = 50
 LINE_BYTES_MAX = 1 << 24  # far more than a path has; parameters may be long
 PATH_COLUMNS = ("path", "src", "input")
 _NO_HEADER: tuple[int, list[str]] = (1, [])
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+while_waiting: ContextVar[Callable[[], None] | None] = ContextVar("while_waiting", default=None)
+"""What is called again and again while a list has no more to read for now; what it raises comes out of the list."""
 
 
 class InputFile(NamedTuple):
@@ -248,6 +252,12 @@ def _blocks(path: str) -> Iterator[bytes]:
 
 
 def _read(descriptor: int) -> bytes:
+    meanwhile = while_waiting.get()
+    if meanwhile is not None:
+        waiting = select.poll()
+        waiting.register(descriptor, select.POLLIN)
+        while not waiting.poll(WAIT_MS):
+            meanwhile()
     while True:
         try:
             return os.read(descriptor, BLOCK_BYTES)

@@ -76,6 +76,8 @@ class StagedJobs:
     def _commit(self, entries: Sequence[int]) -> Iterable[StagedTask]:
         spec, _ = self.task(entries[0])
         tasks = [StagedTask(entry, self._outputs(entry)) for entry in entries]
+        for directory in spec.stagings:  # where all outputs are in their places, it may have been removed
+            os.makedirs(directory, exist_ok=True)
         staging = Staging(spec.stagings)
         try:
             directories = {os.path.dirname(output.target) for task in tasks for output in task.outputs}

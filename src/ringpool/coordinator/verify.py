@@ -7,6 +7,7 @@ failed                                                                        do
 done, by another function          or with other parameters                   done again
 done                               its input is not what it was               done again
 done                               an output is missing, or not of its size   done again
+done                               one was written since, with other content   done again
 done (``--verify digest``)         an output's content is not what it was     done again
 done                               all is as it was left                      skipped
 """
@@ -80,10 +81,14 @@ def _is_same_input(found: Found, source: bytes, checksums: bool) -> bool:
 def _reason_of_output(made: Made, verify: Level) -> str | None:
     shown = os.fsdecode(made.path)
     try:
-        size = os.stat(made.path).st_size
+        status = os.stat(made.path)
+        size = status.st_size
         if size != made.size:
             return f"its output {shown} has {size} bytes instead of {made.size}"
-        if verify == "digest":
+        was_written = made.mtime_ns not in (0, status.st_mtime_ns)  # or copied, or touched
+        if was_written and not made.digest:
+            return f"its output {shown} was written since, and no digest of it was recorded"
+        if was_written or verify == "digest":
             if not made.digest:
                 return f"no digest of its output {shown} was recorded"
             if _digest_of(made.path, size) != made.digest:

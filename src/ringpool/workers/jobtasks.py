@@ -12,6 +12,7 @@ finishes what is STAGED.
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import time
@@ -30,6 +31,7 @@ from ringpool.workers import tasks, values
 from ringpool.workers.confinement import Confinement
 from ringpool.workers.files import output
 from ringpool.workers.files.durability import Durability, make_directories
+from ringpool.workers.files.target import refused
 from ringpool.workers.groupcommit import StagedOutput, StagedTask, Staging, discard, staged_name
 from ringpool.workers.posting import Post
 
@@ -87,12 +89,13 @@ class Fingerprint(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """An output as it was staged: size in bytes, digest, device and inode."""
+    """An output as it was staged: size in bytes, digest, device and inode, mtime in ns."""
 
     size: int
     digest: bytes
     device: int
     inode: int
+    mtime_ns: int = 0
 
 
 class JobOutcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -176,10 +179,10 @@ class JobRunner:
             for name, wanted in zip(names, targets, strict=True):
                 # access first: most targets are new, and to look at what is missing costs an exception
                 is_new = not os.access(wanted, os.F_OK, follow_symlinks=False)
-                target = wanted if is_new else output.prepare_target(wanted, bound.durability)
+                target = wanted if is_new else self._target(bound, task.source, wanted)
                 file = output.finish_staged(name, target, Durability.ATOMIC, digest=bound.spec.digests, is_new=is_new)
                 staged.append(StagedOutput(name, target, file.n_links > 1))
-                outputs.append(Output(file.size, file.digest, file.dev, file.ino))
+                outputs.append(Output(file.size, file.digest, file.dev, file.ino, file.mtime_ns))
             end_ns = time.monotonic_ns()
             if self._confinement.forked:
                 self._confinement.end_if_forked()
@@ -203,6 +206,16 @@ class JobRunner:
             self._group.append(StagedTask(entry, staged))
             self._group_of = bound
         return end_ns
+
+    @staticmethod
+    def _target(bound: _Bound, source: bytes, wanted: bytes) -> bytes:
+        """Where the output goes at whose place there is something. Raises ``AtomicWriteError`` where that is no file,
+        or the input itself, to which a symlink may lead.
+        """
+        target = output.prepare_target(wanted, bound.durability)
+        if bound.spec.fingerprints and os.path.realpath(target) == os.path.realpath(source):
+            raise refused(wanted, errno.EEXIST, "it leads to the input itself; write the outputs somewhere else")
+        return target
 
     @staticmethod
     def _prepare(entry: int, bound: _Bound, targets: Sequence[bytes]) -> list[bytes]:
@@ -313,12 +326,13 @@ def fingerprint(path: bytes, with_checksum: bool) -> Fingerprint:
 
 
 def _is_as_it_was(before: Fingerprint, path: bytes, with_checksum: bool) -> bool:
-    if with_checksum:
-        return fingerprint(path, with_checksum=True) == before
+    """Whether the input is what it was; also where it is gone: a task may have moved it, and has the only copy now."""
     try:
+        if with_checksum:
+            return fingerprint(path, with_checksum=True) == before
         found = os.stat(path)
-    except FileNotFoundError:
-        raise InputMissingError(os.fsdecode(path)) from None
+    except (FileNotFoundError, InputMissingError):
+        return True
     return found.st_mtime_ns == before.mtime_ns and found.st_size == before.size and found.st_ino == before.inode
 
 

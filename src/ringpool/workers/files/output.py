@@ -32,7 +32,7 @@ DIGEST_PIECE_BYTES = 1 << 18
 
 class StagedFile(NamedTuple):
     """The identity of a finished output, which its rename keeps: device, inode, size in bytes, and how many links it
-    has; ``digest``: blake2b-128 of its content, where that was asked for.
+    has; ``digest``: blake2b-128 of its content, where that was asked for; its mtime in ns.
     """
 
     dev: int
@@ -40,6 +40,7 @@ class StagedFile(NamedTuple):
     size: int
     n_links: int = 1
     digest: bytes = b""
+    mtime_ns: int = 0
 
 
 class CommitSide(Enum):
@@ -76,7 +77,7 @@ def finish_staged(
         replaced = None if is_new else lstat(target)
         if replaced is None and not digest and durability not in (Durability.DATA, Durability.FULL):
             own = _stat_staged(staged, target)  # nothing is to be done with it: it need not be opened
-            return StagedFile(own.st_dev, own.st_ino, own.st_size, own.st_nlink)
+            return StagedFile(own.st_dev, own.st_ino, own.st_size, own.st_nlink, b"", own.st_mtime_ns)
         fd = _open_staged(staged, target)
         try:
             own = calls.fstat(fd)
@@ -88,7 +89,7 @@ def finish_staged(
             content = digest_of(fd, own.st_size) if digest else b""
         finally:
             calls.close(fd)
-        return StagedFile(own.st_dev, own.st_ino, own.st_size, own.st_nlink, content)
+        return StagedFile(own.st_dev, own.st_ino, own.st_size, own.st_nlink, content, own.st_mtime_ns)
     except FileOperationError:
         discard_staged(staged)
         raise
