@@ -6,12 +6,13 @@ import gzip
 import json
 import os
 import shlex
+import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from tests.cli.command import TASKS, finish, objects, run, start
+from tests.cli.command import TASKS, WATCHDOG_S, finish, has_ended, objects, run, start, wait_until
 
 
 def sizes(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
@@ -78,6 +79,30 @@ def test_a_list_is_read_from_a_file_and_from_standard_input() -> None:
     assert sizes(run("run", f"{TASKS}:size", "@list")) == {"in/1.txt": "2", "in/2.txt": "3"}
     command = start("run", f"{TASKS}:size", "-", "--job", "other", stdin=subprocess.PIPE)
     assert sizes(finish(command, "in/5.txt\n")) == {"in/5.txt": "6"}
+
+
+@pytest.mark.usefixtures("numbers")
+def test_a_result_does_not_wait_for_the_next_line_of_a_list() -> None:
+    with start("run", f"{TASKS}:size", "-", "--job", "job", stdin=subprocess.PIPE) as command:
+        assert command.stdin is not None
+        assert command.stdout is not None
+        for number in (5, 7, 2):
+            command.stdin.write(f"in/{number}.txt\n")
+            command.stdin.flush()
+            assert command.stdout.readline() == f"in/{number}.txt\t{number + 1}\n"  # or the test's time is over
+        command.send_signal(signal.SIGINT)  # the list has not ended
+        assert command.wait(WATCHDOG_S) == 128 + signal.SIGINT
+    assert "3 done" in run("status", "job").stdout
+
+
+@pytest.mark.usefixtures("numbers")
+def test_what_leads_a_group_of_its_own_ends_with_its_worker() -> None:
+    line = "timeout 1000 sleep 1000 & echo $! > begun/pid; wait; : {src}"
+    Path("begun").mkdir()
+    words = ("--job", "job", "--timeout", "1", "--attempts", "1", "--json")
+    [result] = objects(run("run", "--exec", f"set -m; {line}", "in/1.txt", *words))
+    assert result["error"]["type"] == "TaskTimeoutError"
+    wait_until(lambda: has_ended(int(Path("begun/pid").read_text())), "the end of what it had started")
 
 
 @pytest.mark.parametrize(

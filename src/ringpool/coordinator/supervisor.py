@@ -33,6 +33,7 @@ from typing import Any, cast
 import msgspec
 
 from ringpool.coordinator.ending import Ending
+from ringpool.coordinator.sessions import kill_session
 from ringpool.workers.descriptor import Descriptor
 from ringpool.workers.process import WorkerArguments, main
 from ringpool.workers.setup import Setup
@@ -337,6 +338,8 @@ class Supervisor:
             process.join(0.01)  # its sentinel fires early where a task has closed all descriptors
         code = process.exitcode
         pid = process.pid or 0
+        if pid and code:  # it did not end by itself, or not well
+            kill_session(pid)
         if code is not None:
             process.close()
         self._on_death(
