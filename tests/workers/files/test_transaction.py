@@ -193,6 +193,54 @@ def test_a_replaced_file_hands_on_its_mode_and_a_new_one_gets_the_umasks(base: P
     assert [stat.S_IMODE((base / "d1" / name).stat().st_mode) for name in "anb"] == [0o640] * 3
 
 
+ACLS = {
+    "none": None,
+    "everybody": "02000000 01000700ffffffff 04000700ffffffff 20000700ffffffff",
+    "user 1000": "02000000 01000700ffffffff 02000700e8030000 04000000ffffffff 10000700ffffffff 20000000ffffffff",
+    "user 2000": "02000000 01000700ffffffff 02000700d0070000 04000500ffffffff 10000500ffffffff 20000500ffffffff",
+}
+
+
+@pytest.mark.parametrize("of_the_directory", ACLS)
+@pytest.mark.parametrize("of_the_base", ACLS)
+def test_a_new_file_has_the_rights_that_its_directory_hands_on(
+    base: Path, of_the_base: str, of_the_directory: str
+) -> None:
+    def hand_on(directory: Path, acl: str | None) -> None:
+        if acl is not None:
+            os.setxattr(directory, "system.posix_acl_default", bytes.fromhex(acl))
+
+    def rights(path: Path) -> tuple[int, dict[str, bytes]]:
+        names = [name for name in os.listxattr(path) if name.startswith("system.")]
+        return path.stat().st_mode, {name: os.getxattr(path, name) for name in names}
+
+    before = os.umask(0o027)
+    try:
+        hand_on(base / "d1", ACLS[of_the_directory])
+        hand_on(base, ACLS[of_the_base])
+        (base / "d1/plain").write_text("new")
+        with FileTransaction(base) as transaction:
+            transaction.write("d1/n", "new")
+    except OSError:
+        pytest.skip("this file system has no ACLs")
+    finally:
+        os.umask(before)
+    assert rights(base / "d1/n") == rights(base / "d1/plain")
+
+
+def test_an_acl_that_cannot_be_set_leaves_a_new_file_to_its_owner(base: Path) -> None:
+    def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "setxattr":
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+        if name == "getxattr" and os.readlink(f"/proc/self/fd/{args[0]}").endswith("/d1"):
+            return bytes.fromhex(ACLS["everybody"] or "")
+        return call(*args, **kwargs)
+
+    with intercepted(around), FileTransaction(base) as transaction:
+        transaction.write("d1/n", "new")
+    assert stat.S_IMODE((base / "d1/n").stat().st_mode) == 0o600
+
+
 @as_root
 def test_a_replaced_file_hands_on_its_owner(base: Path) -> None:
     os.chown(base / "d1/a", 1234, 2345)

@@ -29,7 +29,7 @@ from ringpool.workers.files.journal import Effect, Journal, Stage, lstat_at, ope
 from ringpool.workers.files.locks import LockSet
 from ringpool.workers.files.operations import File, New, Original
 from ringpool.workers.files.oslayer import calls, write_all
-from ringpool.workers.files.target import lstat, take_over
+from ringpool.workers.files.target import default_acl, give_rights, lstat, take_over
 
 # Those of this process that were left to whoever comes next: (root, id). A thread that goes on holding the locks from
 # outside comes next itself, and would not see the marks.
@@ -115,7 +115,10 @@ class Commit:
         """A file with the new content, durable, and with the metadata that it shall have."""
         like = None if file.like is None else os.path.join(self.base, file.like)
         replaced = None if like is None else lstat(like)
-        fd = journal.create(n, 0o666 if replaced is None else 0o600)
+        # Where both directories hand on the same, the kernel gives a new file the rights that it shall have.
+        inherited = default_acl(parent_fd) if replaced is None else None
+        is_right = replaced is None and inherited == default_acl(journal.txn_fd)
+        fd = journal.create(n, 0o666 if is_right else 0o600)
         try:
             write_all(fd, file.content)
             if replaced is not None and like is not None:
@@ -124,6 +127,8 @@ class Commit:
                 parent = calls.fstat(parent_fd)
                 if parent.st_mode & stat.S_ISGID:
                     calls.fchown(fd, -1, parent.st_gid)
+                if not is_right:
+                    give_rights(fd, inherited)
             if self.durable:
                 sync(fd, self.path, "fsync of its new content")
         except BaseException:

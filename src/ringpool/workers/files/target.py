@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 from typing import Literal
 
 from ringpool.errors import AtomicWriteError, FileOperationError
@@ -20,6 +21,8 @@ from ringpool.workers.files.oslayer import calls
 Symlinks = Literal["follow", "replace", "refuse"]
 
 _ACL = "system.posix_acl_access"
+_DEFAULT_ACL = "system.posix_acl_default"
+_UMASK_UNKNOWN = 0o077
 _OF_THE_OLD_CONTENT = frozenset(
     {"security.capability", "security.ima", "security.evm"}
 )  # the kernel drops or checks them
@@ -124,6 +127,44 @@ def _copy_xattrs(fd: int, path: bytes) -> bool:
     if _ACL in ours and _ACL not in theirs:  # inherited from the directory: it would let in whom the old file did not
         calls.removexattr(fd, _ACL)
     return _ACL in ours or _ACL in theirs
+
+
+def default_acl(directory: int) -> bytes | None:
+    """What the open directory hands on to new files in place of the umask; None: nothing."""
+    try:
+        return calls.getxattr(directory, _DEFAULT_ACL)
+    except OSError as error:
+        if error.errno not in _UNKEPT:
+            raise
+        return None
+
+
+def give_rights(fd: int, inherited: bytes | None) -> None:
+    """Give the open file, made with 0600 elsewhere, the rights that open(2) with 0666 gives where it will go.
+
+    ``inherited`` is the ``default_acl`` there. Source: acl(5), object creation and default ACLs. Where that cannot be
+    set, nobody else gets in.
+    """
+    if inherited is None:
+        if _ACL in _xattr_names(fd):
+            calls.removexattr(fd, _ACL)
+        calls.fchmod(fd, 0o666 & ~_umask())
+        return
+    try:
+        calls.setxattr(fd, _ACL, inherited)
+    except OSError as error:
+        if error.errno not in _UNKEPT:
+            raise
+        calls.fchmod(fd, 0o600)
+        return
+    calls.fchmod(fd, calls.fstat(fd).st_mode & 0o666)
+
+
+def _umask() -> int:
+    """This process's, which os.umask tells only by changing it, for all threads. Source: proc(5), status."""
+    with suppress(OSError), open("/proc/self/status", "rb") as facts:
+        return next((int(line.split()[1], 8) for line in facts if line.startswith(b"Umask:")), _UMASK_UNKNOWN)
+    return _UMASK_UNKNOWN
 
 
 def _xattr_names(file: bytes | int) -> list[str]:
