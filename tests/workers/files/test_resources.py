@@ -13,8 +13,9 @@ import pytest
 from tests.workers.files import child_store
 from tests.workers.files.child import Child
 
+from ringpool.workers.files import turns
 from ringpool.workers.files.lockfiles import lock_file
-from ringpool.workers.files.locks import PathLock
+from ringpool.workers.files.locks import LockSet, PathLock
 from ringpool.workers.files.resources import resource_stats
 
 
@@ -65,6 +66,28 @@ def test_the_table_of_locks_is_bounded_and_a_held_one_stays(tmp_path: Path) -> N
         assert after.descriptors_open == stats.descriptors_open
         with pytest.raises(BlockingIOError):
             take(lock_file(os.fsencode(tmp_path / "a"), PathLock(tmp_path / "held").stripe))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_after_more_locks_at_once_than_the_table_has_room_for_it_is_within_its_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(turns, "DESCRIPTORS_MAX", 4)
+    sets = [LockSet([tmp_path / f"{part}-{number}" for number in range(count)]) for part, count in enumerate((3, 3, 9))]
+    before = resource_stats()
+    assert before.lock_files_max == 4
+    for several in sets:
+        several.acquire()
+    held = {lock.turns[-1].stripe for several in sets for lock in several.held}
+    assert resource_stats().lock_files_open == len(held) > 4
+    for part in order:
+        sets[part].release()
+    after = resource_stats()
+    assert after.lock_files_open == 4
+    assert after.descriptors_open == before.descriptors_open + 4 - before.lock_files_open
+    for number in range(100):  # they are opened again, and have their turn
+        with PathLock(tmp_path / f"{number}", timeout_s=0), PathLock(tmp_path / f"{number}", timeout_s=0):
+            assert resource_stats().lock_files_open == 4
 
 
 def take(path: bytes) -> None:

@@ -113,6 +113,7 @@ class Stripe:
         self.last_ticket = 0  # of this process
         self.passed = 0  # other processes' tickets up to here were overtaken
         self.is_listed = True  # in the table
+        self.when_idle: Callable[[], object] | None = None  # called where the table was full of others when it came
         self.abandoned = False  # inherited through a fork
 
     # ---- in
@@ -275,8 +276,11 @@ class Stripe:
             if not self.holds:
                 self._unlock()
                 self._call_next()
-                if not self.is_listed and not self.queue:
-                    self.close()
+                if not self.queue:
+                    if not self.is_listed:
+                        self.close()
+                    elif self.when_idle is not None:
+                        self.when_idle()
             elif waited:
                 self._call_next()
 

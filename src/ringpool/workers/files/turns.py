@@ -3,13 +3,15 @@
     arrive    path -> base, stripe -> the open lock file -> held, or waiting
     finish    what is left to do then, as a generator: the same for threads, which sleep, and for tasks, which await
 
-The table is bounded: the least recently used lock file is closed first, one that is held or awaited never. It holds a
-stripe by the spelling of its base; two spellings that lead to one file share its stripe.
+The table is bounded: the least recently used lock file is closed first, one that is held or awaited never. One that is
+opened while it is full of those is closed when nobody holds or awaits it any more. It holds a stripe by the spelling of
+its base; two spellings that lead to one file share its stripe.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import resource
 import threading
@@ -132,6 +134,8 @@ def _open(root: bytes, number: int) -> Stripe:
             break
     _close_idle(descriptors_max() - 1)
     _stripes[root, number] = opened
+    if len(_stripes) > descriptors_max():
+        opened.when_idle = functools.partial(_close_above_bound, opened)
     return opened
 
 
@@ -144,10 +148,18 @@ def _close_idle(left_max: int) -> None:
             _unlist(stripe)
 
 
+def _close_above_bound(stripe: Stripe) -> None:
+    """Close ``stripe``, which is idle now, unless the table has room for it meanwhile."""
+    if len(_stripes) > descriptors_max():
+        _unlist(stripe)
+    else:
+        stripe.when_idle = None
+
+
 def _unlist(stripe: Stripe) -> None:
-    stripe.is_listed = False
     for key in [key for key, each in _stripes.items() if each is stripe]:
         del _stripes[key]
+    stripe.is_listed = False  # after that: a Ctrl-C in between must not leave one in the table that will be closed
     if stripe.holds or stripe.queue:
         stripes.retired.add(stripe)
     else:
