@@ -28,6 +28,7 @@ from ringpool.errors import (
 )
 from ringpool.workers.files import commit
 from ringpool.workers.files.journal import Effect
+from ringpool.workers.files.locks import call_locked
 from ringpool.workers.files.operations import Delete, New, Operation, Original, Rename, Write, outcome
 from ringpool.workers.files.oslayer import intercepted
 from ringpool.workers.files.transaction import FileTransaction, snapshot
@@ -449,6 +450,28 @@ def test_what_died_under_an_inner_base_is_recovered_by_who_comes_by_an_outer_one
     make(inner, [Effect(b"a", True, 0), Effect(b"b", True, 0)], staged=2).close()
     (tmp_path / ".ringpool").mkdir()
     assert snapshot(["in/a", "in/b"], base=tmp_path) == {"in/a": b"new 0", "in/b": b"new 1"}
+
+
+@pytest.mark.parametrize("again", [lambda: snapshot(["a", "b"]), lambda: read_locked("a", "b")], ids=["long", "short"])
+def test_a_directory_is_looked_through_also_where_another_had_its_spelling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: Callable[[], dict[str, bytes]]
+) -> None:
+    for name in ("other", "in"):
+        (tmp_path / name).mkdir()
+    make(tmp_path / "in", [Effect(b"a", True, 0), Effect(b"b", True, 0)], staged=2).close()
+    (tmp_path / ".ringpool").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    for number in range(2000):  # every lock file is open then, so that the short way is open as well
+        call_locked(b"./%d" % number, None, lambda: None)
+    monkeypatch.chdir(tmp_path / "in")
+    assert again() == {"a": b"new 0", "b": b"new 1"}
+
+
+def read_locked(*names: str) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    for name in names:
+        call_locked(b"./" + name.encode(), None, lambda name=name: found.update({name: Path(name).read_bytes()}))
+    return found
 
 
 def test_a_snapshot_of_a_base_that_is_missing_is_a_named_error(tmp_path: Path) -> None:

@@ -54,17 +54,20 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Place(NamedTuple):
-    """Where a path is locked: its base, its stripe (0 to 255); and its directory, as it was spelled."""
+    """Where a path is locked: its base, its stripe (0 to 255); and its directory, as it was spelled, and what it is."""
 
     root: bytes
     stripe: int
     directory: bytes
+    device: int
+    inode: int
 
 
 def find(path: bytes, base: bytes | None) -> Place:
     """Where ``path`` is locked. Raises ``OSError``."""
     directory, device, inode, name = _place(path)
-    return Place(base or base_of(directory, device, inode), stripe_in(device, inode, name), directory)
+    root = base or base_of(directory, device, inode)
+    return Place(root, stripe_in(device, inode, name), directory, device, inode)
 
 
 def stripe_of(path: bytes) -> int:

@@ -33,7 +33,9 @@ DIRECTORIES_REMEMBERED_MAX = 4096
 WITHOUT_BELL_S = 0.005
 
 _stripes: OrderedDict[tuple[bytes, int], Stripe] = OrderedDict()  # the least recently used first
-_looked_at: set[tuple[bytes, bytes]] = set()  # base and directory, or base alone: no dead transactions were left
+# Where no dead transactions were left: base, and device and inode of the directory, whose spelling may come to mean
+# another one; 0 for the base alone.
+_looked_at: set[tuple[bytes, int, int]] = set()
 
 
 def arrive(turn: Turn, base: bytes | None, *, may_wait: bool) -> bool:
@@ -71,7 +73,7 @@ def arrive_at_once(turn: Turn, base: bytes | None) -> bool:
         found = calls.stat(directory)
         device, inode = found.st_dev, found.st_ino
         root = base or lockfiles.base_of(directory, device, inode)
-        if (root, directory) not in _looked_at:
+        if (root, device, inode) not in _looked_at:
             return False
         number = lockfiles.stripe_in(device, inode, name)
         with stripes.mutex:
@@ -95,7 +97,7 @@ def descriptors_max() -> int:
 
 def is_recovered(place: Place) -> bool:
     """Whether ``recover`` has nothing to do."""
-    return (place.root, place.directory) in _looked_at
+    return (place.root, place.device, place.inode) in _looked_at
 
 
 def recover(place: Place) -> None:
@@ -107,10 +109,10 @@ def recover(place: Place) -> None:
     if len(_looked_at) >= DIRECTORIES_REMEMBERED_MAX:
         _looked_at.clear()
     for base in (place.root, *lockfiles.bases_between(place.root, place.directory)):
-        if (base, b"") not in _looked_at:
+        if (base, 0, 0) not in _looked_at:
             journal.recover_root(base)
-            _looked_at.add((base, b""))
-    _looked_at.add((place.root, place.directory))
+            _looked_at.add((base, 0, 0))
+    _looked_at.add((place.root, place.device, place.inode))
 
 
 def _open(root: bytes, number: int) -> Stripe:
