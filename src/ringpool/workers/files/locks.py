@@ -29,7 +29,8 @@ What holds
   Who wants several takes a ``LockSet``, or takes them in order.
 - Whoever removes ``.ringpool`` under a holder lets a second one in; nothing can prevent that here. Everybody who comes
   or waits after it meets on the new file.
-- Users of ``filelock.FileLock`` on the lock file are excluded and exclude, but do not queue.
+- Users of ``filelock.FileLock`` on the lock file are excluded and exclude, but do not queue. Before version 4.2.1 it
+  empties the file, or removes it, and with it the mark of a dead transaction.
 - On a network file system (NFS, SMB, ...) the lock is a ``filelock.SoftReadWriteLock``, because flock is emulated there
   or holds on one machine only. Who comes first is not promised to be first there, nor that a dead holder's lock is free
   before its lease has run out (90 s); an ``AsyncPathLock`` blocks its event loop for the file operations of each try.
