@@ -7,9 +7,11 @@ import errno
 import math
 import os
 import pickle
-from collections.abc import Callable
-from contextlib import ExitStack
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -27,10 +29,14 @@ from tests.workers.files.child_locks import (
 )
 
 from ringpool.errors import FileOperationError, LockTimeoutError, LockUpgradeError, PathNameError
+from ringpool.workers.files import lockfiles, locks, stripes, tickets, turns
 from ringpool.workers.files.asynclocks import AsyncPathLock
-from ringpool.workers.files.locks import LockSet, PathLock
+from ringpool.workers.files.errorlog import ErrorLog
+from ringpool.workers.files.locks import LockSet, PathLock, call_locked
 from ringpool.workers.files.oslayer import intercepted
+from ringpool.workers.files.store import FileStore
 from ringpool.workers.files.tickets import Bell
+from ringpool.workers.files.transaction import FileTransaction, snapshot
 
 # ---- one holder ------------------------------------------------------------------------------------------------------
 
@@ -264,6 +270,66 @@ def test_ctrl_c_just_after_it_was_had_leaves_nothing_held(tmp_path: Path) -> Non
     with intercepted(interrupt), pytest.raises(KeyboardInterrupt):
         lock.acquire()
     assert is_free(Path(os.fsdecode(file)))
+
+
+def write_two(base: Path) -> None:
+    with FileTransaction(base, durability="atomic") as transaction:
+        transaction.write("a", "1")
+        transaction.write("b", "2")
+
+
+OPERATIONS: dict[str, Callable[[Path], object]] = {
+    "write": lambda base: FileStore(base, durability="atomic").write("a", b"new"),
+    "append": lambda base: FileStore(base, durability="atomic").append("a", b"+"),
+    "update": lambda base: FileStore(base, durability="atomic").update("a", lambda old: old, missing=b""),
+    "delete": lambda base: FileStore(base, durability="atomic").delete("c"),
+    "rename": lambda base: FileStore(base, durability="atomic").rename("c", "d", replace=True),
+    "record": lambda base: ErrorLog(base, durability="none").record(ValueError("x")),
+    "snapshot": lambda base: snapshot([base / "a", base / "b"]),
+    "transaction": write_two,
+    "output, free": lambda base: call_locked(os.fsencode(base / "a"), None, lambda: None),
+    "output, not free": lambda base: call_locked(os.fsencode(base / "link"), None, lambda: None),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_a_signal_handler_raises_at_any_call_leaves_nothing_locked(tmp_path: Path, operation: str) -> None:
+    for name in ("a", "c"):
+        (tmp_path / name).write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    OPERATIONS["write"](tmp_path)
+    OPERATIONS[operation](tmp_path)  # its lock files are open then, and each time it makes the same calls
+    for at in range(1000):
+        (tmp_path / "c").write_bytes(b"old")
+        try:
+            with raised_at_call(at):
+                OPERATIONS[operation](tmp_path)
+            break
+        except KeyboardInterrupt:
+            assert [file for file in tmp_path.rglob("*.lock") if not is_free(file)] == []
+            assert not stripes.retired
+    assert 5 < at < 900
+
+
+@contextmanager
+def raised_at_call(at: int) -> Iterator[None]:
+    """``KeyboardInterrupt`` as the ``at``-th function of the locks begins: there Python calls signal handlers."""
+    modules = {module.__file__ for module in (locks, turns, stripes, tickets, lockfiles)}
+    calls_left = at
+
+    def trace(frame: FrameType, event: str, _: object) -> None:
+        nonlocal calls_left
+        if event == "call" and frame.f_code.co_filename in modules:
+            calls_left -= 1
+            if calls_left == -1:
+                raise KeyboardInterrupt
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 # ---- misuse, and a kernel that refuses -------------------------------------------------------------------------------

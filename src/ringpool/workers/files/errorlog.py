@@ -44,7 +44,7 @@ from ringpool.workers.files.errorrecord import (
     scan,
 )
 from ringpool.workers.files.journal import DIRECTORY
-from ringpool.workers.files.locks import PathLock
+from ringpool.workers.files.locks import PathLock, under
 from ringpool.workers.files.naming import FilePath, absolute, encoded
 from ringpool.workers.files.oslayer import calls, write_all
 
@@ -168,8 +168,7 @@ class ErrorLog:
         """
         body = body_of(error, path, operation, context or {}, self._record_bytes_max - HEADER_BYTES)
         try:
-            with self._lock():
-                self._append(body)
+            under(self._lock(), lambda: self._append(body))
         except (DurabilityError, LockTimeoutError):
             raise
         except OSError as failure:

@@ -36,8 +36,10 @@ What holds
   before its lease has run out (90 s); an ``AsyncPathLock`` blocks its event loop for the file operations of each try.
 - A ``.ringpool`` that is made further out takes over what lies deeper. Who holds a lock at that moment excludes nobody
   who comes later; who waits meets the others on the new file. So the outermost base is to have its ``.ringpool`` first.
-- A Ctrl-C anywhere in ``acquire`` or ``release`` leaves the lock free. One that comes as a ``with`` block ends, before
-  ``release`` has begun, leaves it held: Python looks for signals there, and offers no way round it.
+- A Ctrl-C, or whatever else a signal handler raises, in ``acquire`` leaves the lock free. One that comes as a ``with``
+  block ends or as ``release`` begins may leave it held: Python looks for signals there, and a function can do nothing
+  before it has begun. ``release`` may be called again then. ``under`` does that for whoever locks by himself
+  (``FileStore``, ``ErrorLog``, ``snapshot``, tasks' outputs), as ``FileTransaction`` does: those leave nothing locked.
 - A signal handler must not take a lock that the code it interrupts may be taking.
 """
 
@@ -53,7 +55,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Literal, NoReturn, Self
+from typing import Literal, NoReturn, Self, TypeVar
 
 from ringpool.errors import FileOperationError, LockTimeoutError, RingpoolError
 from ringpool.workers.files import lockfiles, stripes, turns
@@ -67,6 +69,8 @@ __all__ = ["LockBase", "LockSet", "Mode", "PathLock", "root_of"]
 IDLE_S = 0.05
 
 Mode = Literal["exclusive", "shared"]
+
+_T = TypeVar("_T")
 
 
 def _absolute(path: bytes) -> bytes:
@@ -215,24 +219,48 @@ class PathLock(LockBase):
         self.release()
 
 
+def under(lock: PathLock | LockSet, call: Callable[[], _T]) -> _T:
+    """What ``call`` returns, under ``lock``, which is free afterwards: also where a signal handler raises anywhere.
+
+    A ``with`` block cannot promise that: nobody is left to release where an exception comes as ``__exit__`` begins.
+    Raises what both raise.
+    """
+    try:
+        lock.acquire()
+        result = call()
+        lock.release()
+    except BaseException:
+        with suppress(RuntimeError, FileOperationError):  # it is not held any more
+            lock.release()
+        raise
+    return result
+
+
 def call_locked(path: bytes, base: bytes | None, call: Callable[[], object]) -> None:
     """``call`` under the exclusive ``PathLock(path, base=base)``, at half the cost where that is free.
 
     ``path``: absolute, and no symlink. Raises what both raise.
     """
     turn = Turn(threading.get_ident(), path, exclusive=True)
+    is_held = False
     try:
-        if turns.arrive_at_once(turn, base):
+        is_held = turns.arrive_at_once(turn, base)
+        if is_held:
             call()
-            return
-    finally:
-        if turn.stripe is not None:
-            try:
-                turn.stripe.leave(turn)
-            except OSError:
-                turns.drop(turn.stripe, turn)
-    with PathLock(path, base=base):
-        call()
+        _leave_at_once(turn)
+    except BaseException:
+        _leave_at_once(turn)
+        raise
+    if not is_held:
+        under(PathLock(path, base=base), call)
+
+
+def _leave_at_once(turn: Turn) -> None:
+    if turn.stripe is not None:
+        try:
+            turn.stripe.leave(turn)
+        except OSError:
+            turns.drop(turn.stripe, turn)
 
 
 class LockSet:

@@ -32,7 +32,7 @@ from ringpool.workers.files import lockfiles
 from ringpool.workers.files.contained import Contained
 from ringpool.workers.files.durability import Durability, level_of, make_directories
 from ringpool.workers.files.finding import find
-from ringpool.workers.files.locks import LockSet, Mode, PathLock
+from ringpool.workers.files.locks import LockSet, Mode, PathLock, under
 from ringpool.workers.files.naming import FilePath, absolute, encoded
 from ringpool.workers.files.objects import ContentAddress, Objects, Source, VerifyReport
 from ringpool.workers.files.oslayer import calls
@@ -100,13 +100,11 @@ class FileStore:
 
     def write(self, path: FilePath, content: Content, *, durability: Durability | str | None = None) -> None:
         """Make ``content`` (text as UTF-8) that of the file, whole or not at all; its directories are made."""
-        with self.lock(path):
-            self.unlocked.write(path, content, self.level(durability))
+        under(self.lock(path), lambda: self.unlocked.write(path, content, self.level(durability)))
 
     def append(self, path: FilePath, content: Content, *, durability: Durability | str | None = None) -> None:
         """Put ``content`` at the end of the file, made where it is missing, whole or not at all."""
-        with self.lock(path):
-            self.unlocked.append(path, content, self.level(durability))
+        under(self.lock(path), lambda: self.unlocked.append(path, content, self.level(durability)))
 
     def update(
         self,
@@ -121,22 +119,25 @@ class FileStore:
         Where there is no file, ``change`` gets ``missing``; without that ``FileMissingError`` is raised. What
         ``change`` raises comes through, and nothing is changed. It must not write to ``path`` itself.
         """
-        with self.lock(path):
+
+        def update() -> bytes:
             content = bytes(octets(change(self.before_update(path, missing))))
             self.unlocked.write(path, content, self.level(durability))
-        return content
+            return content
+
+        return under(self.lock(path), update)
 
     def delete(self, path: FilePath, *, durability: Durability | str | None = None) -> None:
         """Remove the file; of a symlink, the link. Raises ``FileMissingError``."""
-        with PathLock(self.lock_path(path, create=False), timeout_s=self.timeout_s):
-            self.unlocked.delete(path, self.level(durability))
+        lock = PathLock(self.lock_path(path, create=False), timeout_s=self.timeout_s)
+        under(lock, lambda: self.unlocked.delete(path, self.level(durability)))
 
     def rename(
         self, old: FilePath, new: FilePath, *, replace: bool = False, durability: Durability | str | None = None
     ) -> None:
         """Give the file at ``old`` the path ``new``. What is there is kept (EEXIST), unless ``replace`` is true."""
-        with LockSet([self.lock_path(old, create=False), self.lock_path(new)], timeout_s=self.timeout_s):
-            self.unlocked.rename(old, new, self.level(durability), replace=replace)
+        locks = LockSet([self.lock_path(old, create=False), self.lock_path(new)], timeout_s=self.timeout_s)
+        under(locks, lambda: self.unlocked.rename(old, new, self.level(durability), replace=replace))
 
     # ---- by content --------------------------------------------------------------------------------------------------
 

@@ -56,7 +56,7 @@ from ringpool.workers.files.journal import (
     DIRECTORY,
     read_all,
 )
-from ringpool.workers.files.locks import LockSet, root_of
+from ringpool.workers.files.locks import LockSet, root_of, under
 from ringpool.workers.files.naming import FilePath, encoded
 from ringpool.workers.files.operations import (
     Delete,
@@ -320,7 +320,8 @@ def snapshot(
             raise FileOperationError(os.fsdecode(real), "read below it", error.errno or errno.EIO, reason) from error
         places = [os.path.join(real, _contained(real, path)) for path in asked]
     contents: dict[AnyPath, bytes] = {}
-    with LockSet(places, "shared", base=root, timeout_s=timeout_s):
+
+    def read() -> None:
         for path, place in zip(asked, places, strict=True):
             try:
                 content = _read(place, os.O_NOFOLLOW if base is not None else 0)
@@ -329,6 +330,8 @@ def snapshot(
                 raise FileOperationError(os.fsdecode(place), "read", error.errno or errno.EIO, reason) from error
             if content is not None:
                 contents[path] = content
+
+    under(LockSet(places, "shared", base=root, timeout_s=timeout_s), read)
     return contents
 
 
