@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import stat
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import chdir, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -434,9 +435,50 @@ def test_a_snapshot_leaves_out_what_is_no_file_and_stays_in_its_base(base: Path)
     assert snapshot([base / "d1/a", base / "d2/c"]) == {base / "d1/a": b"old a", base / "d2/c": b"old c"}
     with pytest.raises(PathOutsideError):
         snapshot(["../x"], base=base)
-    with pytest.raises(FileOperationError) as caught:
-        snapshot(["d1"], base=base)
-    assert caught.value.errno == errno.EISDIR
+    (base / "link").symlink_to("d1/a")
+    (base / "loop").symlink_to("loop")
+    os.mkfifo(base / "pipe")
+    no_files = ["d1", "d1/n", "pipe", "no/x", "no/such/x", "d1/a/x", "loop", "loop/x"]
+    with socket.socket(socket.AF_UNIX) as listening:
+        with chdir(base):
+            listening.bind("socket")
+        for paths in (["socket"], *([path] for path in no_files), [*no_files, "d1/a"], []):
+            found = {path: b"old a" for path in paths if path == "d1/a"}
+            assert snapshot(paths, base=base) == found
+            assert snapshot([base / path for path in paths], timeout_s=9) == {
+                base / path: found[path] for path in found
+            }
+    assert snapshot(["link"], base=base) == {}
+    assert snapshot([base / "link"]) == {base / "link": b"old a"}
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "n" * 256])
+def test_a_snapshot_refuses_what_can_be_no_name(base: Path, name: str) -> None:
+    for root in (None, base):
+        with pytest.raises(PathNameError):
+            snapshot([name], base=root)
+
+
+def test_a_snapshot_leaves_out_what_loses_its_directory_while_it_locks_the_others(base: Path) -> None:
+    (base / ".ringpool").mkdir()
+    (base / "d3").mkdir()
+
+    def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "lock_descriptor" or name == "flock":
+            with suppress(FileNotFoundError):
+                os.rmdir(base / "d3")
+        return call(*args, **kwargs)
+
+    with intercepted(around):
+        paths = [base / "d1/a", *(base / f"d3/{number}" for number in range(30))]
+        assert snapshot(paths, timeout_s=9) == {base / "d1/a": b"old a"}
+    assert not (base / "d3").exists()
+
+
+def test_a_snapshot_below_what_cannot_hold_locks_is_a_named_error(base: Path) -> None:
+    (base / "d1/.ringpool").touch()
+    with pytest.raises(FileOperationError, match="Not a directory"):
+        snapshot([base / "d1/a"])
 
 
 def test_transactions_of_several_processes_add_up_though_they_are_killed(tmp_path: Path) -> None:

@@ -32,9 +32,11 @@ content: two transactions that read and write the same files do not lose an upda
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import stat
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from enum import Enum
 from hashlib import blake2b
@@ -49,6 +51,7 @@ from ringpool.errors import (
     TransactionConflictError,
     TransactionError,
 )
+from ringpool.workers.files import lockfiles
 from ringpool.workers.files.commit import Commit
 from ringpool.workers.files.contained import Contained
 from ringpool.workers.files.durability import Durability, close_quietly
@@ -57,7 +60,7 @@ from ringpool.workers.files.journal import (
     read_all,
 )
 from ringpool.workers.files.locks import LockSet, root_of, under
-from ringpool.workers.files.naming import FilePath, encoded
+from ringpool.workers.files.naming import FilePath, check_path, encoded
 from ringpool.workers.files.operations import (
     Delete,
     File,
@@ -74,6 +77,7 @@ from ringpool.workers.files.oslayer import calls
 from ringpool.workers.files.target import lstat
 
 ROOTS_TRIED_MAX = 100
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)  # ENXIO: a socket
 
 AnyPath = TypeVar("AnyPath", bound=FilePath)
 
@@ -305,33 +309,69 @@ def snapshot(
     """The contents of the files at ``paths`` at one moment: of each transaction on them all or nothing.
 
     It holds shared locks on all of them while it reads. ``base``, where given, is that of the transactions, and the
-    paths are relative to it and stay in it. What is no file is left out. ``timeout_s`` bounds the wait for the locks
-    (None: no bound). Raises ``LockTimeoutError``; ``FileOperationError`` where a file cannot be read.
+    paths are relative to it and stay in it. What is no file is left out: what is missing, also with its directory, what
+    is a directory or pipe, and with ``base`` a symbolic link. ``timeout_s`` bounds the wait for the locks (None: none).
+    Raises ``LockTimeoutError``; ``PathNameError``; ``FileOperationError`` where a file cannot be read.
     """
-    asked = list(paths)
-    if base is None:
-        root, places = None, [encoded(path) for path in asked]
-    else:
-        real = os.path.realpath(encoded(base))
+    root, places = _places(paths, base)
+    flags = os.O_NOFOLLOW if base is not None else 0
+    deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+    while places:
+        locks = LockSet(places.values(), "shared", base=root, timeout_s=timeout_s)
         try:
-            root = root_of(real)
+            return under(locks, functools.partial(_contents, places, flags))
+        except FileOperationError as error:
+            left = {path: place for path, place in places.items() if _can_be_locked(place, root)}
+            if error.errno not in _NO_FILE or len(left) == len(places):
+                raise
+        places = left
+        if deadline_s is not None:
+            timeout_s = max(0.0, deadline_s - time.monotonic())
+    return {}
+
+
+def _places(paths: Iterable[AnyPath], base: FilePath | None) -> tuple[bytes | None, dict[AnyPath, bytes]]:
+    """The base of the locks, and where each of ``paths`` is, but for those whose directory is none."""
+    places: dict[AnyPath, bytes] = {}
+    if base is None:
+        places.update((path, encoded(path)) for path in paths)
+        for place in places.values():
+            check_path(place)
+        return None, places
+    real = os.path.realpath(encoded(base))
+    try:
+        root = root_of(real)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise FileOperationError(os.fsdecode(real), "read below it", error.errno or errno.EIO, reason) from error
+    for path in paths:
+        try:
+            places[path] = os.path.join(real, _contained(real, path))
+        except FileOperationError as error:
+            if error.errno not in _NO_FILE or isinstance(error, PathNameError):
+                raise
+    return root, places
+
+
+def _can_be_locked(place: bytes, root: bytes | None) -> bool:
+    """Whether it is in a directory; what is not has no lock, and is no file."""
+    try:
+        lockfiles.find(place, root)
+    except OSError as error:
+        return error.errno not in _NO_FILE
+    return True
+
+
+def _contents(places: Mapping[AnyPath, bytes], flags: int) -> dict[AnyPath, bytes]:
+    contents: dict[AnyPath, bytes] = {}
+    for path, place in places.items():
+        try:
+            content = _read(place, flags)
         except OSError as error:
             reason = error.strerror or str(error)
-            raise FileOperationError(os.fsdecode(real), "read below it", error.errno or errno.EIO, reason) from error
-        places = [os.path.join(real, _contained(real, path)) for path in asked]
-    contents: dict[AnyPath, bytes] = {}
-
-    def read() -> None:
-        for path, place in zip(asked, places, strict=True):
-            try:
-                content = _read(place, os.O_NOFOLLOW if base is not None else 0)
-            except OSError as error:
-                reason = error.strerror or str(error)
-                raise FileOperationError(os.fsdecode(place), "read", error.errno or errno.EIO, reason) from error
-            if content is not None:
-                contents[path] = content
-
-    under(LockSet(places, "shared", base=root, timeout_s=timeout_s), read)
+            raise FileOperationError(os.fsdecode(place), "read", error.errno or errno.EIO, reason) from error
+        if content is not None:
+            contents[path] = content
     return contents
 
 
@@ -343,13 +383,15 @@ def _digest(content: bytes | None) -> bytes | None:
 
 
 def _read(path: bytes, flags: int = os.O_NOFOLLOW) -> bytes | None:
-    """The file's content; None where there is none."""
+    """The file's content; None where there is nothing, a directory, a pipe, or a link that is not followed."""
     try:
         fd = calls.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
         return None
     try:
-        return read_all(fd)
+        return read_all(fd) if stat.S_ISREG(calls.fstat(fd).st_mode) else None
     finally:
         close_quietly(fd)
 
