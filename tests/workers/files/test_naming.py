@@ -10,6 +10,7 @@ import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -180,6 +181,23 @@ def test_content_is_named_by_its_digest(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(naming, "CONTENT_PIECE_BYTES", 7)
     assert content_name(io.BytesIO(content)) == name
     assert content_name(b"") != name
+
+
+@pytest.mark.parametrize("view", [memoryview(b"abcdef")[::2], memoryview(b"abcdef").cast("B", (2, 3)), memoryview(b"")])
+def test_a_view_is_named_by_its_bytes_however_they_lie(view: memoryview) -> None:
+    assert content_name(view) == content_name(view.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("pieces", "error"), [([b"abc", None, b"def", b""], BlockingIOError), ([b"abc", "def", ""], TypeError)]
+)
+def test_a_stream_that_cannot_be_read_to_its_end_has_no_name(pieces: list[Any], error: type[Exception]) -> None:
+    class Stream:
+        def read(self, _: int) -> Any:
+            return pieces.pop(0)
+
+    with pytest.raises(error):
+        content_name(Stream())
 
 
 @pytest.mark.parametrize("use", [atomic_write, PathLock, FileStore, lambda path: FileStore("/").read(path)])

@@ -24,9 +24,10 @@ import os
 import random
 import re
 from binascii import hexlify
+from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import blake2b
-from typing import Protocol
+from typing import Protocol, cast
 
 from ringpool.errors import FileOperationError, PathNameError
 from ringpool.workers.files.oslayer import calls
@@ -124,15 +125,31 @@ def unique_name(directory: FilePath, prefix: str | bytes = b"", suffix: str | by
 def content_name(content: bytes | bytearray | memoryview | SupportsRead, suffix: str = "") -> str:
     """The name under which ``content`` is kept by what it is: ``ab/ab...``, its blake2b-256, and ``suffix``.
 
-    A stream is read to its end, in bounded memory; the name is relative to where such content is kept.
+    A stream is read to its end, in bounded memory; the name is relative to where such content is kept. Raises what the
+    stream does, and ``BlockingIOError`` where it has nothing to read yet.
     """
     digest = blake2b(digest_size=32)
+    if isinstance(content, memoryview) and not content.c_contiguous:
+        content = content.tobytes()
     if isinstance(content, bytes | bytearray | memoryview):
         digest.update(content)
     else:
-        while piece := content.read(CONTENT_PIECE_BYTES):
+        for piece in stream_pieces(content, CONTENT_PIECE_BYTES):
             digest.update(piece)
     return digest_name(digest.digest(), suffix)
+
+
+def stream_pieces(stream: SupportsRead, piece_bytes: int) -> Iterator[bytes]:
+    """What the stream reads, to its end. Raises ``BlockingIOError`` where it has nothing yet, ``TypeError``."""
+    while True:
+        piece = cast("object", stream.read(piece_bytes))
+        if piece is None:
+            raise BlockingIOError(errno.EAGAIN, "a stream that has nothing to read yet: it must be a blocking one")
+        if not isinstance(piece, (bytes, bytearray, memoryview)):
+            raise TypeError(f"a stream of bytes is needed; this one reads {type(piece).__name__}")
+        if not piece:
+            return
+        yield cast("bytes", piece)
 
 
 def digest_name(digest: bytes, suffix: str = "") -> str:

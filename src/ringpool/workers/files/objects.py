@@ -24,7 +24,7 @@ from ringpool.errors import ContentCorruptError, FileMissingError, FileOperation
 from ringpool.workers.files.contained import Contained
 from ringpool.workers.files.durability import Durability, close_quietly, sync
 from ringpool.workers.files.finding import find
-from ringpool.workers.files.naming import check_path, digest_name, encoded, random_staging_name
+from ringpool.workers.files.naming import check_path, digest_name, encoded, random_staging_name, stream_pieces
 from ringpool.workers.files.oslayer import calls, write_all
 
 DIGEST_BYTES = 32
@@ -259,7 +259,7 @@ def _pieces(source: Source) -> Iterator[bytes | memoryview]:
     if isinstance(source, os.PathLike):
         return _file_pieces(encoded(source))
     if callable(getattr(source, "read", None)):
-        return _stream_pieces(source)
+        return stream_pieces(source, PIECE_BYTES)
     kind = type(source).__name__
     raise TypeError(f"content must be bytes, a binary stream or a Path, not {kind}; give text as text.encode()")
 
@@ -281,18 +281,6 @@ def _file_pieces(path: bytes) -> Iterator[bytes]:
     finally:
         if fd >= 0:
             close_quietly(fd)
-
-
-def _stream_pieces(stream: IO[bytes]) -> Iterator[bytes]:
-    while True:
-        piece = cast("object", stream.read(PIECE_BYTES))
-        if piece is None:
-            raise BlockingIOError(errno.EAGAIN, "a stream that has nothing to read yet: it must be a blocking one")
-        if not isinstance(piece, (bytes, bytearray, memoryview)):
-            raise TypeError(f"a stream of bytes is needed; this one reads {type(piece).__name__}")
-        if not piece:
-            return
-        yield cast("bytes", piece)
 
 
 def _digest_of(address: ContentAddress | str) -> str:
