@@ -261,6 +261,29 @@ def test_nothing_exists_below_a_file(store: Any) -> None:
     assert store.read("a") == b""
 
 
+@pytest.mark.parametrize(
+    ("directory", "names"),
+    [(".", ["a", "sub"]), ("./", ["a", "sub"]), ("sub", ["b"]), ("sub/", ["b"]), ("sub//", ["b"]), ("./sub/.", ["b"])],
+)
+def test_a_directory_may_be_named_with_a_slash_at_its_end(store: Any, directory: str, names: list[str]) -> None:
+    store.write("a", b"")
+    store.write("sub/b", b"")
+    assert store.list(directory) == names
+    for call in (store.read, store.delete, lambda path: store.write(path, b"")):
+        with pytest.raises(FileOperationError):
+            call(directory)
+
+
+@pytest.mark.parametrize(
+    ("directory", "error"),
+    [("/", PathOutsideError), ("../", PathOutsideError), ("", PathNameError), (".ringpool/", PathNameError)],
+)
+def test_what_is_no_directory_of_the_store_is_not_listed(store: Any, directory: str, error: type[Exception]) -> None:
+    store.write("a", b"")
+    with pytest.raises(error):
+        store.list(directory)
+
+
 def test_a_link_inside_is_followed_and_one_that_is_removed_is_not(tmp_path: Path, store: Any) -> None:
     store.write("d/a", b"1")
     (tmp_path / "base/link").symlink_to("d/a")

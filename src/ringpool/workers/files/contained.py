@@ -93,8 +93,11 @@ class Contained:
             close_quietly(base_fd)
 
     def open_directory(self, relative: FilePath = b".", *, create: bool = False) -> int:
-        """The directory at ``relative`` (``"."``: the base), as a descriptor for the caller to close."""
-        parts = [] if encoded(relative) == b"." else self._parts(relative)
+        """The directory at ``relative`` (``"."``: the base), as a descriptor for the caller to close.
+
+        It may end with a slash.
+        """
+        parts = self._parts(relative, of_directory=True)
         base_fd = self._open_base()
         try:
             return self._open_directory(base_fd, parts, create)
@@ -105,8 +108,8 @@ class Contained:
         finally:
             close_quietly(base_fd)
 
-    def _parts(self, relative: FilePath) -> list[bytes]:
-        """The components, checked as text."""
+    def _parts(self, relative: FilePath, *, of_directory: bool = False) -> list[bytes]:
+        """The components, checked as text; none for the base."""
         path = encoded(relative)
         check_path(path)
         shown = os.fsdecode(path)
@@ -115,7 +118,7 @@ class Contained:
         parts = [part for part in path.split(b"/") if part not in (b"", b".")]
         if b".." in parts:
             raise PathOutsideError(shown, "use the path", errno.EXDEV, "it holds '..'")
-        if not parts or path.endswith((b"/", b"/.")):
+        if not of_directory and (not parts or path.endswith((b"/", b"/."))):
             raise PathNameError(shown, "use the path", errno.EISDIR, "it names a directory")
         if any(part == OWN_DIRECTORY or is_staging_name(part) for part in parts):
             raise PathNameError(shown, "use the path", errno.EINVAL, "ringpool keeps such names for itself")
