@@ -122,6 +122,31 @@ class HostileError(Exception):
     __repr__ = __str__
 
 
+def no(*_: object) -> Any:
+    raise KeyError("no")
+
+
+@pytest.mark.parametrize("name", ["path", "filename", "operation", "errno"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        property(no),
+        type("Undecided", (), {"__bool__": no, "__str__": no})(),
+        type("Nowhere", (os.PathLike,), {"__fspath__": no, "__str__": no})(),
+    ],
+    ids=["property", "bool", "fspath"],
+)
+def test_an_error_whose_attribute_cannot_be_looked_at_is_recorded_all_the_same(
+    log: ErrorLog, name: str, value: object
+) -> None:
+    log.record(caught(type("BrittleError", (Exception,), {name: value})("x")))
+    (found,) = log
+    assert found.type.endswith("BrittleError")
+    assert found.message == "x"
+    assert found.errno is None
+    assert "BrittleError" in found.traceback
+
+
 def test_an_error_that_cannot_be_shown_is_recorded_all_the_same(log: ErrorLog) -> None:
     log.record(caught(HostileError()), context={"huge": 1 << 99, "object": HostileError(), "\ud800": "\udcff"})
     log.record(ValueError("surrogates \udcff \ud800"), path="\ud800")

@@ -78,18 +78,19 @@ def body_of(
 ) -> bytes:
     """The body of the record of ``error``, at most ``bytes_max`` bytes (10,000 or more). Raises nothing of its own.
 
-    ``path`` and ``operation`` default to those of the error. An exception whose ``__str__`` fails is recorded as such.
+    ``path`` and ``operation`` default to those of the error. An exception whose ``__str__`` fails is recorded as such,
+    and one whose attribute cannot be looked at as if it had none.
     """
     if path is None:
-        path = getattr(error, "path", None) or getattr(error, "filename", None)
+        path = _attribute(error, "path") or _attribute(error, "filename")
     if operation is None:
-        operation = getattr(error, "operation", None)
+        operation = _attribute(error, "operation")
     kind = type(error)
     texts = (f"{kind.__module__}.{kind.__qualname__}", _words(error), "" if operation is None else _words(operation))
     limits = (_TYPE_CHARACTERS_MAX, _MESSAGE_CHARACTERS_MAX, _OPERATION_CHARACTERS_MAX)
     octets = _path_bytes(path)
     clipped = any(len(text) > limit for text, limit in zip(texts, limits, strict=True))
-    number = getattr(error, "errno", None)
+    number = _attribute(error, "errno")
     record = ErrorRecord(
         time_ns=time.time_ns(),
         pid=os.getpid(),
@@ -127,6 +128,16 @@ def _filled(record: ErrorRecord, context: Mapping[str, object], trace: str, byte
     return body
 
 
+def _attribute(error: BaseException, name: str) -> Any:
+    """None also where it is a property that raises, or a value that does not say whether it is true."""
+    try:
+        value = getattr(error, name, None)
+        bool(value)
+    except Exception:
+        return None
+    return value
+
+
 def _words(value: object) -> str:
     """``words_of``, without what UTF-8 cannot hold."""
     return words_of(value).encode(errors="backslashreplace").decode()
@@ -142,7 +153,7 @@ def _trace(error: BaseException) -> str:
 def _path_bytes(path: object) -> bytes:
     try:
         return os.fsencode(cast("str", path))  # which it may not be: then fsencode says so
-    except (TypeError, UnicodeEncodeError):  # no path; or a surrogate that stands for no byte
+    except Exception:  # no path; or a surrogate that stands for no byte; or whatever its __fspath__ raises
         return b"" if path is None else _words(path).encode()
 
 
