@@ -728,3 +728,18 @@ def test_a_closed_coordinator_refuses_tasks(file: Path) -> None:
         own.run_file_tasks(tasks.size, [file])
     assert own.worker_pids == ()
     assert own.stats().workers_alive == 0
+
+
+def test_outputs_obey_the_umask_of_the_program_when_the_pool_was_made(tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("x")
+    modes: list[int] = []
+    for mask in (0o022, 0o077):
+        before = os.umask(mask)
+        try:
+            with Coordinator(workers=1, durability="atomic") as pool:
+                output = tmp_path / f"{mask:o}"
+                pool.submit_file_task(tasks.copy, tmp_path / "in", output).result(WATCHDOG_S)
+        finally:
+            os.umask(before)
+        modes.append(output.stat().st_mode & 0o777)
+    assert modes == [0o644, 0o600]

@@ -141,3 +141,23 @@ def test_the_pid_namespace_is_that_of_this_process() -> None:
     link = re.fullmatch(r"pid:\[(\d+)\]", os.readlink("/proc/self/ns/pid"))
     assert link is not None
     assert owner.pid_namespace() == int(link[1])
+
+
+def test_a_fork_is_counted_whatever_its_pid_is() -> None:
+    before = owner.forks()
+    pid = os.fork()
+    if not pid:
+        os._exit(owner.forks() - before)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 1
+    assert owner.forks() == before
+
+
+def test_a_process_is_the_same_one_for_those_in_another_time_namespace() -> None:
+    me = owner.this_process()
+    program = f"from ringpool.shm.owner import Owner; print(Owner({me.pid}, {me.start}).alive)"
+    command = ["unshare", "--time", "--boottime", "100000", sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no other time namespace: {done.stderr.strip()}")
+    assert done.stdout == "True\n"

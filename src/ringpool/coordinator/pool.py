@@ -12,7 +12,6 @@ open --close()--> draining --idle--> closed        nothing is left in /dev/shm, 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import copy
 import itertools
 import multiprocessing
@@ -42,6 +41,7 @@ from ringpool.shm.vectors import Arena
 from ringpool.workers import values
 from ringpool.workers.process import WorkerArguments
 from ringpool.workers.setup import Setup
+from ringpool.workers.umask import umask
 
 START_METHOD = "forkserver"
 ABORT_TIMEOUT_S = 1.0
@@ -115,14 +115,14 @@ class Pool:
         self._retains = retains
         self.slots = slots
         self.n_workers = n_workers
-        umask = _umask()
+        mask = umask()
         try:
             self._end = CoordinatorEnd(self._segment, retains=retains)
             n_started = 1 if on_demand else n_workers  # it begins with a first task
             self.pump = pump = Pump(self._end, n_started, on_demand, memory_limit_bytes, on_exit)
             self.supervisor = Supervisor(
                 context,
-                lambda w: (WorkerArguments(name, w, claims_max, SPINS, *limits, umask), setup()),
+                lambda w: (WorkerArguments(name, w, claims_max, SPINS, *limits, mask), setup()),
                 n_started,
                 pump.on_death,
                 pump.on_failure,
@@ -332,12 +332,3 @@ def _close_all() -> None:
             pool.abort()
         else:
             pool.close()
-
-
-def _umask() -> int:
-    """This process's umask, which umask(2) would tell only by changing it; -1 where the kernel does not say it."""
-    with contextlib.suppress(OSError), open("/proc/self/status", "rb") as status:
-        for line in status:
-            if line.startswith(b"Umask:"):
-                return int(line.split()[1], 8)
-    return -1

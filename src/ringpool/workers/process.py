@@ -58,7 +58,7 @@ class WorkerArguments(msgspec.Struct, frozen=True):
 
     ``segment`` (name), ``index``, ``batch_max`` (most entries per claim), ``spins`` (before it sleeps); when it is
     replaced: after ``tasks_max`` tasks, or when its own pages have grown beyond ``rss_max_bytes``; 0: never. ``umask``:
-    the coordinator's, which a fork server does not have; -1: as it is.
+    the coordinator's, which a fork server does not have; None: as it is.
     """
 
     segment: str
@@ -67,7 +67,7 @@ class WorkerArguments(msgspec.Struct, frozen=True):
     spins: int
     tasks_max: int = 0
     rss_max_bytes: int = 0
-    umask: int = -1
+    umask: int | None = None
 
 
 def main(arguments: WorkerArguments, guard: Descriptor, setup: Setup | None = None) -> None:
@@ -76,7 +76,7 @@ def main(arguments: WorkerArguments, guard: Descriptor, setup: Setup | None = No
     try:
         confinement = Confinement(os.dup(guard.fileno()))
         guard.close()
-        if arguments.umask >= 0:
+        if arguments.umask is not None:
             os.umask(arguments.umask)
         if setup is not None:
             setup.apply()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tests.workers.files.child_locks import hold, is_free, left_marked, lock_fil
 
 from ringpool.errors import LockTimeoutError, LockUpgradeError
 from ringpool.workers.files import journal
-from ringpool.workers.files.asynclocks import AsyncPathLock
+from ringpool.workers.files.asynclocks import AsyncPathLock, in_thread
 from ringpool.workers.files.locks import PathLock
 
 
@@ -183,3 +184,27 @@ def test_a_task_that_is_cancelled_while_it_recovers_recovers_to_the_end(
     asyncio.run(main())
     assert is_free(file)
     assert file.stat().st_size == 0
+
+
+def test_at_the_end_of_asyncio_run_work_in_a_thread_is_waited_for() -> None:
+    begun, ended = threading.Event(), threading.Event()
+    seen: list[bool] = []
+
+    def work() -> None:
+        begun.set()
+        time.sleep(0.2)
+        ended.set()
+
+    async def under_a_lock() -> None:
+        try:
+            await in_thread(work)
+        finally:  # here a lock would be released
+            seen.append(ended.is_set())
+
+    async def main() -> None:
+        task = asyncio.create_task(under_a_lock())
+        await asyncio.to_thread(begun.wait)
+        assert not task.done()
+
+    asyncio.run(main())  # cancels the task
+    assert seen == [True]

@@ -260,8 +260,11 @@ def test_on_a_network_file_system_processes_exclude_each_other_as_well(
 # ---- several users ---------------------------------------------------------------------------------------------------
 
 
-def test_who_may_make_files_in_a_base_may_write_to_its_lock_files_whatever_the_umask(tmp_path: Path) -> None:
-    os.chmod(tmp_path, 0o775)
+@pytest.mark.parametrize(("of_base", "of_file"), [(0o775, 0o664), (0o755, 0o644), (0o770, 0o660), (0o700, 0o600)])
+def test_who_may_make_files_in_a_base_may_write_to_its_lock_files_and_who_may_list_it_may_read_them_whatever_the_umask(
+    tmp_path: Path, of_base: int, of_file: int
+) -> None:
+    os.chmod(tmp_path, of_base)
     lock = PathLock(tmp_path / "a")
     before = os.umask(0o077)
     try:
@@ -269,7 +272,7 @@ def test_who_may_make_files_in_a_base_may_write_to_its_lock_files_whatever_the_u
             pass
     finally:
         os.umask(before)
-    assert stat.S_IMODE(lock_file(tmp_path, lock).stat().st_mode) == 0o660
+    assert stat.S_IMODE(lock_file(tmp_path, lock).stat().st_mode) == of_file
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")

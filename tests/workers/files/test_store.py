@@ -966,3 +966,21 @@ def test_a_full_file_system_leaves_the_old_content(tmp_path: Path, plain: FileSt
             plain.add(b"content")
     assert plain.read("a") == b"old"
     assert left_over(tmp_path / "base") == []
+
+
+def test_of_two_names_of_one_file_the_old_one_goes(tmp_path: Path) -> None:
+    store = FileStore(tmp_path, durability="atomic")
+    store.write("a", b"content")
+    os.link(tmp_path / "a", tmp_path / "b")
+    store.rename("a", "b", replace=True)
+    assert not (tmp_path / "a").exists()
+    assert store.read("b") == b"content"
+    store.rename("b", "b", replace=True)
+    assert store.read("b") == b"content"
+
+
+def test_a_parent_after_a_symlink_in_the_base_is_what_the_system_says_it_is(tmp_path: Path) -> None:
+    (tmp_path / "other/dir").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "other/dir")
+    FileStore(f"{tmp_path}/link/..", durability="atomic").write("f", b"here")
+    assert (tmp_path / "other/f").read_bytes() == b"here"

@@ -18,7 +18,7 @@ from tests.workers.files.child_atomic import (
 )
 
 from ringpool.errors import AtomicWriteError, FileOperationError
-from ringpool.workers.files.atomic import atomic_write
+from ringpool.workers.files.atomic import atomic_open, atomic_write
 from ringpool.workers.files.durability import Durability
 from ringpool.workers.files.oslayer import intercepted
 from ringpool.workers.files.target import resolve_target
@@ -189,3 +189,27 @@ def test_a_group_that_cannot_be_kept_takes_its_rights_along(
         WRITERS[writer](path, b"new", Durability.ATOMIC)
     assert mode_of(path) == 0o644
     assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("is_relative", [True, False])
+def test_attributes_are_those_of_the_file_that_is_replaced_wherever_its_name_leads_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_relative: bool
+) -> None:
+    for name in ("a", "b"):
+        path = tmp_path / name / "f"
+        path.parent.mkdir()
+        path.write_text("old")
+        try:
+            os.setxattr(path, "user.origin", name.encode())
+        except OSError as error:
+            pytest.skip(str(error))
+    monkeypatch.chdir(tmp_path / "a")
+    with atomic_open("f" if is_relative else tmp_path / "a/f", "w") as file:
+        file.write("new")
+        if is_relative:
+            os.chdir(tmp_path / "b")
+        else:
+            os.rename(tmp_path / "a", tmp_path / "c")
+            os.rename(tmp_path / "b", tmp_path / "a")
+    written = tmp_path / ("a/f" if is_relative else "c/f")
+    assert (written.read_text(), os.getxattr(written, "user.origin")) == ("new", b"a")

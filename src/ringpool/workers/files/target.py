@@ -12,11 +12,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import suppress
 from typing import Literal
 
 from ringpool.errors import AtomicWriteError, FileOperationError
 from ringpool.workers.files.oslayer import calls
+from ringpool.workers.umask import umask
 
 Symlinks = Literal["follow", "replace", "refuse"]
 
@@ -148,7 +148,8 @@ def give_rights(fd: int, inherited: bytes | None) -> None:
     if inherited is None:
         if _ACL in _xattr_names(fd):
             calls.removexattr(fd, _ACL)
-        calls.fchmod(fd, 0o666 & ~_umask())
+        mask = umask()
+        calls.fchmod(fd, 0o666 & ~(_UMASK_UNKNOWN if mask is None else mask))
         return
     try:
         calls.setxattr(fd, _ACL, inherited)
@@ -158,13 +159,6 @@ def give_rights(fd: int, inherited: bytes | None) -> None:
         calls.fchmod(fd, 0o600)
         return
     calls.fchmod(fd, calls.fstat(fd).st_mode & 0o666)
-
-
-def _umask() -> int:
-    """This process's, which os.umask tells only by changing it, for all threads. Source: proc(5), status."""
-    with suppress(OSError), open("/proc/self/status", "rb") as facts:
-        return next((int(line.split()[1], 8) for line in facts if line.startswith(b"Umask:")), _UMASK_UNKNOWN)
-    return _UMASK_UNKNOWN
 
 
 def _xattr_names(file: bytes | int) -> list[str]:
