@@ -119,6 +119,26 @@ def test_a_manifest_has_parameters_for_each_file(name: str, text: str) -> None:
     assert sizes(done) == {"in/1.txt": "1.txt 3 'a' True", "in/2.txt": "2.txt 4 'z' True"}
 
 
+@pytest.mark.parametrize("key", ["template", "fields", "shell", "environment"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.usefixtures("numbers")
+def test_a_manifest_has_no_say_in_what_a_command_runs(key: str, suffix: str) -> None:
+    csv, jsonl = f"path,{key}\nin/1.txt,x\n", json.dumps({"path": "in/1.txt", key: "x"})
+    Path(f"m.{suffix}").write_text(csv if suffix == "csv" else jsonl)
+    done = run("run", "--exec", "cat {src}", "--manifest", f"m.{suffix}", "--job", "job")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"list of inputs m.{suffix}, line 1: it has a {key}, and a list has no say" in done.stderr
+    assert "leave it out" in done.stderr
+
+
+@pytest.mark.parametrize("key", ["template", "fields"])
+@pytest.mark.usefixtures("numbers")
+def test_a_parameter_does_not_replace_what_a_command_has_of_its_own(key: str) -> None:
+    done = run("run", "--exec", "cat {src}", "in/1.txt", "--param", f"{key}=x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"--param {key}: " in done.stderr
+
+
 def test_names_are_no_files() -> None:
     Path("list").write_text("c\nhttp://d/e\n")
     done = run("run", f"{TASKS}:name", "a", "./b", "@list", "--names")

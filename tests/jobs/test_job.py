@@ -506,6 +506,8 @@ def test_two_inputs_with_one_output_are_named(source: Path, tmp_path: Path) -> N
         (lambda: Job(command="cp {src} {dst}", inputs="in", output={"a": "out/{name}"}), CommandTemplateError),
         (lambda: Job(command="cp {src} {dst.b}", inputs="in", output={"a": "out/{name}"}), CommandTemplateError),
         (lambda: Job(command="wc {src} {dst}", inputs="in"), CommandTemplateError),
+        (lambda: Job(command="wc {src}", inputs="in", params={"template": "x"}), CommandTemplateError),
+        (lambda: Job(command="wc {src}", inputs="in", params={"fields": {}}), CommandTemplateError),
         (lambda: Job(functions.compress, "in", {"a-b": "out/{name}"}), OutputPatternError),
         (lambda: Job(functions.compress, "in", "out/{name}", attempts_max=0), ValueError),
         (lambda: Job(functions.compress, "in", "out/{name}", timeout_s=0), ValueError),
@@ -516,6 +518,12 @@ def test_two_inputs_with_one_output_are_named(source: Path, tmp_path: Path) -> N
 def test_a_job_that_cannot_be_is_refused_at_once(make: Callable[[], Job], error: type[Exception]) -> None:
     with pytest.raises(error):
         make()
+
+
+def test_a_file_has_no_command_of_its_own(source: Path, tmp_path: Path) -> None:
+    file = InputFile(str(source / "d0/0.txt"), "0.txt", {"template": "echo {src}"})
+    with pytest.raises(CommandTemplateError, match="its own template"):
+        Job(command="cat {src}", inputs=[file], directory=tmp_path / "job").run(1)
 
 
 def test_an_output_that_is_its_own_input_is_refused(source: Path) -> None:

@@ -30,7 +30,7 @@ from ringpool.coordinator.ledger import JobInfo, Ledger
 from ringpool.coordinator.lists import read_list, read_manifest, relpath_of
 from ringpool.errors import JobError, OutputPatternError
 from ringpool.workers import tasks
-from ringpool.workers.commands import Template
+from ringpool.workers.commands import ITS_OWN, NOT_OF_A_FILE, Template
 from ringpool.workers.retry import RetryPolicy
 
 _UNREPEATABLE = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
@@ -95,6 +95,8 @@ def _check_outputs(call: Call) -> None:
             raise click.UsageError("the command has a {dst}: say where with --out, such as --out 'out/{relpath}'")
         if call.out and not has_dst:
             raise click.UsageError("the command has no {dst}: put one where it is to write, or leave --out away")
+        for name in sorted(ITS_OWN.intersection(call.param)):
+            raise click.UsageError(f"--param {name}: a command has that from --exec and its files; leave it away")
         return
     assert call.function is not None
     name, signature = tasks.describe(call.function)
@@ -127,7 +129,7 @@ def _output(words: tuple[str, ...]) -> str | dict[str, str] | None:
 
 def _inputs(call: Call) -> Any:
     if call.manifest is not None:
-        return read_manifest(call.manifest)
+        return read_manifest(call.manifest, NOT_OF_A_FILE if call.command is not None else ())
     for word in call.inputs:
         if word == "-" or word.startswith("@"):
             read_list(

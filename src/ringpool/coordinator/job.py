@@ -109,6 +109,7 @@ class Job:
             from ringpool.workers.commands import Template
 
             self._template = Template(command)
+            self._template.refuse_own(params or {})
             function, params = COMMAND, {**(params or {}), "template": command}
         assert function is not None
         self.name, self._signature = tasks.describe(function)
@@ -277,6 +278,8 @@ class Job:
             own: dict[str, Any] = dict(file.parameters or ())
             if own:
                 own = tasks.validate(self.name, self._signature, own)
+                if self._template is not None:
+                    self._template.refuse_own(own)
             if fields is not None:
                 own["fields"] = fields(file, index)
             targets = tuple([_absolute(output, here) for output in outputs])

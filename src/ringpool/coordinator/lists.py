@@ -28,7 +28,7 @@ import json
 import os
 import select
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextvars import ContextVar
 from itertools import chain, repeat
 from typing import Any, NamedTuple, cast
@@ -108,17 +108,19 @@ def _first_block(blocks: Iterator[bytes]) -> bytes:
 # ---- manifests -------------------------------------------------------------------------------------------------------
 
 
-def read_manifest(path: str) -> Iterator[InputFile]:
+def read_manifest(path: str, refused: Collection[str] = ()) -> Iterator[InputFile]:
     """The files that the manifest at ``path`` (str, ``-`` for standard input) names, each when its line is there.
+
+    ``refused``: names of columns or keys that it must not have.
 
     Raises ``ListError``: at once where there is no such manifest, or where it may not be read; later for a line that is
     not as it must be, named by the number of the line where it begins.
     """
     _require_readable(path)
-    return _read_manifest(path)
+    return _read_manifest(path, refused)
 
 
-def _read_manifest(path: str) -> Iterator[InputFile]:
+def _read_manifest(path: str, refused: Collection[str]) -> Iterator[InputFile]:
     suffix = "" if path == STANDARD_INPUT else os.path.splitext(path)[1].lower()
     lines = _split(_blocks(path), b"\n", path)
     first = next(lines, None)
@@ -127,9 +129,9 @@ def _read_manifest(path: str) -> Iterator[InputFile]:
     if not is_json and suffix not in (".csv", ".tsv"):
         is_json, lines = _look(lines)
     if is_json:
-        yield from _read_json(path, lines)
+        yield from _read_json(path, lines, refused)
     else:
-        yield from _read_csv(path, lines, "\t" if suffix == ".tsv" else ",")
+        yield from _read_csv(path, lines, "\t" if suffix == ".tsv" else ",", refused)
 
 
 def _look(lines: Iterator[bytes]) -> tuple[bool, Iterator[bytes]]:
@@ -140,11 +142,12 @@ def _look(lines: Iterator[bytes]) -> tuple[bool, Iterator[bytes]]:
     return True, iter(())
 
 
-def _read_json(path: str, lines: Iterable[bytes]) -> Iterator[InputFile]:
+def _read_json(path: str, lines: Iterable[bytes], refused: Collection[str]) -> Iterator[InputFile]:
     for number, line in enumerate(lines, 1):
         if not line or line.isspace():
             continue
         parameters = _decode_json(path, number, line)
+        _refuse(path, number, parameters, refused)
         column = next((name for name in PATH_COLUMNS if name in parameters), None)
         if column is None:
             raise ListError(path, number, "it has no key path (or src, input), which would name the file")
@@ -164,10 +167,11 @@ def _decode_json(path: str, number: int, line: bytes) -> dict[str, Any]:
     return cast("dict[str, Any]", decoded)  # the keys of a JSON object are text
 
 
-def _read_csv(path: str, lines: Iterable[bytes], delimiter: str) -> Iterator[InputFile]:
+def _read_csv(path: str, lines: Iterable[bytes], delimiter: str, refused: Collection[str]) -> Iterator[InputFile]:
     rows = _rows(path, lines, delimiter)
     number, header = next(rows, _NO_HEADER)
     column, names = _columns(path, number, header)
+    _refuse(path, number, names, refused)
     for number, row in rows:
         if len(row) > len(names):
             raise ListError(path, number, f"it has {len(row)} cells, and the header has {len(names)}")
@@ -205,6 +209,12 @@ def _columns(path: str, number: int, header: list[str]) -> tuple[str, list[str]]
         if name in names[:index]:
             raise ListError(path, number, f"two columns are called {name}; rename one, or leave it out")
     return column, names
+
+
+def _refuse(path: str, number: int, names: Iterable[str], refused: Collection[str]) -> None:
+    name = next((name for name in names if name in refused), None)
+    if name is not None:
+        raise ListError(path, number, f"it has a {name}, and a list has no say in what a command runs; leave it out")
 
 
 def _input_file(path: str, number: int, source: object, parameters: dict[str, Any]) -> InputFile:

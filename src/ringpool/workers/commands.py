@@ -45,6 +45,8 @@ TAIL_BYTES = 4096  # of what is kept for an error
 LINGER_S = 1.0  # for what a command has left running: >(gzip > x) has yet to write its end
 KILL_ROUNDS_MAX = 100  # it may fork meanwhile
 FIELDS = ("src", "dst", "dst.NAME", "name", "stem", "suffix", "relpath", "parent", "index", "hash")
+ITS_OWN = frozenset({"template", "fields"})  # parameters of ``run_command`` that a job of a command gives itself
+NOT_OF_A_FILE = ITS_OWN | {"shell", "environment"}  # those by which a list of files would run code of its own
 peak_rss_bytes = 0
 """The largest resident size among the processes of the last command; 0 before the first. At least that of this process:
 Linux counts the moment before the shell's program took the place of its own. Source: getrusage(2), ``ru_maxrss``."""
@@ -236,6 +238,11 @@ class Template:
             raise CommandTemplateError(self.text, f"{{{field}}} {reason}")
         if outputs and not any(field.startswith("dst") for field in self.fields):
             raise CommandTemplateError(self.text, f"the task has an output; write > {outputs[0]} to make it")
+
+    def refuse_own(self, parameters: Collection[str]) -> None:
+        """Raise ``CommandTemplateError`` where ``parameters`` has what a job gives itself."""
+        for name in sorted(ITS_OWN.intersection(parameters)):
+            raise CommandTemplateError(self.text, f"it comes with its own {name}; leave out that parameter")
 
     def command_with(self, values: Mapping[str, bytes]) -> str:
         """What somebody may type to run it with these values."""
