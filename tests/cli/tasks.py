@@ -84,6 +84,10 @@ def odd_keys(src: Path) -> dict[tuple[int, int], bytes]:
     return {(1, 2): b"x"}
 
 
+def stem(src: Path) -> str:
+    return src.stem
+
+
 def raw(src: Path) -> bytes:
     return b"\x00\xff"
 

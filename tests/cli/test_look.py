@@ -99,6 +99,17 @@ def test_results_have_outputs_sizes_and_digests_in_both_forms(here: Path) -> Non
     assert (rows[2]["input_bytes"], rows[2]["attempts"]) == ("3", "1")
 
 
+@pytest.mark.parametrize("odd", ["a\nb", "a\rb", "a\r\nb", 'a"b', "a,b"])
+def test_rows_of_csv_hold_whatever_names_and_values_do(here: Path, odd: str) -> None:
+    (here / f"{odd}.txt").touch()
+    assert run("run", f"{TASKS}:stem", here / f"{odd}.txt", "--quiet").returncode == 0
+    with (here / "rows.csv").open("wb") as rows:
+        assert finish(start("results", "--format", "csv", stdout=rows.fileno())).returncode == 0
+    with (here / "rows.csv").open(newline="") as rows:
+        [row] = csv.DictReader(rows)
+    assert (row["path"], row["value"], row["attempts"]) == (f"{here}/{odd}.txt", odd, "1")
+
+
 @pytest.mark.usefixtures("numbers")
 def test_values_of_a_jobs_own_classes_are_found_from_anywhere(here: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(

@@ -115,5 +115,5 @@ def _as_cell(value: object) -> str:
 
 def _csv_line(cells: Iterable[Any]) -> str:
     line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(cells)
-    return line.getvalue()
+    csv.writer(line, lineterminator="\r\n").writerow(cells)  # what is not in it goes unquoted, before Python 3.13
+    return line.getvalue().removesuffix("\r\n")
