@@ -1,12 +1,23 @@
-"""What is done to each file of a job, in 16 bytes: where they change, all files are done again."""
+"""What is done to each file of a job, in 16 bytes: where they change, all files are done again.
+
+a parameter                                      by
+what msgspec knows: plain values, dataclasses    MessagePack, with mappings and sets in order
+text, numbers and paths of other classes         its repr, which is all of it
+anything else                                    its pickle: a repr may leave something out, or have an address
+"""
 
 from __future__ import annotations
 
 import ast
 import functools
 import inspect
+import io
+import pickle
 import textwrap
+from collections.abc import Callable
 from hashlib import blake2b
+from numbers import Number
+from pathlib import PurePath
 from typing import Any
 
 import msgspec
@@ -14,7 +25,35 @@ import msgspec
 from ringpool.workers import tasks
 from ringpool.workers.jobtasks import COMMAND
 
-encode_sorted = functools.partial(msgspec.msgpack.encode, order="deterministic", enc_hook=repr)
+_TOLD_BY_REPR = (str, Number, PurePath, range)
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles sets in the order of what they hold: their own is another one in each process."""
+
+    def persistent_id(self, obj: Any, /) -> Any:
+        return sorted(map(_pickle_of, obj)) if type(obj) in (set, frozenset) else None
+
+
+def _pickle_of(value: object) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file, 5).dump(value)
+    return file.getvalue()
+
+
+def _told(value: object) -> str | bytes:
+    """What stands for a value that msgspec has no notion of."""
+    if isinstance(value, _TOLD_BY_REPR) and type(value).__repr__ is not object.__repr__:
+        return repr(value)
+    try:
+        return blake2b(_pickle_of(value), digest_size=16).digest()
+    except Exception:  # it cannot be pickled, or a set holds what holds it
+        return repr(value)
+
+
+encode_sorted: Callable[[object], bytes] = functools.partial(
+    msgspec.msgpack.encode, order="deterministic", enc_hook=_told
+)
 
 
 def function_digest(name: str, parameters: dict[str, Any]) -> bytes:
