@@ -261,6 +261,62 @@ def test_outputs_are_whole_at_every_level(durability: str) -> None:
     assert Path("out/7.txt").read_text() == "7" * 8
 
 
+def _decoded(*words: bytes) -> tuple[str, ...]:
+    return tuple(map(os.fsdecode, words))
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (_decoded(b"--exec", b"cat {src} > {dst}", b"in", b"--out", b"o\xff/{relpath}"), None),
+        (_decoded(b"--exec", b"cat {src} > {dst}; : {relpath}", b"odd", b"--out", b"o/{relpath}"), None),
+        (_decoded(b"--exec", b"echo {src} '\xff' | tail -c 2", b"in/1.txt"), "\\xff"),
+        ((f"{TASKS}:stem", *_decoded(b"odd\xff"), "--job", "job"), "1"),
+        ((f"{TASKS}:touch", "--manifest", "m.csv", "--job", "job"), "1.txt 1 'caf\\udce9' False"),
+        (
+            (f"{TASKS}:touch", "in/1.txt", "--param", "times=1", *_decoded(b"--param", b"mark=\xe9")),
+            r"1.txt 1 '\udce9' False",
+        ),
+        ((f"{TASKS}:touch", "in/1.txt", "--param", f"times={10**30}"), f"1.txt {10**30} 'x' False"),
+    ],
+)
+@pytest.mark.usefixtures("numbers")
+def test_bytes_that_are_no_text_and_large_numbers_are_as_good_as_others(
+    words: tuple[str, ...], value: str | None
+) -> None:
+    Path("odd").mkdir()
+    Path(os.fsdecode(b"odd/\xff\xfe")).touch()
+    Path(os.fsdecode(b"odd\xff")).mkdir()
+    Path(os.fsdecode(b"odd\xff/1")).touch()
+    Path("m.csv").write_bytes(b"path,times,mark\nin/1.txt,1,caf\xe9\n")
+    done = run("run", *words, "--json")
+    assert done.returncode == 0
+    lines = objects(done)
+    assert lines
+    assert {line["value"] for line in lines} == {value}
+    done = run("run", *words)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert f" {len(lines)} done before, " in done.stderr
+
+
+def test_a_directory_may_have_a_name_that_is_no_text(here: Path) -> None:
+    place = Path(os.fsdecode(b"place\xff"))
+    place.mkdir()
+    (place / "a").write_text("a")
+    words = ("run", f"{TASKS}:copy", "a", "--out", "out/{relpath}")
+    assert run(*words, cwd=place).returncode == 0
+    assert "1 done before" in run(*words, cwd=place).stderr
+    assert "1 done before" in run("resume", place / "out").stderr
+    assert [line["path"] for line in objects(run("results", place / "out"))] == [f"{here}/{place}/a"]
+
+
+@pytest.mark.usefixtures("numbers")
+def test_bytes_that_are_no_text_are_no_number() -> None:
+    done = run("run", f"{TASKS}:touch", "in/1.txt", *_decoded(b"--param", b"times=\xe9"))
+    assert done.returncode == 2
+    assert r"'\udce9' is not what its parameter wants, nor UTF-8" in done.stderr
+
+
 # ---- a dry run -------------------------------------------------------------------------------------------------------
 
 

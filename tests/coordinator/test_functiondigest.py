@@ -73,6 +73,21 @@ def test_an_equal_value_is_the_same_in_another_process() -> None:
     assert len(digests) == 1
 
 
+@pytest.mark.parametrize(
+    ("value", "same", "other"),
+    [
+        ({"a": 10**30, "b": 1}, {"b": 1, "a": 10**30}, {"a": 10**30 + 1, "b": 1}),
+        ({"a": "\udce9", "b": 1}, {"b": 1, "a": "\udce9"}, {"a": "\udcea", "b": 1}),
+        ({"a": {1: "x", 2: "y"}}, {"a": {2: "y", 1: "x"}}, {"a": {1: "y", 2: "x"}}),
+        ({"a": {1, "x", "\udce9"}}, {"a": {"\udce9", "x", 1}}, {"a": {1, "x"}}),
+        (["a", "\udce9"], ["a", "\udce9"], ["\udce9", "a"]),
+        ([["a"], 10**30], [["a"], 10**30], ["a", [10**30]]),
+    ],
+)
+def test_what_messagepack_cannot_hold_is_told_apart_in_any_order(value: object, same: object, other: object) -> None:
+    assert encode_sorted(value) == encode_sorted(same) != encode_sorted(other)
+
+
 def test_what_cannot_be_pickled_is_told_by_its_repr() -> None:
     assert encode_sorted(Unpickled()) == encode_sorted("Unpickled()")
 

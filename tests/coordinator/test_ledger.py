@@ -185,6 +185,17 @@ def test_a_job_is_found_by_its_identity_and_takes_its_last_spec(ledger: Ledger) 
     assert {(one.identity, one.spec, one.started_s) for one in ledger.jobs()} == {("a", b"3", None), ("b", b"2", None)}
 
 
+@pytest.mark.parametrize("identity", ["outputs =/o\udcff/{relpath}", "\ud800", "\\xff"])
+def test_the_identity_of_a_job_may_hold_any_bytes(ledger: Ledger, identity: str) -> None:
+    job = ledger.job(identity, b"")
+    assert ledger.job(identity, b"other") == job
+    assert [found.identity for found in ledger.jobs()] == [identity]
+    run = ledger.begin_run(job, "rp.1", 1)
+    ledger.end_run(run, f"OSError: {identity}", b"")
+    assert (found := ledger.last_run(job)) is not None
+    assert found.ended_s
+
+
 def test_the_job_that_ran_last_comes_first(ledger: Ledger) -> None:
     jobs = [ledger.job(identity, b"") for identity in "abc"]
     for job in (jobs[1], jobs[0], jobs[1]):

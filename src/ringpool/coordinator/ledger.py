@@ -51,6 +51,7 @@ from ringpool.coordinator.ledgerqueries import (
     State as State,
     Tally,
     Totals,
+    as_key,
     as_text,
     connect,
     decode_made,
@@ -178,11 +179,12 @@ class Ledger(LedgerQueries):
 
     def job(self, identity: str, spec: bytes) -> int:
         """The id of the job of that ``identity``, made if it is new. ``spec`` replaces the one that is there."""
+        key = as_key(identity)
         with self._transaction() as db:
-            found = db.execute("SELECT id, spec FROM jobs WHERE identity = ?", (identity,)).fetchone()
+            found = db.execute("SELECT id, spec FROM jobs WHERE identity = ?", (key,)).fetchone()
             if found is None:
                 made = "INSERT INTO jobs (identity, spec, created_s) VALUES (?, ?, ?) RETURNING id"
-                return int(db.execute(made, (identity, spec, time.time())).fetchall()[0][0])
+                return int(db.execute(made, (key, spec, time.time())).fetchall()[0][0])
             if found[1] != spec:
                 db.execute("UPDATE jobs SET spec = ? WHERE id = ?", (spec, found[0]))
             return int(found[0])
@@ -197,7 +199,7 @@ class Ledger(LedgerQueries):
         """Note that ``run`` has ended, and that its segment holds nothing any more."""
         with self._transaction() as db:
             asked = "UPDATE runs SET ended_s = ?, outcome = ?, counts = ? WHERE id = ?"
-            db.execute(asked, (time.time(), outcome, counts, run))
+            db.execute(asked, (time.time(), as_text(outcome), counts, run))
 
     def forget_segment(self, name: str) -> None:
         """Note that what a dead run had left in segment ``name`` is drained: ``open_segments`` names it no more."""

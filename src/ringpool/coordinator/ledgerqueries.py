@@ -232,7 +232,7 @@ class LedgerQueries:
 
     def jobs(self) -> list[JobInfo]:
         """All jobs; the one that ran last comes first."""
-        return [JobInfo(*found) for found in self._ask(_JOBS)]
+        return [JobInfo(id_, text_of(identity), *rest) for id_, identity, *rest in self._ask(_JOBS)]
 
     def last_run(self, job: int) -> RunInfo | None:
         """The run that started last; None where there was none."""
@@ -351,6 +351,20 @@ def as_row(input: bytes, output: bytes, facts: bytes) -> Row:  # noqa: A002
 def as_text(text: str) -> str:
     """``text``, which may hold undecodable bytes of a path as surrogates: these escaped, since UTF-8 has none."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def as_key(text: str) -> str | bytes:
+    """``text`` in a form that leads back to it, see ``text_of``: itself, or bytes where it is none that UTF-8 has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+    return text
+
+
+def text_of(key: str | bytes) -> str:
+    """The text of ``as_key``."""
+    return key if isinstance(key, str) else key.decode("utf-8", "surrogatepass")
 
 
 def take_out(totals: Totals, facts: bytes) -> None:

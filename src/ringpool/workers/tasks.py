@@ -236,6 +236,8 @@ def validate(name: str, signature: Signature, parameters: Mapping[str, Any]) -> 
         model = msgspec.convert(named, signature.model, strict=False, dec_hook=_convert_path)
     except msgspec.ValidationError as error:
         raise ParameterError(name, _reason(error)) from None
+    except UnicodeEncodeError as error:  # bytes that are not UTF-8, where a number is wanted
+        raise ParameterError(name, f"{error.object!r} is not what its parameter wants, nor UTF-8") from None
     return {**parameters, **{key: getattr(model, key) for key in named}}
 
 
