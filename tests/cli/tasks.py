@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import signal
@@ -86,6 +87,29 @@ def odd_keys(src: Path) -> dict[tuple[int, int], bytes]:
 
 def stem(src: Path) -> str:
     return src.stem
+
+
+class Unshown:
+    def __repr__(self) -> str:
+        raise LookupError("no repr")
+
+
+def unshown(src: Path) -> object:
+    """Values that cannot be written, by the file's number."""
+    return [Unshown(), [Unshown()], {"a": Unshown()}, 10**5000, [10**5000], {(1, 2): Unshown()}, "\ud800", 1][
+        int(src.stem)
+    ]
+
+
+def odd_numbers(src: Path) -> object:
+    return [math.nan, math.inf, -math.inf, [1.5, math.nan], {"a": {"b": math.nan}}, (1, math.inf), Loss(math.nan), 1][
+        int(src.stem)
+    ]
+
+
+@dataclass
+class Loss:
+    value: float
 
 
 def raw(src: Path) -> bytes:

@@ -111,6 +111,19 @@ def test_rows_of_csv_hold_whatever_names_and_values_do(here: Path, odd: str) -> 
 
 
 @pytest.mark.usefixtures("numbers")
+def test_a_value_that_cannot_be_shown_keeps_no_other_from_it() -> None:
+    lookup, value = (f"(a value that cannot be shown: {kind})" for kind in ("LookupError", "ValueError"))
+    done = run("run", f"{TASKS}:unshown", "in", "--workers", "1")
+    assert done.returncode == 0
+    shown = [lookup, lookup, lookup, value, value, lookup, "\\ud800", "1"]
+    assert done.stdout.splitlines() == [f"in/{number}.txt\t{text}" for number, text in enumerate(shown)]
+    values = [line["value"] for line in objects(run("results"))]
+    assert values == [lookup, [lookup], {"a": lookup}, value, value, lookup, "\ud800", 1]
+    rows = list(csv.DictReader(run("results", "--format", "csv").stdout.splitlines()))
+    assert [row["value"] for row in rows[:4]] == [lookup, f'["{lookup}"]', f'{{"a": "{lookup}"}}', value]
+
+
+@pytest.mark.usefixtures("numbers")
 def test_values_of_a_jobs_own_classes_are_found_from_anywhere(here: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\n@dataclass\nclass Found:\n    n: int\n"

@@ -23,6 +23,7 @@ from typing import Any
 from ringpool.cli.lines import as_json, as_text
 from ringpool.coordinator.ledger import Made, Row, State
 from ringpool.coordinator.verify import decode_made
+from ringpool.errors import words_of
 from ringpool.workers import values
 
 CSV_COLUMNS = ("path", "value", "input_bytes", "attempts", "deaths", "duration_s", "started_s", "peak_rss_bytes")
@@ -70,7 +71,7 @@ def value_of(row: Row) -> object:
     try:
         return values.decode(row.encoding, row.value)
     except Exception as error:  # its class is not here, or not any more
-        return f"(cannot be rebuilt here: {type(error).__name__}: {error})"
+        return f"(cannot be rebuilt here: {type(error).__name__}: {words_of(error)})"
 
 
 def made_of(row: Row) -> list[Made]:

@@ -9,6 +9,8 @@
     a dataclass  str() of it       an object, as msgspec sees it; so with sets, dates, ...
     others       str() of it       what JSON has, else repr() of it
 
+One whose str() or repr() raises is said to be one that cannot be shown.
+
 Paths are of any bytes: a line is written as they are, and in JSON the byte e9 is ``\\udce9``, as Python has it.
 """
 
@@ -20,6 +22,7 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
 
@@ -37,20 +40,27 @@ def say(sentence: str) -> None:
     """One line on standard error. Paths in it may be of any bytes."""
     sys.stderr.flush()
     with contextlib.suppress(OSError):  # nobody listens any more
-        os.write(2, os.fsencode(f"ringpool: {sentence}\n"))
+        os.write(2, _as_bytes(f"ringpool: {sentence}\n"))
 
 
 def print_line(line: str) -> None:
     """``line`` on standard output, at once. Raises ``Stopped`` where nobody reads it any more."""
     stopper.is_writing = True
     try:
-        sys.stdout.buffer.write(line.encode("utf-8", "surrogateescape") + b"\n")
+        sys.stdout.buffer.write(_as_bytes(line) + b"\n")
         sys.stdout.buffer.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
         raise Stopped(signal.SIGPIPE) from None
     finally:
         stopper.is_writing = False
+
+
+def _as_bytes(text: str) -> bytes:
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a character, which no path has
+        return text.encode("utf-8", "backslashreplace")
 
 
 def one_line(error: BaseException | str) -> str:
@@ -86,15 +96,15 @@ def as_text(value: object) -> str:
     """A value as one reads it."""
     if value is None:
         return ""
-    return os.fsdecode(value) if isinstance(value, bytes) else str(value)
+    return os.fsdecode(value) if isinstance(value, bytes) else _shown(str, value)
 
 
 def as_json(line: dict[str, Any]) -> str:
     """``line`` as a JSON object; what JSON cannot hold of its ``value`` as text."""
     try:
         return json.dumps(line, default=_as_builtin)
-    except (TypeError, ValueError):  # keys that are no text, or a circle
-        return json.dumps({**line, "value": repr(line["value"])})
+    except Exception:  # keys that are no text, a circle, an int too long to be written
+        return json.dumps({**line, "value": _shown(repr, line["value"])})
 
 
 def _as_builtin(value: object) -> object:
@@ -102,7 +112,15 @@ def _as_builtin(value: object) -> object:
     try:
         return msgspec.to_builtins(value, enc_hook=_path_or_repr)
     except Exception:
-        return repr(value)
+        return _shown(repr, value)
+
+
+def _shown(how: Callable[[object], str], value: object) -> str:
+    """``how(value)``, which may run anything."""
+    try:
+        return how(value)
+    except Exception as error:
+        return f"(a value that cannot be shown: {type(error).__name__})"
 
 
 def _path_or_repr(value: object) -> str:
