@@ -123,6 +123,20 @@ def test_a_value_that_cannot_be_shown_keeps_no_other_from_it() -> None:
     assert [row["value"] for row in rows[:4]] == [lookup, f'["{lookup}"]', f'{{"a": "{lookup}"}}', value]
 
 
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+@pytest.mark.usefixtures("numbers")
+def test_numbers_that_json_has_not_are_text() -> None:
+    done = run("run", f"{TASKS}:odd_numbers", "in", "--workers", "1", "--json")
+    expected = ["NaN", "Infinity", "-Infinity", [1.5, "NaN"], {"a": {"b": "NaN"}}, [1, "Infinity"], {"value": "NaN"}, 1]
+    for lines in (done.stdout, run("results").stdout):
+        assert [json.loads(line, parse_constant=_no_number)["value"] for line in lines.splitlines()] == expected
+    rows = list(csv.DictReader(run("results", "--format", "csv").stdout.splitlines()))
+    assert [row["value"] for row in rows[:4]] == ["nan", "inf", "-inf", '[1.5, "NaN"]']
+
+
 @pytest.mark.usefixtures("numbers")
 def test_values_of_a_jobs_own_classes_are_found_from_anywhere(here: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(

@@ -8,6 +8,7 @@
     bytes        as they are       base64
     a dataclass  str() of it       an object, as msgspec sees it; so with sets, dates, ...
     others       str() of it       what JSON has, else repr() of it
+    NaN          nan               "NaN"; so "Infinity", "-Infinity": JSON has no such numbers
 
 One whose str() or repr() raises is said to be one that cannot be shown.
 
@@ -102,7 +103,14 @@ def as_text(value: object) -> str:
 def as_json(line: dict[str, Any]) -> str:
     """``line`` as a JSON object; what JSON cannot hold of its ``value`` as text."""
     try:
-        return json.dumps(line, default=_as_builtin)
+        return json.dumps(line, default=_as_builtin, allow_nan=False)
+    except Exception:
+        return _as_odd_json(line)
+
+
+def _as_odd_json(line: dict[str, Any]) -> str:
+    try:
+        return json.dumps(json.loads(json.dumps(line, default=_as_builtin), parse_constant=str))
     except Exception:  # keys that are no text, a circle, an int too long to be written
         return json.dumps({**line, "value": _shown(repr, line["value"])})
 
