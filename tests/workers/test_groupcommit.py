@@ -287,6 +287,19 @@ def test_a_link_of_the_target_is_put_in_its_place_too(tmp_path: Path) -> None:
     assert Path(os.fsdecode(output.target)).read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("character", ["é", "€", "😀"])
+@pytest.mark.parametrize("n_before", range(4))
+def test_a_long_name_is_cut_between_two_characters(character: str, n_before: int) -> None:
+    name = "n" * 60 + character * (160 // len(character.encode())) + "n" * n_before + ".gz"
+    tail = os.path.basename(staged_name(b"/s", 1, 0, 0, b"/t/" + name.encode())).partition(b".0.0.")[2].decode()
+    assert name.endswith(tail)
+    assert 156 < len(tail.encode()) <= 160
+
+
+def test_a_long_name_that_is_no_text_is_cut_where_it_must_be() -> None:
+    assert staged_name(b"/s", 1, 0, 0, b"/t/" + b"\x80" * 240).endswith(b"/1.0.0." + b"\x80" * 160)
+
+
 def test_a_long_name_is_cut_and_keeps_its_suffix() -> None:
     staged = staged_name(b"/s", (1 << 36) - 1, 63, 9, b"/t/" + b"n" * 240 + b".tar.gz")
     assert len(os.path.basename(staged)) <= 255

@@ -34,6 +34,8 @@ from ringpool.workers.files.target import failed
 
 DIRECTORIES_KNOWN_MAX = 4096
 NAME_TAIL_BYTES = 160  # of an output's name that its staged name ends in: tools choose formats by suffixes
+CHARACTER_BYTES_MAX = 4
+_CONTINUATIONS = bytes(range(0x80, 0xC0))  # what any byte of a character but the first is in UTF-8
 
 
 class StagedOutput(NamedTuple):
@@ -54,8 +56,17 @@ class StagedTask(msgspec.Struct, eq=False, gc=False):
 
 def staged_name(directory: bytes, sequence: int, attempt: int, number: int, target: bytes) -> bytes:
     """Where an attempt writes its output ``number``. Whoever knows the task knows it."""
-    tail = target[target.rfind(b"/") + 1 :][-NAME_TAIL_BYTES:]
+    tail = target[target.rfind(b"/") + 1 :]
+    if len(tail) > NAME_TAIL_BYTES:
+        tail = _end_of(tail)
     return b"%b/%d.%d.%d.%b" % (directory, sequence, attempt, number, tail)
+
+
+def _end_of(name: bytes) -> bytes:
+    """The last bytes of ``name``, from the beginning of a character on: a task may write the name as text."""
+    tail = name[-NAME_TAIL_BYTES:]
+    n_torn = len(tail) - len(tail.lstrip(_CONTINUATIONS))
+    return tail[n_torn:] if n_torn < CHARACTER_BYTES_MAX else tail  # with more of them, it is no UTF-8 anyway
 
 
 class _Place:
