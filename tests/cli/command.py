@@ -69,6 +69,14 @@ def run(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProc
     return finish(start(*words, cwd=cwd))
 
 
+def run_redirected(how: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command, its streams where a shell sends them: ``>&-`` closes standard output."""
+    script = f'exec "$0" -m ringpool "$@" {how}'
+    arguments = ["/bin/sh", "-c", script, sys.executable, *map(str, words)]
+    pipe = subprocess.PIPE
+    return finish(subprocess.Popen(arguments, env=_environment(), stdout=pipe, stderr=pipe, text=True))
+
+
 def objects(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     """Its lines of JSON."""
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -12,7 +12,17 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.cli.command import TASKS, WATCHDOG_S, finish, has_ended, objects, run, start, wait_until
+from tests.cli.command import (
+    TASKS,
+    WATCHDOG_S,
+    finish,
+    has_ended,
+    objects,
+    run,
+    run_redirected,
+    start,
+    wait_until,
+)
 
 
 def sizes(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
@@ -315,6 +325,24 @@ def test_bytes_that_are_no_text_are_no_number() -> None:
     done = run("run", f"{TASKS}:touch", "in/1.txt", *_decoded(b"--param", b"times=\xe9"))
     assert done.returncode == 2
     assert r"'\udce9' is not what its parameter wants, nor UTF-8" in done.stderr
+
+
+@pytest.mark.parametrize("how", [">&-", "2>&-", ">&- 2>&-", ">&- 2>&- <&-"])
+@pytest.mark.usefixtures("numbers")
+def test_a_stream_that_is_closed_is_as_good_as_dev_null(how: str) -> None:
+    done = run_redirected(how, "run", f"{TASKS}:size", "in")
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) == (0 if ">&-" in how.split() else 8)
+    assert ("8 files done" in done.stderr) == ("2>&-" not in how)
+    assert len(objects(run("results"))) == 8
+
+
+@pytest.mark.usefixtures("numbers")
+def test_standard_output_that_is_full_is_named() -> None:
+    for words in (("run", f"{TASKS}:size", "in"), ("status",), ("results",)):
+        done = run_redirected(">/dev/full", *words)
+        assert done.returncode == 1
+        assert "ringpool: standard output: No space left on device; " in done.stderr
 
 
 # ---- a dry run -------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ def main() -> NoReturn:
 
     from ringpool.cli.stopping import Stopped, stopper
 
+    _open_what_is_closed()
     stopper.install()
     try:
         exit_status = _run_command(sys.argv[1:])
@@ -42,6 +43,21 @@ def main() -> NoReturn:
         if stop.number != signal.SIGPIPE:
             say(f"stopped by {signal.Signals(stop.number).name}; every output that is there is whole")
     sys.exit(exit_status)
+
+
+def _open_what_is_closed() -> None:
+    """A standard stream that is closed becomes /dev/null: the next file to be opened would get its number."""
+    import os
+    import sys
+
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_WRONLY)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
 
 
 def _run_command(arguments: list[str]) -> int:

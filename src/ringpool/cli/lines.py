@@ -45,14 +45,20 @@ def say(sentence: str) -> None:
 
 
 def print_line(line: str) -> None:
-    """``line`` on standard output, at once. Raises ``Stopped`` where nobody reads it any more."""
+    """``line`` on standard output, at once. Raises ``Stopped`` where nobody reads it any more, ``JobError`` where it
+    cannot be written.
+    """
     stopper.is_writing = True
     try:
         sys.stdout.buffer.write(_as_bytes(line) + b"\n")
         sys.stdout.buffer.flush()
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
-        raise Stopped(signal.SIGPIPE) from None
+        if isinstance(error, BrokenPipeError):
+            raise Stopped(signal.SIGPIPE) from None
+        from ringpool.errors import JobError
+
+        raise JobError(f"standard output: {error.strerror}; make room, or let it go somewhere else") from error
     finally:
         stopper.is_writing = False
 
