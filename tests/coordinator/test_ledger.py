@@ -611,6 +611,18 @@ def test_a_ledger_whose_maker_was_killed_is_no_job_and_is_made_anew(tmp_path: Pa
         assert ledger.check() == []
 
 
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    path_of(tmp_path).parent.mkdir()
+    path_of(tmp_path).symlink_to(tmp_path / "gone" / "ledger.db")
+    with pytest.raises(LedgerError, match=f"symbolic link into {tmp_path}/gone, which is no directory"):
+        Ledger.open(tmp_path)
+    with pytest.raises(JobMissingError):
+        Ledger.open(tmp_path, create=False, read_only=True)
+    (tmp_path / "gone").mkdir()
+    Ledger.open(tmp_path).close()
+    assert (tmp_path / "gone" / "ledger.db").exists()
+
+
 def test_a_file_in_place_of_a_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / ".ringpool").write_text("")
     with pytest.raises(OSError, match=r"\.ringpool"):

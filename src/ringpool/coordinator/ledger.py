@@ -141,7 +141,7 @@ class Ledger(LedgerQueries):
         _refuse_what_is_no_file(path, directory, may_be_missing=may_create, read_only=read_only)
         if read_only:
             return _open_for_reading(path, directory)
-        connection = connect(_uri(path, "rwc" if create else "rw"))
+        connection = _connected(path, _uri(path, "rwc" if create else "rw"))
         try:
             if not _is_ledger(connection, path):
                 if not create:
@@ -327,12 +327,23 @@ def _uri(path: Path, mode: str, more: str = "") -> str:
     return f"file:{quote(os.fsencode(path.absolute()))}?mode={mode}{more}"
 
 
+def _connected(path: Path, uri: str) -> sqlite3.Connection:
+    try:
+        return connect(uri)
+    except sqlite3.Error as error:
+        raise explained(path, error) from error
+
+
 def _refuse_what_is_no_file(path: Path, directory: Path, *, may_be_missing: bool, read_only: bool) -> None:
     """By ``stat`` alone: to close a descriptor of the file would take away SQLite's locks on it in this process."""
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         if may_be_missing:
+            place = os.path.dirname(os.path.realpath(path))
+            if path.is_symlink() and not os.path.isdir(place):
+                reason = f"it is a symbolic link into {place}, which is no directory; make that, or remove the link"
+                raise LedgerError(str(path), reason) from None
             if not os.access(path.parent, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent)) from None
             return
@@ -408,7 +419,7 @@ def _open_for_reading(path: Path, directory: Path) -> Ledger:
     """By the log's index, which a reader may use or, after a kill, make; where it may not, by the file alone."""
     uri = _uri(path, "ro")
     for is_last in (False, True):
-        connection = connect(uri)
+        connection = _connected(path, uri)
         try:
             if not _is_ledger(connection, path):
                 raise JobMissingError(str(directory), "its ledger was never finished; run the job again")
