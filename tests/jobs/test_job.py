@@ -526,6 +526,36 @@ def test_a_file_has_no_command_of_its_own(source: Path, tmp_path: Path) -> None:
         Job(command="cat {src}", inputs=[file], directory=tmp_path / "job").run(1)
 
 
+_TYPED = """
+import sys
+from ringpool import Coordinator, Job
+from ringpool.errors import UnknownFunctionError
+
+def size(src):
+    return src.stat().st_size
+
+source, directory = sys.argv[1:]
+job = Job(size, source, directory=directory)
+try:
+    job.run(1)
+except UnknownFunctionError as error:
+    assert "use mp_context='fork'" in str(error)
+    assert not __import__("os").path.exists(directory)
+    print(job.run(1, mp_context="fork").progress.done)
+with Coordinator(1, mp_context="fork") as coordinator:
+    print(coordinator.submit_file_task(size, f"{source}/d0/0.txt").result())
+"""
+
+
+@pytest.mark.parametrize("words", [["-"], ["-c", _TYPED]])
+def test_a_function_that_was_typed_runs_in_forks_and_elsewhere_it_is_refused_at_once(
+    source: Path, tmp_path: Path, words: list[str]
+) -> None:
+    command = [sys.executable, *words, str(source), str(tmp_path / "job")]
+    done = subprocess.run(command, cwd=ROOT, input=_TYPED, text=True, capture_output=True, timeout=60, check=False)
+    assert (done.stderr, done.stdout.split(), done.returncode) == ("", ["10", "12"], 0)
+
+
 def test_an_output_that_is_its_own_input_is_refused(source: Path) -> None:
     with pytest.raises(OutputPatternError, match="of itself"):
         Job(functions.compress, f"{source}/**/*.txt", f"{source}/{{relpath}}").run(1)

@@ -261,8 +261,11 @@ def test_an_error_in_the_imported_module_is_told(module: Callable[[str], str]) -
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
-def test_a_function_of_an_interactive_main_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
+@pytest.mark.parametrize("file", [None, "<stdin>"])
+def test_a_function_of_an_interactive_main_is_refused(file: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    main = types.ModuleType("__main__")
+    main.__file__ = file
+    monkeypatch.setitem(sys.modules, "__main__", main)
     tasks.require_importable_main("math:sin")
     with pytest.raises(UnknownFunctionError, match="workers cannot import an interactive __main__"):
         tasks.require_importable_main("__main__:f")

@@ -17,7 +17,7 @@ import msgspec
 
 from ringpool.coordinator.filerun import FileResult, FileRun, RunInbox
 from ringpool.coordinator.futures import TaskBoard, TaskFuture
-from ringpool.coordinator.pool import Pool
+from ringpool.coordinator.pool import Pool, require_importable
 from ringpool.coordinator.staged import StagedOutputs as StagedOutputs  # not when it is needed: see there
 from ringpool.coordinator.tickets import Ticket
 from ringpool.errors import InputMissingError, ParameterError
@@ -235,7 +235,7 @@ class Coordinator:
     ) -> _Function:
         """Register a function with what all its tasks share; ``_release`` it after the last of them."""
         name, signature = tasks.describe(fn)
-        tasks.require_importable_main(name)
+        require_importable(name, self._pool.context)
         packed = tasks.pack_parameters(name, tasks.validate(name, signature, shared))
         policy = tasks.pack_policy(name, retry)
         spec = tasks.encode_spec(tasks.FunctionSpec(name, packed, self._durability, policy))

@@ -37,7 +37,7 @@ from ringpool.coordinator.jobwork import Failure, Planned, Progress, Work
 from ringpool.coordinator.ledger import Ledger
 from ringpool.coordinator.lists import relpath_of
 from ringpool.coordinator.outputs import NamedOutputs, hash_of, with_outputs
-from ringpool.coordinator.pool import Pool, WorkerLimits, require_no_main_import
+from ringpool.coordinator.pool import Pool, WorkerLimits, require_importable, require_no_main_import
 from ringpool.coordinator.takeover import base_of, drain_into, take_over_dead_runs
 from ringpool.errors import OutputPatternError, ParameterError, RingpoolError, words_of
 from ringpool.shm import blobs, layout, segment
@@ -113,7 +113,6 @@ class Job:
             function, params = COMMAND, {**(params or {}), "template": command}
         assert function is not None
         self.name, self._signature = tasks.describe(function)
-        tasks.require_importable_main(self.name)
         self._check_output()
         own = tasks.validate(self.name, self._signature, params or {})
         self._parameters = tasks.pack_parameters(self.name, own)
@@ -190,6 +189,7 @@ class Job:
         raised when it has ended. Raises ``JobBusyError`` where another run is under way there; what the inputs raise,
         once all before is done; what breaks the pool.
         """
+        require_importable(self.name, mp_context)
         works = filter(only, self._works()) if only is not None else self._works()
         if verify not in ("size", "digest"):
             raise ValueError(f"verify is 'size' or 'digest', not {verify!r}")

@@ -38,7 +38,7 @@ from ringpool.shm import blobs, layout, segment
 from ringpool.shm.dispatch import CoordinatorEnd, Task
 from ringpool.shm.layout import INLINE_BYTES
 from ringpool.shm.vectors import Arena
-from ringpool.workers import values
+from ringpool.workers import tasks, values
 from ringpool.workers.process import WorkerArguments
 from ringpool.workers.setup import Setup
 from ringpool.workers.umask import umask
@@ -106,7 +106,7 @@ class Pool:
         self.runs: set[OpenRun] = set()
         self._blob_ids = itertools.count(1)
         self.function_ids = itertools.count(1)
-        context = _context(mp_context)
+        context = self.context = _context(mp_context)
         segment.reclaim_dead()
         self._signals_installed = False
         self._segment = segment.create(slots, n_workers, claims_max, kept=retains)
@@ -272,6 +272,12 @@ def require_no_main_import() -> None:
     """Raise ``MainModuleError`` in a worker that is still importing the program's main module."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
         raise MainModuleError
+
+
+def require_importable(name: str, mp_context: str | BaseContext | None) -> None:
+    """Raise ``UnknownFunctionError`` where processes that are no forks of this one could not import that function."""
+    if name.startswith("__main__:") and _context(mp_context).get_start_method() != "fork":
+        tasks.require_importable_main(name)
 
 
 def start_server() -> None:

@@ -128,7 +128,8 @@ def resolve(name: str) -> TaskFunction:
 def require_importable_main(name: str) -> None:
     """Raise ``UnknownFunctionError`` for a function of a ``__main__`` that a new process cannot import."""
     main = sys.modules["__main__"]
-    if name.startswith("__main__:") and getattr(main, "__spec__", None) is None and not hasattr(main, "__file__"):
+    is_no_file = str(getattr(main, "__file__", None) or "<>").startswith("<")  # such as <stdin>
+    if name.startswith("__main__:") and getattr(main, "__spec__", None) is None and is_no_file:
         raise UnknownFunctionError(
             name, "workers cannot import an interactive __main__; put it into a module, or use mp_context='fork'"
         )
