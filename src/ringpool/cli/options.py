@@ -183,7 +183,12 @@ WAYS = (
     ),
     _option("--nice", metavar="N", type=click.IntRange(0, 19), help="Added to their niceness."),
     _option("--max-tasks-per-child", metavar="N", type=click.IntRange(1), help="A worker is replaced after so many."),
-    _option("--memory-limit", "memory_limit_bytes", type=Size(), help="A worker with more is killed: 512M, 2G."),
+    _option(
+        "--memory-limit",
+        "memory_limit_bytes",
+        type=Size(),
+        help="A worker with more is killed: 512M, 2G. What --exec starts is not counted.",
+    ),
     _option("--timeout", "timeout_s", type=Number("S"), help="A file that takes longer fails."),
     _option("--rate", "rate_per_s", type=Number("N"), help="Files begun in a second, at most."),
     _option(
@@ -216,7 +221,9 @@ WAYS = (
     _option("--dry-run", is_flag=True, help="Say what would be done with each file, and why."),
     _option("--grace", "grace_s", type=Number("S", or_zero=True), help="For running files, after Ctrl-C. Default: 10."),
     _option("--quiet", is_flag=True, help="No progress and no summary; failures are listed all the same."),
-    _option("--json", is_flag=True, help="One JSON object per file on standard output."),
+    _option(
+        "--json", is_flag=True, help="One JSON object per file on standard output, beside what functions print there."
+    ),
 )
 
 
