@@ -6,6 +6,7 @@ They tell where they are by files, never by time: ``begun`` and ``gate`` are pat
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import re
 import resource
@@ -147,6 +148,16 @@ class MuteError(Exception):
         raise ValueError("no words")
 
 
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    pass
+
+
+class RebuiltAsTextError(Exception):
+    def __reduce__(self) -> Any:
+        return str, ("a text",)
+
+
 class TaskRefusedError(RingpoolError):
     pass
 
@@ -178,6 +189,10 @@ def fail(src: Path, *, how: str) -> None:
             raise LocalError("nobody knows me")
         case "mute":
             raise MuteError
+        case "frozen":
+            raise FrozenError
+        case "rebuilt as a text":
+            raise RebuiltAsTextError("words of it")
         case "huge":
             raise ValueError("x" * 10_000_000)
         case "surrogates":

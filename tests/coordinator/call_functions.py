@@ -8,6 +8,7 @@ hostile  tasks that bend the process that runs them
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import os
 import random
@@ -186,6 +187,21 @@ class NeverRebuiltError(Exception):
         super().__init__(f"{first} {second}")
 
 
+class RebuiltAsTextError(Exception):
+    def __reduce__(self) -> Any:
+        return str, ("a text",)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    pass
+
+
+class LengthlessError(Exception):
+    def __len__(self) -> int:
+        raise ArithmeticError("no length")
+
+
 class CyclicError(Exception):
     def __init__(self, words: str) -> None:
         super().__init__(words)
@@ -220,6 +236,12 @@ def meet(hazard: str, item: int = 0) -> Any:
             raise NeverPickledError("words of it")
         case "raise what cannot be rebuilt":
             raise NeverRebuiltError("words", "of it")
+        case "raise what is rebuilt as a text":
+            raise RebuiltAsTextError("words of it")
+        case "raise what cannot be changed":
+            raise FrozenError
+        case "raise what cannot be printed":
+            raise LengthlessError
         case "raise what is large":
             raise LookupError(large(item))
         case "return what cannot be pickled":

@@ -22,6 +22,7 @@ from tests.coordinator.program import ROOT, WATCHDOG_S, Program, is_alive, wait_
 
 from ringpool import RingPoolExecutor, TaskOptions, WorkerDiedError
 from ringpool.errors import ArgumentTransportError, RemoteError, ResultTransportError
+from ringpool.workers import values
 
 RunProgram = Callable[..., Program]
 TOP = """
@@ -405,15 +406,38 @@ def test_what_cannot_come_back_is_its_futures_exception(executor: RingPoolExecut
     assert serves(executor)
 
 
-@pytest.mark.parametrize("hazard", ["raise what cannot be pickled", "raise what cannot be rebuilt"])
+@pytest.mark.parametrize(
+    "hazard", ["raise what cannot be pickled", "raise what cannot be rebuilt", "raise what is rebuilt as a text"]
+)
 def test_an_exception_that_cannot_travel_comes_in_words(executor: RingPoolExecutor, hazard: str) -> None:
     error = executor.submit(functions.meet, hazard).exception(WATCHDOG_S)
     assert isinstance(error, RemoteError)
-    assert error.type_name.startswith("Never")
+    assert error.type_name.startswith(("Never", "Rebuilt"))
     assert error.message == "words of it"
     assert "in meet" in error.traceback
     assert "in meet" in str(error.__cause__)
     assert serves(executor)
+
+
+@pytest.mark.parametrize("kind", [functions.FrozenError, functions.LengthlessError])
+def test_an_exception_that_refuses_much_comes_as_it_is(executor: RingPoolExecutor, kind: type[Exception]) -> None:
+    hazard = "raise what cannot be changed" if kind is functions.FrozenError else "raise what cannot be printed"
+    error = executor.submit(functions.meet, hazard).exception(WATCHDOG_S)
+    assert type(error) is kind
+    assert "in meet" in str(error.__cause__)
+
+
+def test_whatever_a_decoder_raises_the_future_ends(
+    executor: RingPoolExecutor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def decode_error(_value: object) -> BaseException:
+        raise SystemExit("of a decoder")
+
+    monkeypatch.setattr(values, "decode_error", decode_error)
+    error = executor.submit(functions.meet, "raise").exception(WATCHDOG_S)
+    assert isinstance(error, SystemExit)
+    assert "of a decoder" in capsys.readouterr().err
+    assert executor.submit(functions.double, 2).result(WATCHDOG_S) == 4
 
 
 def test_an_exception_comes_with_its_causes_and_notes(executor: RingPoolExecutor) -> None:

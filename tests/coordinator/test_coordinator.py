@@ -143,6 +143,8 @@ def test_a_value_that_cannot_travel_is_an_error_of_its_task(pool: Coordinator, f
         ("cannot be rebuilt", RemoteError, "TwoArgumentsError: a and b"),
         ("local class", RemoteError, "LocalError: nobody knows me"),
         ("mute", Exception, None),
+        ("frozen", tasks.FrozenError, ""),
+        ("rebuilt as a text", RemoteError, "RebuiltAsTextError: words of it"),
         ("huge", ValueError, "xxx"),
         ("surrogates", ValueError, "\udcff"),
         ("recursion", RecursionError, "recursion"),

@@ -174,6 +174,17 @@ def test_killing_the_workers_ends_whoever_takes(tmp_path: Path) -> None:
     assert all(isinstance(outcome, Exception) for outcome in found)
 
 
+def test_killing_the_workers_ends_whoever_takes_what_a_vector_has_delivered_early(tmp_path: Path) -> None:
+    own = RingPoolExecutor(1)
+    call = partial(functions.wait_for_if, str(tmp_path / "never"), 5)
+    results = own.map(call, range(8), chunksize=8, return_exceptions=True)
+    assert [next(results) for _ in range(5)] == list(range(5))
+    own.terminate_workers()
+    found = list(results)
+    assert len(found) == 3
+    assert all(isinstance(outcome, Exception) for outcome in found)
+
+
 # ---- taken in part ---------------------------------------------------------------------------------------------------
 
 

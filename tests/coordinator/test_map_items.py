@@ -53,6 +53,9 @@ HAZARDS: dict[str, Callable[[int, Any], bool]] = {
     "exit": lambda item, outcome: type(outcome) is SystemExit and outcome.code == item + 1,
     "raise what cannot be pickled": is_error(RemoteError, "NeverPickledError", "words of it"),
     "raise what cannot be rebuilt": is_error(RemoteError, "NeverRebuiltError", "words of it"),
+    "raise what is rebuilt as a text": is_error(RemoteError, "RebuiltAsTextError", "words of it"),
+    "raise what cannot be changed": lambda _, outcome: type(outcome) is functions.FrozenError,
+    "raise what cannot be printed": lambda _, outcome: type(outcome) is functions.LengthlessError,
     "raise what is large": lambda item, outcome: outcome.args == (functions.large(item),),
     "return what cannot be pickled": lambda _, outcome: (
         type(outcome) is TypeError and "NeverPickled" in "".join(outcome.__notes__)

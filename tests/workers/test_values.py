@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
 import os
@@ -261,6 +262,40 @@ class RaisesWhenRebuiltError(Exception):
         return int, ("no number",)
 
 
+class NoneWhenRebuiltError(Exception):
+    def __reduce__(self) -> Any:
+        return type, (None,)
+
+
+class ClassWhenRebuiltError(Exception):
+    def __reduce__(self) -> Any:
+        return "ClassWhenRebuiltError"
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenFactsError(Exception):
+    code: int = 3
+
+
+class UnchangingError(Exception):
+    def __setattr__(self, name: str, value: object) -> None:
+        raise ArithmeticError(name)
+
+
+class CauselessError(Exception):
+    __cause__ = property(lambda self: None)  # type: ignore[assignment]
+
+
+class LengthlessError(Exception):
+    def __len__(self) -> int:
+        raise ArithmeticError("no length")
+
+
 class SpeechlessError(Exception):
     def __str__(self) -> str:
         raise ZeroDivisionError
@@ -318,6 +353,9 @@ def test_the_facts_of_an_exception_arrive() -> None:
         (LockedError(), "a lock hangs on it"),
         (NotRebuiltError(5, "bad"), "5: bad"),
         (RaisesWhenRebuiltError("it"), "it"),
+        (NoneWhenRebuiltError("it"), "it"),
+        (ClassWhenRebuiltError("it"), "it"),
+        (FrozenFactsError(), ""),
         (SpeechlessError(), "<no message: ZeroDivisionError>"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
@@ -375,3 +413,25 @@ def test_bytes_that_cannot_be_rebuilt_here_are_said_in_words() -> None:
         "the task's return value, of type Thing, cannot travel between processes: "
         "it cannot be rebuilt here: ModuleNotFoundError: No module named 'x'"
     )
+
+
+@pytest.mark.parametrize("error", [FrozenError(), UnchangingError("it"), CauselessError("it")], ids=repr)
+def test_an_exception_that_cannot_be_changed_arrives_as_itself(error: Exception) -> None:
+    found = arrive(error)
+    assert type(found) is type(error)
+    if not isinstance(error, CauselessError):
+        assert "in arrive" in str(found.__cause__)
+
+
+def test_an_exception_that_cannot_be_printed_arrives_with_where_it_was_raised() -> None:
+    found = arrive(LengthlessError("it"))
+    assert type(found) is LengthlessError
+    assert "in arrive" in str(found.__cause__)
+    assert "LengthlessError: it" in str(found.__cause__)
+
+
+@pytest.mark.parametrize("rebuilt", ["a text", ("a", "tuple"), ValueError, None], ids=repr)
+def test_what_is_rebuilt_here_as_no_exception_is_an_error(rebuilt: Any) -> None:
+    found = values.decode_error((rebuilt, "a traceback"))
+    assert isinstance(found, ResultTransportError)
+    assert found.type_name == type(rebuilt).__qualname__

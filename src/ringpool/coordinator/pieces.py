@@ -137,6 +137,7 @@ class MapInbox(Inbox):
         first = part.first + done.n
         if done.n > part.taken.n:
             self.put(self._piece(part, span, arena, done, record.duration_ns, blob))
+            part.taken = done
         if first == part.end:
             return []
         if record.status == _OK:  # its worker was told to end, or its chunk was full
@@ -223,10 +224,12 @@ class MapInbox(Inbox):
         self.put(Piece(part.index + first, len(failures), failures, failed=True))
 
     def fail(self, ticket: Ticket, error: BaseException) -> None:
-        """The pool has ended."""
+        """The pool has ended, or the task's outcome cannot be taken."""
         part = ticket.part
         if part is not None:
-            self._fail_rest(part, part.first, error)
+            first = part.first + part.taken.n
+            if first < part.end:
+                self._fail_rest(part, first, error)
         else:
             self.put(Piece(ticket.index, 1, [Failure(error)], failed=True))
 

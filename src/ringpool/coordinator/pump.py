@@ -413,8 +413,9 @@ class Pump:
                 self._deliver_vector(ticket, entry, record)
             else:
                 ticket.sink.deliver(ticket, record)
-        except BaseException:  # a future's callback may raise what it likes; it must not stop the pool
+        except BaseException as error:  # of a decoder, or of a callback: nobody waits for ever, and the pool goes on
             traceback.print_exc()
+            self._fail(ticket, error)
         self._touched.add(ticket.sink)
 
     def _deliver_vector(self, ticket: Ticket, entry: int, record: ResultRecord) -> None:
@@ -423,12 +424,8 @@ class Pump:
         assert part is not None
         assert part.chunk is not None
         assert arena is not None
-        again: list[Ticket] = []
         try:
             again = ticket.sink.deliver_vector(ticket, record, arena, self.parcels.name_of_result(entry))
-        except Exception as error:  # its chunk is damaged, or there is no memory: nobody may wait for it for ever
-            ticket.sink.fail(ticket, error)
-            raise
         finally:
             arena.give(part.chunk)
             part.chunk = None
@@ -494,9 +491,13 @@ class Pump:
         waiting += self._backlog.drain()
         self._in_ring = 0
         for ticket in waiting:
-            try:
-                ticket.sink.fail(ticket, copy.copy(error))
-            except BaseException:  # as in _deliver
-                traceback.print_exc()
+            self._fail(ticket, copy.copy(error))
             self._touched.add(ticket.sink)
         self._after_delivery()
+
+    @staticmethod
+    def _fail(ticket: Ticket, error: BaseException) -> None:
+        try:
+            ticket.sink.fail(ticket, error)
+        except BaseException:  # a future's callback may raise what it likes
+            traceback.print_exc()

@@ -27,7 +27,7 @@ class Sink(Protocol):
         ...
 
     def fail(self, ticket: Ticket, error: BaseException) -> None:
-        """The task will never have one."""
+        """The task will never have one, or ``deliver`` raised; not for what has been delivered of it."""
         ...
 
     def drop(self, ticket: Ticket) -> None:

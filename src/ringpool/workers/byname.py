@@ -78,7 +78,7 @@ class ErrorByName:
     def __init__(self, error: BaseException, words: RemoteError) -> None:
         self._body, sent = _dumps(error)
         self._words = words
-        _Unpickler(self._body, sent).load()
+        require_error(_Unpickler(self._body, sent).load())
 
     def __reduce__(self) -> tuple[Callable[..., BaseException], tuple[bytes, RemoteError]]:
         return rebuild_error, (self._body, self._words)
@@ -97,10 +97,18 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module_name, global_name)
 
 
+def require_error(rebuilt: object) -> BaseException:
+    """``rebuilt``; raises ``TypeError`` where it is no exception, whatever it says of itself."""
+    if not issubclass(type(rebuilt), BaseException):
+        raise TypeError(f"rebuilt, it is no exception but of type {type(rebuilt).__qualname__}")
+    assert isinstance(rebuilt, BaseException)
+    return rebuilt
+
+
 def rebuild_error(body: bytes, words: RemoteError) -> BaseException:
     """The exception that is pickled in ``body``; ``words`` where it cannot be rebuilt, with a note that says why."""
     try:
-        return pickle.loads(body)
+        return require_error(pickle.loads(body))
     except Exception as error:
         words.add_note(f"ringpool: {words_of(error)}")
         return words

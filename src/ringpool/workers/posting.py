@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ringpool.errors import RingpoolError
+from ringpool.errors import RingpoolError, words_of
 from ringpool.shm import blobs, layout
 from ringpool.shm.layout import Encoding, Status
 from ringpool.shm.results import Results
@@ -49,7 +49,7 @@ class Post:
         try:
             self._post(entry, _ERROR, values.encode_error(error), spent_ns)
         except (RingpoolError, OSError):  # no room for it in shared memory: its first words fit the record
-            words = f"{type(error).__qualname__}: {error}".encode(errors="replace")[: layout.INLINE_BYTES - 8]
+            words = f"{type(error).__qualname__}: {words_of(error)}".encode(errors="replace")[: layout.INLINE_BYTES - 8]
             self._post(entry, _ERROR, values.encode(words.decode(errors="ignore")), spent_ns)
 
     def _post(self, entry: int, status: int, encoded: values.Encoded, spent_ns: int) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import pickle
 import traceback
 from collections.abc import Callable, Iterable
-from types import NoneType
+from types import NoneType, TracebackType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -30,6 +30,9 @@ PLAIN = frozenset({NoneType, bool, int, float, str, bytes})
 _pack: Callable[[object], bytes] = msgspec.msgpack.Encoder().encode
 _unpack: Callable[[bytes | memoryview], Any] = msgspec.msgpack.Decoder().decode
 _MSGPACK, _PICKLE, _BLOB = int(Encoding.MSGPACK), int(Encoding.PICKLE), int(Encoding.BLOB)
+# Not by attribute: a class may forbid that (a frozen dataclass), or hide it. TypeError for what is no exception.
+_get_traceback: Callable[[BaseException], TracebackType | None] = vars(BaseException)["__traceback__"].__get__
+_set_cause: Callable[[object, BaseException | None], None] = vars(BaseException)["__cause__"].__set__
 
 
 class Encoded(NamedTuple):
@@ -119,13 +122,12 @@ def encode_result(value: object) -> Encoded:
 
 def encode_error(error: BaseException) -> Encoded:
     """An exception with its traceback. One that cannot be pickled and rebuilt becomes a ``RemoteError`` in words."""
-    text = "".join(traceback.format_exception(error))
+    text = _traceback_of(error)
     try:
         try:
             body = pickle.dumps((error, text), 5)
-            pickle.loads(
-                body
-            )  # many an exception can be pickled and not be rebuilt: find that out here, not in the collector
+            # many an exception can be pickled and not be rebuilt: find that out here, not in the collector
+            byname.require_error(pickle.loads(body)[0])
         except pickle.PicklingError:
             body = pickle.dumps((byname.ErrorByName(error, _in_words(error, text)), text), 5)
     except BaseException:  # pickling may run anything, sys.exit too
@@ -133,12 +135,26 @@ def encode_error(error: BaseException) -> Encoded:
     return Encoded(_PICKLE, body)
 
 
+def _traceback_of(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception(error))
+    except BaseException:  # it asks the exception for its length, among other things
+        frames = "".join(traceback.format_tb(_get_traceback(error)))
+        return f"Traceback (most recent call last):\n{frames}{type(error).__qualname__}: {_message(error)}\n"
+
+
 def decode_error(value: tuple[BaseException, str]) -> BaseException:
-    """The exception of ``encode_error``, with its traceback as its cause, as ``ProcessPoolExecutor`` has it."""
+    """The exception of ``encode_error``, with its traceback as its cause, as ``ProcessPoolExecutor`` has it.
+
+    ``ResultTransportError`` where what was rebuilt here is no exception.
+    """
     from concurrent.futures.process import _RemoteTraceback as RemoteTraceback  # pyright: ignore[reportPrivateUsage]
 
     error, text = value
-    error.__cause__ = RemoteTraceback(f'\n"""\n{text}"""')  # pyright: ignore[reportArgumentType]  (typeshed errs)
+    try:
+        _set_cause(error, RemoteTraceback(f'\n"""\n{text}"""'))  # pyright: ignore[reportArgumentType]  (typeshed errs)
+    except TypeError as refusal:
+        return undecodable(refusal, type(error).__qualname__)
     return error
 
 
