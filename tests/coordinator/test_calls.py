@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import zipapp
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -276,15 +277,24 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("program", [MAIN, BACK], ids=["calls", "results"])
-@pytest.mark.parametrize("how", ["a script", "python -c", "standard input", "python -m"])
+@pytest.mark.parametrize(
+    "how", ["a script", "python -c", "standard input", "python -m", "python -m package", "a directory", "a zip file"]
+)
 def test_what_the_main_module_defines_travels_both_ways(tmp_path: Path, program: str, how: str) -> None:
     script = tmp_path / "a_script.py"
     script.write_text(program)
+    package, zipped = tmp_path / "a_package", tmp_path / "a_zip_file"
+    package.mkdir()
+    (package / "__main__.py").write_text(program)
+    zipapp.create_archive(package, zipped)
     arguments = {
         "a script": [str(script)],
         "python -c": ["-c", program],
         "standard input": ["-"],
         "python -m": ["-m", "a_script"],
+        "python -m package": ["-m", "a_package"],
+        "a directory": [str(package)],
+        "a zip file": [str(zipped)],
     }
     run = subprocess.run(
         [sys.executable, *arguments[how]],

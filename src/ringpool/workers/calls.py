@@ -53,17 +53,20 @@ def is_by_name(function: object) -> bool:
         module, name = function.__module__, function.__qualname__
     else:
         return False
-    return getattr(sys.modules.get(module or ""), name, None) is function and not _is_lost(module)
+    return getattr(sys.modules.get(module or ""), name, None) is function and not is_lost(module)
 
 
-def _is_lost(module: str | None) -> bool:
-    """Whether a module is a ``__main__`` that a new process cannot import: interactive, of ``python -c``, or from
-    standard input.
+def is_lost(module: str | None) -> bool:
+    """Whether a module is a ``__main__`` that ``multiprocessing`` does not import in a new process: interactive, of
+    ``python -c``, from standard input, or the ``__main__.py`` of a package, a directory or a zip file.
     """
     if module != "__main__":
         return False
     main = sys.modules["__main__"]
-    return getattr(main, "__spec__", None) is None and not _is_file(getattr(main, "__file__", None))
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        return spec.name.rpartition(".")[2] == "__main__"
+    return not _is_file(getattr(main, "__file__", None))
 
 
 @functools.lru_cache(maxsize=8)
@@ -79,7 +82,7 @@ def pickle_callable(function: Callable[..., Any]) -> bytes:
 def _dumps(value: object, buffers: list[memoryview] | None = None) -> bytes:
     """``value`` as bytes, its large buffers in ``buffers`` where that is given. Raises what pickle raises, noted."""
     keep = None if buffers is None else values.keeper(buffers)
-    if not _is_lost("__main__"):
+    if not is_lost("__main__"):
         try:
             return pickle.dumps(value, 5, buffer_callback=keep)
         except Exception:
