@@ -308,6 +308,41 @@ def test_what_the_main_module_defines_travels_both_ways(tmp_path: Path, program:
     assert (run.returncode, run.stdout, run.stderr) == (0, "well done\n", "")
 
 
+INITIALIZED = """
+import multiprocessing, sys
+from ringpool import RingPoolExecutor
+
+class Mark:
+    def __init__(self, value):
+        self.value = value
+
+def initialize(mark, end):
+    sys.kept = mark.value
+    end.send(mark.value)
+
+if __name__ == "__main__":
+    ours, theirs = multiprocessing.Pipe()
+    for method in ("forkserver", "spawn"):
+        with RingPoolExecutor(1, mp_context=method, initializer=initialize, initargs=(Mark(3), theirs)) as pool:
+            assert pool.submit(lambda: sys.kept).result() == 3
+            assert ours.recv() == 3
+    print("well done")
+"""
+
+
+@pytest.mark.parametrize("how", ["-c", "-"])
+def test_an_initializer_of_a_main_that_is_no_file_is_sent_with_its_arguments(how: str) -> None:
+    run = subprocess.run(
+        [sys.executable, how, *([INITIALIZED] if how == "-c" else [])],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        input=INITIALIZED if how == "-" else "",
+        capture_output=True,
+        text=True,
+        timeout=WATCHDOG_S,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "well done\n", "")
+
+
 def test_what_stands_under_the_guard_of_a_script_is_not_found_and_says_so(tmp_path: Path) -> None:
     script = tmp_path / "a_script.py"
     script.write_text("""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import io
 import pickle
+from collections import ChainMap
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, cast
 
 import cloudpickle
@@ -14,10 +16,15 @@ _STATE_SETTER = 5  # where a reducer's tuple has it, see ``object.__reduce__``
 _Base: type[pickle.Pickler] = cast("Any", cloudpickle).CloudPickler  # it has no types
 
 
-def dumps(value: object, keep: Callable[[pickle.PickleBuffer], bool] | None = None) -> bytes:
-    """``value`` as bytes, with ``keep`` as its ``buffer_callback``. Raises what pickle raises."""
+def dumps(
+    value: object, keep: Callable[[pickle.PickleBuffer], bool] | None = None, *, for_new_process: bool = False
+) -> bytes:
+    """``value`` as bytes, with ``keep`` as its ``buffer_callback``. Raises what pickle raises.
+
+    ``for_new_process``: with what only a process that is being started can be given, such as connections.
+    """
     file = io.BytesIO()
-    _Pickler(file, 5, buffer_callback=keep).dump(value)
+    (_StartPickler if for_new_process else _Pickler)(file, 5, buffer_callback=keep).dump(value)
     return file.getvalue()
 
 
@@ -31,6 +38,13 @@ class _Pickler(_Base):
         if reduced is NotImplemented or len(reduced) <= _STATE_SETTER:  # it goes by name
             return reduced
         return (*reduced[:_STATE_SETTER], functools.partial(set_state, reduced[_STATE_SETTER], obj.__qualname__))
+
+
+class _StartPickler(_Pickler):
+    def __init__(self, file: io.BytesIO, *arguments: Any, **keywords: Any) -> None:
+        tables: Any = _Base.dispatch_table, ForkingPickler(file).dispatch_table
+        self.dispatch_table = ChainMap(*tables)  # before the base's, which reads it
+        super().__init__(file, *arguments, **keywords)
 
 
 def set_state(set_rest: Callable[[type, Any], object], name: str, made: type, state: Any) -> None:

@@ -1,8 +1,8 @@
 """What a worker does before its first task: forward its log records, and call the pool's initializer.
 
 A ``Setup`` travels as an argument of the process: inherited by a fork, else pickled while the process is spawned, so
-that locks and queues of ``multiprocessing`` may be among the initializer's arguments. What pickle cannot name,
-cloudpickle sends by value.
+that locks and queues of ``multiprocessing`` may be among the initializer's arguments. What pickle cannot name, or the
+worker would not find by its name, cloudpickle sends by value.
 """
 
 from __future__ import annotations
@@ -43,10 +43,14 @@ class Setup:
     def __getstate__(self) -> tuple[LogSender | None, bytes | None]:
         if self._initializer is None:
             return self.sender, None
+        if calls.is_lost("__main__"):
+            from ringpool.workers import byvalue  # here, because most programs never need cloudpickle
+
+            return self.sender, byvalue.dumps((self._initializer, self._initargs), for_new_process=True)
         try:
             return self.sender, bytes(ForkingPickler.dumps((self._initializer, self._initargs)))
         except (pickle.PicklingError, AttributeError, TypeError):
-            import cloudpickle  # here, because most programs never need it
+            import cloudpickle  # here, as above
 
             by_value = cloudpickle.dumps(self._initializer, 5)
             return self.sender, bytes(ForkingPickler.dumps((_Pickled(by_value), self._initargs)))
