@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,22 @@ def blas_threads() -> list[int]:
 
     np.ones((4, 4)) @ np.ones((4, 4))
     return [found["num_threads"] for found in threadpoolctl.threadpool_info() if found["user_api"] == "blas"]
+
+
+def in_a_daemonic_process() -> tuple[list[int], int, list[tuple[str, bool]]]:
+    """Where joblib runs its tasks, this process's pid, and by what pools are refused."""
+    import joblib
+
+    import ringpool
+
+    ringpool.register_joblib_backend()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pids = joblib.Parallel(n_jobs=2, backend="ringpool")([joblib.delayed(process_id)()] * 3)
+    refused: list[tuple[str, bool]] = []
+    for make in (ringpool.RingPoolExecutor, ringpool.Coordinator):
+        try:
+            make(1)
+        except AssertionError as error:
+            refused.append((type(error).__name__, "not allowed to have children" in str(error)))
+    return pids, os.getpid(), refused

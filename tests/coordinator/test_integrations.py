@@ -192,10 +192,25 @@ def test_a_config_without_n_jobs_uses_all_cores_and_workers(joblib: Any) -> None
     assert os.getpid() not in pids or joblib.cpu_count() == 1
 
 
-@pytest.mark.parametrize(("n_jobs", "workers"), [(1, 1), (3, 3), (-1, None), (-1000, 1)])
+@pytest.mark.parametrize(("n_jobs", "workers"), [(1, 1), (3, 3), (65, 64), (-1, None), (-1000, 1)])
 def test_n_jobs_counts_as_joblib_counts(joblib: Any, n_jobs: int, workers: int | None) -> None:
     with joblib.parallel_config(backend="ringpool"):
         assert joblib.effective_n_jobs(n_jobs) == (workers or joblib.cpu_count())
+
+
+def test_all_cores_of_a_large_machine_are_no_more_than_a_pool_has(joblib: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ringpool.coordinator.engines.joblib import RingPoolBackend
+
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 192)
+    assert RingPoolBackend().effective_n_jobs(-1) == 64
+    assert RingPoolBackend().effective_n_jobs(-191) == 2
+
+
+def test_in_a_daemonic_process_joblib_has_one_worker_and_a_pool_is_refused(joblib: Any) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as daemons:
+        pids, me, refused = daemons.apply_async(tasks.in_a_daemonic_process).get(WATCHDOG_S)
+    assert pids == [me] * 3
+    assert refused == [("DaemonicProcessError", True)] * 2
 
 
 def test_one_job_runs_in_the_program_and_none_is_an_error(joblib: Any) -> None:

@@ -77,7 +77,8 @@ class Coordinator:
     that made it.
 
     Raises ``SharedMemoryFullError`` where ``/dev/shm`` has no room, ``ValueError`` for numbers out of range,
-    ``MainModuleError`` where a worker comes by because the main module makes a pool without a guard.
+    ``MainModuleError`` where a worker comes by because the main module makes a pool without a guard,
+    ``DaemonicProcessError`` in a process of ``multiprocessing`` that may have none of its own.
     """
 
     def __init__(

@@ -30,6 +30,7 @@ from ringpool.coordinator.supervisor import Death, Supervisor
 from ringpool.coordinator.tickets import Ticket
 from ringpool.errors import (
     CoordinatorClosedError,
+    DaemonicProcessError,
     MainModuleError,
     WrongProcessError,
     WrongThreadError,
@@ -76,7 +77,7 @@ class Pool:
     task. ``on_exit(death, reason)``: told of each worker that ended, in the pump's thread. ``on_ended``: called when
     all workers have ended. ``closed``: makes the error for tasks that come too late. ``retains``: results stay in the
     segment until they are released, and the segment when the pool is closed, or dead: who made it removes it.
-    Raises ``SharedMemoryFullError``, ``ValueError``, ``MainModuleError``.
+    Raises ``SharedMemoryFullError``, ``ValueError``, ``MainModuleError``, ``DaemonicProcessError``.
     """
 
     def __init__(
@@ -96,6 +97,8 @@ class Pool:
         retains: bool = False,
     ) -> None:
         require_no_main_import()
+        if multiprocessing.current_process().daemon:
+            raise DaemonicProcessError
         self.pid = os.getpid()
         self.lock = threading.Lock()  # for short steps of Python code in threads that are not the main one alone
         self._beginning = threading.Lock()

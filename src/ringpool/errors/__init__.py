@@ -38,6 +38,7 @@
         CrashLoopError             workers die before they take a first task (also a BrokenProcessPool)
         InitializerError           the pool's initializer raised in a worker (also a BrokenProcessPool)
         MainModuleError            a worker came to it while it imported the program's main module
+        DaemonicProcessError       a process of multiprocessing that may have none of its own came to it
         WrongProcessError          it was made by another process, before a fork
         WrongThreadError           it cannot be closed in a future's callback
       FileOperationError         ``workers.files``: an operation on one file (also an OSError)
@@ -114,6 +115,7 @@ from ringpool.errors.memory import (
 )
 from ringpool.errors.tasks import (
     CoordinatorClosedError as CoordinatorClosedError,
+    DaemonicProcessError as DaemonicProcessError,
     FunctionError as FunctionError,
     InputMissingError as InputMissingError,
     MainModuleError as MainModuleError,

@@ -168,6 +168,22 @@ class MainModuleError(PoolError):
         )
 
 
+class DaemonicProcessError(PoolError, AssertionError):
+    """A daemonic process of ``multiprocessing``, such as a worker of its ``Pool``, may have no processes of its own.
+
+    It is an ``AssertionError``, as ``multiprocessing`` itself raises.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __str__(self) -> str:
+        return (
+            "daemonic processes are not allowed to have children, and workers are that; make the pool in the program, "
+            "or run this in a process that is not daemonic"
+        )
+
+
 class WrongProcessError(PoolError):
     """The coordinator belongs to the process that made it; this one is a fork of it.
 

@@ -12,8 +12,10 @@ Source of what a backend must do: ``joblib._parallel_backends.ParallelBackendBas
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
@@ -29,6 +31,7 @@ from joblib.parallel import (  # pyright: ignore[reportMissingModuleSource]
 
 from ringpool.coordinator.executor import RingPoolExecutor
 from ringpool.errors import PoolError
+from ringpool.shm.layout import WORKERS_MAX
 
 NAME = "ringpool"
 IDLE_WORKER_TIMEOUT_S = 300.0  # as joblib's own
@@ -60,12 +63,18 @@ class RingPoolBackend(AutoBatchingMixin, ParallelBackendBase):
         self._pool: _Pool | None = None
 
     def effective_n_jobs(self, n_jobs: int | None) -> int:
-        """How many workers that means: negative numbers count down from all cores, -1."""
+        """How many workers that means: negative numbers count down from all cores, -1; no pool has more than 64.
+
+        One in a daemonic process of ``multiprocessing``, which may have no workers; with a warning, as loky's.
+        """
         if n_jobs == 0:
             raise ValueError("n_jobs == 0 in Parallel has no meaning")
-        if n_jobs is None:
+        if n_jobs is None or n_jobs == 1:
             return 1
-        return n_jobs if n_jobs > 0 else max(joblib.cpu_count() + 1 + n_jobs, 1)
+        if multiprocessing.current_process().daemon:
+            warnings.warn("ringpool: a daemonic process can have no workers, setting n_jobs=1", stacklevel=3)
+            return 1
+        return min(n_jobs if n_jobs > 0 else max(joblib.cpu_count() + 1 + n_jobs, 1), WORKERS_MAX)
 
     def configure(
         self,
