@@ -429,6 +429,42 @@ def test_a_fork_of_a_program_may_make_a_pool_of_its_own_and_end(run_program: Run
     program.assert_nothing_is_left()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_fork_of_a_program_as_if_there_were_no_pool(run_program: RunProgram, number: int) -> None:
+    program = run_program(
+        f"""
+        def in_child():
+            try:
+                say("begun", os.getpid())
+                wait()
+            finally:
+                say("unwound")
+        with Coordinator(1) as pool:
+            child = multiprocessing.get_context("fork").Process(target=in_child)
+            child.start()
+            child.join()
+            say("child", child.exitcode)
+            own = os.fork()
+            if not own:
+                with Coordinator(1):
+                    say("again", os.getpid())
+                    wait()
+            say("own", os.waitstatus_to_exitcode(os.waitpid(own, 0)[1]))
+            assert pool.submit_file_task(tasks.size, __file__).result() > 0
+            os.kill(os.getpid(), {number})
+            wait()
+        """,
+        top="import multiprocessing",
+    )
+    os.kill(int(program.wait_for("begun")), number)
+    assert program.wait_for("child") == str(-number)
+    os.kill(int(program.wait_for("again")), number)
+    assert program.wait_for("own") == str(128 + number), "it has a pool of its own"
+    assert program.finish() == 128 + number
+    assert "unwound" not in program.out
+    program.assert_nothing_is_left()
+
+
 def test_a_stopped_program_goes_on(run_program: RunProgram) -> None:
     """Ctrl-Z stops the program, not its workers, which are of other sessions; ``fg`` lets it go on."""
     program = run_program(

@@ -4,11 +4,13 @@
     SystemExit(128 + n) from SIGTERM and SIGHUP, while a pool lives, unless the program handles or ignores them itself
 
 The exception unwinds the program's ``with`` block, or its ``atexit``, and that stops the pool. A signal's default
-action would end the process with the segment left in ``/dev/shm`` until the next start removes it.
+action would end the process with the segment left in ``/dev/shm`` until the next start removes it. A fork of the
+program has no pool, and the default action.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -55,3 +57,17 @@ def uninstall() -> None:
             number = _installed.pop()
             if signal.getsignal(number) is _end_program:
                 signal.signal(number, signal.SIG_DFL)
+
+
+def _let_go() -> None:
+    """In a fork of the program, before any code of its own: the handlers are its parent's, and so may the lock be."""
+    global _lock, _pools, _ended
+    _lock = threading.Lock()
+    _pools, _ended = 0, False
+    for number in _installed:
+        if signal.getsignal(number) is _end_program:
+            signal.signal(number, signal.SIG_DFL)
+    _installed.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
