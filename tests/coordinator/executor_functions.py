@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -10,6 +11,10 @@ from typing import Any
 
 def identity(x: Any) -> Any:
     return x
+
+
+def kind_of_process() -> str:
+    return type(multiprocessing.current_process()).__name__
 
 
 def assorted(i: int) -> Any:

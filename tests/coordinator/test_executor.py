@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 from tests.coordinator import executor_functions as functions
-from tests.coordinator.program import WATCHDOG_S, wait_until
+from tests.coordinator.program import WATCHDOG_S, Program, wait_until
 
 from ringpool import RingPoolExecutor, TaskOptions, WorkerDiedError, WorkerExit
 from ringpool.errors import MemoryLimitError, TaskTimeoutError
@@ -97,3 +98,41 @@ def test_a_worker_is_replaced_after_its_number_of_tasks() -> None:
         pids = [made.submit(os.getpid).result(WATCHDOG_S) for _ in range(7)]
         assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [3, 3, 1]
         assert list(made.map(functions.identity, range(1000))) == list(range(1000))
+
+
+DEFAULT = multiprocessing.get_context(multiprocessing.get_all_start_methods()[0]).Process.__name__
+CHOICES = {  # what a program does before it makes a pool, and by what its workers are started
+    "nothing": ("pass", "None", "ForkServerProcess"),
+    "it has made a lock": ("multiprocessing.Lock()", "None", "ForkServerProcess"),
+    "set to fork": ("multiprocessing.set_start_method('fork')", "None", "ForkProcess"),
+    "set to fork, and used": (
+        "multiprocessing.set_start_method('fork'); multiprocessing.Lock()",
+        "None",
+        "ForkProcess",
+    ),
+    "set to spawn": ("multiprocessing.set_start_method('spawn')", "None", "SpawnProcess"),
+    "multiprocessing itself": ("multiprocessing.set_start_method('spawn')", "multiprocessing", "SpawnProcess"),
+    "multiprocessing itself, by default": ("pass", "multiprocessing", DEFAULT),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_workers_are_started_as_the_program_has_chosen(run_program: Callable[..., Program], choice: str) -> None:
+    before, mp_context, process = CHOICES[choice]
+    program = run_program(
+        f"""
+        {before}
+        with RingPoolExecutor(1, mp_context={mp_context}) as pool:
+            say("process", pool.submit(functions.kind_of_process).result())
+        with RingPoolExecutor(1, max_tasks_per_child=2) as pool:
+            assert pool.submit(abs, -1).result() == 1
+        """,
+        top="""
+import multiprocessing
+from ringpool import RingPoolExecutor
+from tests.coordinator import executor_functions as functions
+""",
+    )
+    assert program.wait_for("process") == process
+    assert program.finish() == 0, program.err
+    program.assert_nothing_is_left()

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.context import BaseContext
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -67,8 +67,8 @@ class _Function(msgspec.Struct):
 class Coordinator:
     """A pool of ``workers`` processes (default: one per core that this process may use) that run functions over files.
 
-    ``mp_context``: a start method (``"forkserver"``, the default, ``"spawn"``, ``"fork"``) or a ``multiprocessing``
-    context. ``ring_slots``: how many tasks are in shared memory at a time. ``attempts_max``: how often a task is
+    ``mp_context``: a start method (``"forkserver"``, the default, ``"spawn"``, ``"fork"``), ``multiprocessing`` or a
+    context of it. ``ring_slots``: how many tasks are in shared memory at a time. ``attempts_max``: how often a task is
     started whose worker died in it, at most 63. ``claims_max``: how many short tasks a worker takes at once, at most
     64 (1: one by one). ``durability`` of outputs: ``"none"``, ``"atomic"``, ``"data"`` or ``"full"``.
 
@@ -85,7 +85,7 @@ class Coordinator:
         self,
         workers: int | None = None,
         *,
-        mp_context: str | BaseContext | None = None,
+        mp_context: str | BaseContext | ModuleType | None = None,
         ring_slots: int = 1024,
         attempts_max: int = 3,
         claims_max: int = layout.CLAIMS_MAX,

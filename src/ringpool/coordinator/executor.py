@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from itertools import repeat
 from multiprocessing.context import BaseContext
-from types import BuiltinFunctionType, FunctionType, TracebackType
+from types import BuiltinFunctionType, FunctionType, ModuleType, TracebackType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -21,7 +21,7 @@ import msgspec
 from ringpool.coordinator.futures import PoolFuture
 from ringpool.coordinator.logs import LogInbox
 from ringpool.coordinator.maprun import MapOptions, MapRun
-from ringpool.coordinator.pool import Pool, WorkerLimits
+from ringpool.coordinator.pool import START_METHOD, Pool, WorkerLimits, named_context, start_method
 from ringpool.coordinator.supervisor import Death
 from ringpool.coordinator.tickets import Ticket
 from ringpool.shm import blobs, layout
@@ -143,7 +143,7 @@ class RingPoolExecutor(_Tasks):
     there.
 
     ``max_workers``: default, one per core that this process may use; at most 64. They are started when tasks wait for
-    them. ``mp_context``: a context of ``multiprocessing``, or the name of a start method; default ``"forkserver"``.
+    them. ``mp_context``: ``multiprocessing``, a context of it, or the name of a start method; default ``"forkserver"``.
     ``initializer(*initargs)``: called in each worker first. ``max_tasks_per_child``: a worker is replaced after so many
     tasks. ``memory_per_child_max``: it is replaced between tasks when it has grown beyond so many bytes.
     ``memory_limit``: it is killed when it has, and the task that it runs fails with ``MemoryLimitError``.
@@ -160,7 +160,7 @@ class RingPoolExecutor(_Tasks):
     def __init__(
         self,
         max_workers: int | None = None,
-        mp_context: str | BaseContext | None = None,
+        mp_context: str | BaseContext | ModuleType | None = None,
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
         *,
@@ -172,7 +172,9 @@ class RingPoolExecutor(_Tasks):
     ) -> None:
         n_workers = _n_workers(max_workers)
         _check(initializer, max_tasks_per_child, memory_limit=memory_limit, memory_per_child_max=memory_per_child_max)
-        if max_tasks_per_child is not None and _is_fork(mp_context):
+        if max_tasks_per_child is not None and mp_context is None and start_method() == "fork":
+            mp_context = START_METHOD  # as ProcessPoolExecutor takes "spawn" then
+        if max_tasks_per_child is not None and mp_context and named_context(mp_context).get_start_method() == "fork":
             raise ValueError(
                 "max_tasks_per_child is incompatible with the 'fork' multiprocessing start method; "
                 "supply a different mp_context."
@@ -368,11 +370,6 @@ def _n_workers(max_workers: int | None) -> int:
     if max_workers > layout.WORKERS_MAX:
         raise ValueError(f"max_workers must be at most {layout.WORKERS_MAX}, not {max_workers}")
     return max_workers
-
-
-def _is_fork(mp_context: str | BaseContext | None) -> bool:
-    name = mp_context.get_start_method() if isinstance(mp_context, BaseContext) else mp_context
-    return name == "fork"
 
 
 def _check(initializer: object, max_tasks_per_child: object, **sizes: int | None) -> None:
