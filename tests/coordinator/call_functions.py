@@ -40,6 +40,10 @@ def note(path: str, item: int) -> int:
     return item
 
 
+def note_first(path: str, row: tuple[int]) -> int:
+    return note(path, row[0])
+
+
 def noted(path: str | Path) -> list[int]:
     """The items noted, in the order in which they were."""
     return [int(line) for line in Path(path).read_text().splitlines()] if os.path.exists(path) else []

@@ -6,8 +6,10 @@ import gc
 import itertools
 import os
 import signal
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -91,6 +93,30 @@ def test_a_program_that_ends_runs_a_map_that_nobody_takes(
     assert program.err == ""
     assert sorted(functions.noted(notes)) == list(range(N))
     program.assert_nothing_is_left()
+
+
+def test_a_map_that_nobody_takes_draws_what_belongs_to_the_thread_that_closes(notes: str) -> None:
+    with closing(sqlite3.connect(":memory:")) as database:
+        database.execute("CREATE TABLE items (item INTEGER)")
+        database.executemany("INSERT INTO items VALUES (?)", [(item,) for item in range(500)])
+        with RingPoolExecutor(2) as own:
+            rows = database.execute("SELECT item FROM items")
+            own.map(partial(functions.note_first, notes), rows)
+    assert sorted(functions.noted(notes)) == list(range(500))
+
+
+@pytest.mark.parametrize("n", [0, 30])
+def test_an_error_of_the_items_of_a_map_that_nobody_takes_is_reported(
+    notes: str, capfd: pytest.CaptureFixture[str], n: int
+) -> None:
+    def items() -> Iterator[int]:
+        yield from range(n)
+        raise LookupError("the input broke")
+
+    with RingPoolExecutor(2) as own:
+        own.map(partial(functions.note, notes), items())
+    assert sorted(functions.noted(notes)) == list(range(n))
+    assert capfd.readouterr().err.count("LookupError: the input broke") == 1
 
 
 # ---- taken after the end of the pool ---------------------------------------------------------------------------------

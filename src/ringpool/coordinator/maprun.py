@@ -11,8 +11,10 @@ as many as may be under way, and about 64 MiB of results.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
@@ -136,6 +138,7 @@ class MapRun:
         self._turn = threading.Lock()  # of the caller who takes, or of the one who closes the pool
         self._ending: Ending | None = None  # of the thread that draws what is left, where nobody takes results
         self._input_error: Exception | None = None
+        self._is_bound = False  # that thread failed before it had drawn anything: the items may be another thread's
         self._pid = os.getpid()
         if at_hand and options.buffersize is None:
             self.inbox.refill = self._fill_meanwhile
@@ -338,6 +341,7 @@ class MapRun:
         self.inbox.discards = True
         if self._exhausted:
             self._pool.runs.discard(self)
+            self._report()
             return
         self._ending = ending = Ending()
         try:
@@ -346,10 +350,33 @@ class MapRun:
             self._ending = None
 
     def _run_out(self, ending: Ending) -> None:
+        n_drawn = self._n_drawn
         try:
             self._send_rest()
         finally:
+            self._is_bound = self._input_error is not None and n_drawn == self._n_drawn
+            if not self._is_bound:
+                self._report()
             ending.reached()
+
+    def _draw_bound(self) -> None:
+        """What this map's own thread could not begin to draw may belong to the thread that closes the pool."""
+        error, n_drawn = self._input_error, self._n_drawn
+        self._is_bound = self._exhausted = False
+        self._input_error = None
+        self._send_rest()
+        if self._input_error is None and n_drawn == self._n_drawn:
+            self._input_error = error  # a generator that has raised says the next time that it is at its end
+
+    def _report(self) -> None:
+        """Nobody will take the results, and with them the error of the input."""
+        error, self._input_error = self._input_error, None
+        if error is not None and not isinstance(error, CancelledError):  # the latter: by us
+            text = "".join(traceback.format_exception(error))
+            reason = (
+                "ringpool: drawing the items of a map whose results nobody takes; what was left of them was not run"
+            )
+            print(f"{reason}:\n{text}", end="", file=sys.stderr, flush=True)
 
     def end(self, *, cancel: bool) -> None:
         """The pool closes. What was not drawn yet is sent, as if it had been from the start; or cancelled.
@@ -372,6 +399,10 @@ class MapRun:
             self._send_rest()
         while ending is not None and not ending.wait(1.0):
             continue
+        if self._is_bound and not cancel:
+            self._draw_bound()
+        if self.inbox.discards and not cancel:
+            self._report()
         self._pool.runs.discard(self)
 
     def _send_rest(self) -> None:
