@@ -104,12 +104,6 @@ DEFAULT = multiprocessing.get_context(multiprocessing.get_all_start_methods()[0]
 CHOICES = {  # what a program does before it makes a pool, and by what its workers are started
     "nothing": ("pass", "None", "ForkServerProcess"),
     "it has made a lock": ("multiprocessing.Lock()", "None", "ForkServerProcess"),
-    "set to fork": ("multiprocessing.set_start_method('fork')", "None", "ForkProcess"),
-    "set to fork, and used": (
-        "multiprocessing.set_start_method('fork'); multiprocessing.Lock()",
-        "None",
-        "ForkProcess",
-    ),
     "set to spawn": ("multiprocessing.set_start_method('spawn')", "None", "SpawnProcess"),
     "multiprocessing itself": ("multiprocessing.set_start_method('spawn')", "multiprocessing", "SpawnProcess"),
     "multiprocessing itself, by default": ("pass", "multiprocessing", DEFAULT),

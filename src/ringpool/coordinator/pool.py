@@ -23,7 +23,7 @@ from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import BaseContext
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
 from ringpool.coordinator import signals
 from ringpool.coordinator.pump import Pump
@@ -51,24 +51,6 @@ STOP_TIMEOUT_S = 5.0
 SPINS = 500  # looks for work before a worker sleeps: about 250 us in all, during which whoever needs the core has it
 CHUNKS_PER_WORKER, CHUNKS_MORE = 4, 24
 _PRELOAD = ["__main__", "ringpool.workers.process"]
-
-
-def _mark_default() -> tuple[Any, BaseContext | None]:
-    """What holds the context that the program has chosen, and the one that is there where it has not.
-
-    ``multiprocessing`` makes its default the choice when it is first used, for a lock as well, and then nobody can tell
-    whether the program has set that method. So the default becomes another object of the same kind here. None: it was
-    used or set before this module was imported.
-    """
-    holder = vars(sys.modules[BaseContext.__module__])["_default_context"]
-    if holder._actual_context is not None:
-        return holder, None
-    unchosen = cast("BaseContext", copy.copy(holder._default_context))
-    holder._default_context = unchosen
-    return holder, unchosen
-
-
-_holder, _unchosen = _mark_default()
 
 _open: set[Pool] = set()  # not weak: one that its program has lost sight of is closed at exit as well
 
@@ -353,12 +335,12 @@ def _preload() -> list[str]:
 
 
 def start_method() -> str:
-    """What the program has set; else ours."""
-    chosen = cast("str | None", multiprocessing.get_start_method(allow_none=True))
-    is_default = chosen == multiprocessing.get_all_start_methods()[0]
-    if chosen is None or (is_default and (_unchosen is None or _holder._actual_context is _unchosen)):
-        return START_METHOD
-    return chosen
+    """What the program has set, where that differs from the platform's default; else ours. That default is also what
+    ``multiprocessing`` says when it has only been used.
+    """
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    default = multiprocessing.get_all_start_methods()[0]
+    return chosen if chosen and chosen != default else START_METHOD
 
 
 def _close_all() -> None:
