@@ -130,3 +130,24 @@ from tests.coordinator import executor_functions as functions
     assert program.wait_for("process") == process
     assert program.finish() == 0, program.err
     program.assert_nothing_is_left()
+
+
+def test_a_first_lambda_does_not_meet_a_fork_that_was_made_while_cloudpickle_was_imported(
+    run_program: Callable[..., Program],
+) -> None:
+    program = run_program(
+        """
+        def forks_late(*words, **more):
+            assert "cloudpickle" in sys.modules
+            return fork(*words, **more)
+
+        fork, os.fork = os.fork, forks_late
+        for way in ("submit", "map"):
+            with RingPoolExecutor(1, mp_context="fork") as pool:
+                given = pool.submit(lambda: 1).result() if way == "submit" else sum(pool.map(lambda x: x, [1]))
+                assert given == 1
+        """,
+        top="import os, sys\nfrom ringpool import RingPoolExecutor\n",
+    )
+    assert program.finish() == 0, program.err
+    program.assert_nothing_is_left()

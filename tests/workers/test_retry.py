@@ -43,7 +43,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(retry, "time", clock)
-    monkeypatch.setattr(retry.asyncio, "sleep", clock.sleep_async)
+    monkeypatch.setattr(asyncio, "sleep", clock.sleep_async)
     return clock
 
 

@@ -208,7 +208,7 @@ class RingPoolExecutor(_Tasks):
     def submit_with(self, options: TaskOptions, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """``submit``, with these options."""
         pool = self._pool
-        pool.check_open()
+        pool.check_open(first=lambda: calls.prepare(fn))
         future = PoolFuture(pool.pump)
         try:
             function_id = self._functions.get(fn, 0) if type(fn) in (FunctionType, BuiltinFunctionType) else 0
@@ -269,7 +269,7 @@ class RingPoolExecutor(_Tasks):
         """What ``map`` and ``map_unordered`` are, with these options."""
         _check_counts(chunksize=chunksize, buffersize=buffersize)
         pool = self._pool
-        pool.check_open()
+        pool.check_open(first=lambda: calls.prepare(fn))
         pool.make_arena()
         function_id = self._write_function(fn)
         starred = len(iterables) != 1

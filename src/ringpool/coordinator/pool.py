@@ -153,9 +153,12 @@ class Pool:
 
     # ---- tasks
 
-    def check_open(self) -> None:
-        """Be ready for a task. Raises ``WrongProcessError``, what broke the pool, that it is closed, or
-        ``BrokenProcessPool`` where its threads cannot be started.
+    def check_open(self, *, first: Callable[[], None] | None = None) -> None:
+        """Be ready for a task. ``first``: called before the first worker is forked; a fork that is made while another
+        thread imports a module can never import that.
+
+        Raises ``WrongProcessError``, what broke the pool, that it is closed, or ``BrokenProcessPool`` where its threads
+        cannot be started.
         """
         if os.getpid() != self.pid:
             raise WrongProcessError(self.pid, os.getpid())
@@ -164,6 +167,8 @@ class Pool:
         if self.closing:
             raise self._closed_error()
         if not self.pump.has_begun:
+            if first is not None and self.context.get_start_method() == "fork":
+                first()
             with self._beginning:
                 if not self.pump.has_begun:
                     self._begin_now()

@@ -74,6 +74,12 @@ def _is_file(path: str | None) -> bool:
     return path is not None and os.path.isfile(path)
 
 
+def prepare(function: Callable[..., Any]) -> None:
+    """Import what sends ``function`` by value, where that will be."""
+    if not is_by_name(function):
+        from ringpool.workers import byvalue as byvalue
+
+
 def pickle_callable(function: Callable[..., Any]) -> bytes:
     """A callable as bytes. Raises what pickle raises, where cloudpickle cannot send it either."""
     return _dumps(function)
