@@ -710,7 +710,8 @@ def test_a_second_job_on_the_same_outputs_is_refused_while_the_first_lives(
             compress_job(source, target, directory=second).run(1)
         assert error.value.pid == child.pid
         child.kill()
-    assert compress_job(source, target).run(1).ok
+    for directory in (first, second):  # the first one's also takes over what the killed run has left in memory
+        assert compress_job(source, target, directory=directory).run(1).ok
 
 
 @pytest.mark.parametrize(
