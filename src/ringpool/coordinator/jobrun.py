@@ -324,8 +324,10 @@ class JobRun:
 
     def _meanwhile(self) -> None:
         """What is to be done while the next line of a list is waited for, called in the midst of drawing it."""
+        pool = self._pool
+        assert pool is not None
         self._is_drawing = False
-        self._pool.pump.wake()  # pyright: ignore[reportOptionalMemberAccess]
+        pool.pump.wake()
         self._collect()
         self._commit_in_time()
         self._consider_stopping()
