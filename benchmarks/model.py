@@ -47,7 +47,7 @@ from ringpool import Coordinator
 from ringpool.bench import measure, peers
 from ringpool.bench.peers import Pools
 from ringpool.bench.tasks import no_op
-from ringpool.coordinator.executor import RING_SLOTS
+from ringpool.coordinator.callpool import RING_SLOTS
 from ringpool.coordinator.maprun import UNDER_WAY_ITEMS_MAX, VECTOR_ITEMS_MAX, VECTOR_NS
 from ringpool.coordinator.pool import SPINS
 from ringpool.shm import segment

@@ -9,6 +9,7 @@ milliseconds.
 from __future__ import annotations
 
 import signal
+import sys
 
 _HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
@@ -16,3 +17,17 @@ try:
     import msgspec as msgspec
 finally:
     signal.pthread_sigmask(signal.SIG_SETMASK, _mask_before)
+
+in_fork_server = False
+homes_used: set[str] = set()  # modules of which the program has had public names
+
+
+def is_for_workers() -> bool:
+    """Whether this process is a worker, of whatever pool, or a fork server that imports for workers: what only a
+    coordinator needs is imported when it is needed.
+    """
+    process = sys.modules.get("multiprocessing.process")
+    return in_fork_server or (
+        process is not None
+        and (process.parent_process() is not None or getattr(process.current_process(), "_inheriting", False))
+    )

@@ -5,8 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from typing import Any
+
+from ringpool import RingPoolExecutor
 
 
 def identity(x: Any) -> Any:
@@ -15,6 +18,11 @@ def identity(x: Any) -> Any:
 
 def kind_of_process() -> str:
     return type(multiprocessing.current_process()).__name__
+
+
+def loaded(names: list[str]) -> list[str]:
+    """Which of the modules this process has imported."""
+    return [name for name in names if name in sys.modules]
 
 
 def assorted(i: int) -> Any:
@@ -66,3 +74,8 @@ def take_memory(n_bytes: int) -> int:
     taken[::4096] = b"x" * len(taken[::4096])
     time.sleep(0.3 if n_bytes > 1 << 20 else 0)
     return len(taken)
+
+
+def sum_of_lengths(words: list[str]) -> int:
+    with RingPoolExecutor(1) as pool:
+        return sum(pool.map(len, words))

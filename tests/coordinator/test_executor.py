@@ -5,12 +5,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import pytest
 from tests.coordinator import executor_functions as functions
-from tests.coordinator.program import WATCHDOG_S, Program, wait_until
+from tests.coordinator.program import ROOT, WATCHDOG_S, Program, wait_until
 
 from ringpool import RingPoolExecutor, TaskOptions, WorkerDiedError, WorkerExit
 from ringpool.errors import MemoryLimitError, TaskTimeoutError
@@ -130,6 +135,39 @@ from tests.coordinator import executor_functions as functions
     assert program.wait_for("process") == process
     assert program.finish() == 0, program.err
     program.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_what_a_pool_is_made_of_is_imported_with_it_and_not_by_its_workers(tmp_path: Path, method: str) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"""
+from ringpool import RingPoolExecutor
+from tests.coordinator import executor_functions as functions
+
+rooms = ["ringpool.coordinator.callpool", "ringpool.coordinator.pump"]
+
+if __name__ == "__main__":
+    assert functions.loaded(rooms) == rooms
+    with RingPoolExecutor(1, mp_context={method!r}) as pool:
+        assert pool.submit(functions.loaded, rooms).result() == []
+        assert pool.submit(functions.loaded, ["ringpool.coordinator.executor"]).result(), "the main module has it"
+        assert pool.submit(functions.sum_of_lengths, ["a", "bc"]).result() == 3  # it makes a pool of its own
+"""
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, program], env=environment, check=True, timeout=WATCHDOG_S)
+
+
+def test_tasks_that_come_one_by_one_take_one_worker() -> None:
+    with RingPoolExecutor(4) as made:
+        for _ in range(50):
+            made.submit(functions.identity, 1).result(WATCHDOG_S)
+            time.sleep(0.002)  # in which the worker goes to sleep
+        assert made.stats().workers_alive == 1
+        futures = [made.submit(time.sleep, 0.2) for _ in range(3)]
+        wait_until(lambda: made.stats().workers_alive == 3, "workers for those that wait")
+        wait(futures, WATCHDOG_S)
 
 
 def test_a_first_lambda_does_not_meet_a_fork_that_was_made_while_cloudpickle_was_imported(

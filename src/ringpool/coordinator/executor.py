@@ -1,8 +1,11 @@
 """RingPoolExecutor: what ``concurrent.futures.ProcessPoolExecutor`` does, on a ring that survives deaths.
 
-submit, submit_with --> PoolFuture <--+
-map, map_unordered ---> MapRun <------+-- Pool: Pump <--ring--> workers, started when tasks wait for them
-options(...) ---------> a view: the same, with other TaskOptions
+submit, submit_with --+
+map, map_unordered ---+--> CallPool       imported when one is made, or here, in a program that is going to
+options(...) --> a view: the same, with other TaskOptions
+
+A worker imports its program's main module, and with it this one; it makes no pool, and all that a pool is made of would
+be most of what it imports.
 """
 
 from __future__ import annotations
@@ -11,30 +14,18 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
-from itertools import repeat
-from multiprocessing.context import BaseContext
-from types import BuiltinFunctionType, FunctionType, ModuleType, TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from ringpool.coordinator.futures import PoolFuture
-from ringpool.coordinator.logs import LogInbox
-from ringpool.coordinator.maprun import MapOptions, MapRun
-from ringpool.coordinator.pool import START_METHOD, Pool, WorkerLimits, named_context, start_method
-from ringpool.coordinator.supervisor import Death
-from ringpool.coordinator.tickets import Ticket
-from ringpool.shm import blobs, layout
-from ringpool.shm.dispatch import Task
-from ringpool.shm.layout import Encoding, Form
-from ringpool.workers import calls
-from ringpool.workers.setup import Setup
+from ringpool import startup
+from ringpool.shm import layout
 
-RING_SLOTS = 1024
-LOGS_TIMEOUT_S = 5.0  # for handlers, to take what workers had logged when they ended
-FUNCTIONS_MAX = 1024  # known to the workers by an id; what is beyond is sent with each call
-_PLAIN = int(Form.PLAIN)
-_AT_HAND = (list, tuple, range, str, bytes, dict, set, frozenset)
+if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
+    from types import ModuleType, TracebackType
+
+    from ringpool.coordinator.supervisor import Death
 
 
 class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -172,31 +163,22 @@ class RingPoolExecutor(_Tasks):
     ) -> None:
         n_workers = _n_workers(max_workers)
         _check(initializer, max_tasks_per_child, memory_limit=memory_limit, memory_per_child_max=memory_per_child_max)
-        if max_tasks_per_child is not None and mp_context is None and start_method() == "fork":
-            mp_context = START_METHOD  # as ProcessPoolExecutor takes "spawn" then
-        if max_tasks_per_child is not None and mp_context and named_context(mp_context).get_start_method() == "fork":
-            raise ValueError(
-                "max_tasks_per_child is incompatible with the 'fork' multiprocessing start method; "
-                "supply a different mp_context."
-            )
-        inbox = LogInbox() if forward_logs else None
+        from ringpool.coordinator.callpool import CallPool  # here: see the module
+
         self._max_workers = n_workers  # dask reads it
         self._task_options = TaskOptions()
-        self._functions: dict[Callable[..., Any], int] = {}
-        self._pool = Pool(
+        self._calls = CallPool(
             n_workers,
             mp_context,
-            slots=RING_SLOTS,
-            limits=WorkerLimits(
-                max_tasks_per_child or 0, min(filter(None, (memory_limit, memory_per_child_max)), default=0)
-            ),
-            memory_limit_bytes=memory_limit,
-            on_demand=True,
-            setup=lambda: Setup(initializer, initargs, None if inbox is None else inbox.sender()),
-            on_ended=None if inbox is None else lambda: inbox.close(LOGS_TIMEOUT_S),
+            initializer,
+            initargs,
+            max_tasks_per_child=max_tasks_per_child,
+            memory_limit=memory_limit,
+            memory_per_child_max=memory_per_child_max,
             on_exit=_teller(on_worker_exit),
-            closed=lambda: RuntimeError("cannot schedule new futures after shutdown"),
+            forward_logs=forward_logs,
         )
+        self._pool = self._calls.pool
         weakref.finalize(self, self._pool.close_soon).atexit = False
 
     # ---- tasks
@@ -207,86 +189,17 @@ class RingPoolExecutor(_Tasks):
 
     def submit_with(self, options: TaskOptions, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """``submit``, with these options."""
-        pool = self._pool
-        pool.check_open(first=lambda: calls.prepare(fn))
-        future = PoolFuture(pool.pump)
-        try:
-            function_id = self._functions.get(fn, 0) if type(fn) in (FunctionType, BuiltinFunctionType) else 0
-            if not function_id:
-                function_id = self._introduce(fn)
-            body = calls.encode_plain(args) if function_id and not kwargs else None
-            if body is not None:
-                task = Task(function_id, body, 0, _PLAIN)
-            else:
-                call = calls.encode_call(None if function_id else fn, args, kwargs)
-                task = pool.task(function_id, call.encoded, call.form)
-        except Exception as error:  # it cannot be sent
-            future.set_running_or_notify_cancel()
-            future.set_exception(error)
-            return future
-        future.ticket = ticket = Ticket(
-            task,
-            future,
-            fn,
-            None,
-            attempts_max=options.retries + 1,
-            timeout_s=options.timeout,
-            priority=options.priority,
-        )
-        pool.pump.queue(ticket)
-        pool.pump.wake()
-        return future
-
-    def _introduce(self, fn: Callable[..., Any]) -> int:
-        """Make a function known to the workers by an id, where its name says it all; else 0: it goes with each call."""
-        if len(self._functions) >= FUNCTIONS_MAX or not calls.is_by_name(fn):
-            return 0
-        function_id = self._write_function(fn)
-        self._functions[fn] = function_id
-        return function_id
-
-    def _write_function(self, fn: Callable[..., Any]) -> int:
-        pool = self._pool
-        function_id = next(pool.function_ids)
-        blobs.write(blobs.function_name(pool.name, function_id), Encoding.PICKLE, calls.pickle_callable(fn))
-        return function_id
+        return self._calls.submit(options, fn, args, kwargs)
 
     def _map(self, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], **how: Any) -> Iterator[Any]:
         return self.map_with(self._task_options, fn, iterables, **how)
 
     def map_with(
-        self,
-        options: TaskOptions,
-        fn: Callable[..., Any],
-        iterables: tuple[Iterable[Any], ...],
-        *,
-        ordered: bool,
-        timeout: float | None,
-        chunksize: int | None,
-        buffersize: int | None,
-        return_exceptions: bool,
+        self, options: TaskOptions, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], **how: Any
     ) -> Iterator[Any]:
         """What ``map`` and ``map_unordered`` are, with these options."""
-        _check_counts(chunksize=chunksize, buffersize=buffersize)
-        pool = self._pool
-        pool.check_open(first=lambda: calls.prepare(fn))
-        pool.make_arena()
-        function_id = self._write_function(fn)
-        starred = len(iterables) != 1
-        run = MapRun(
-            pool,
-            fn,
-            function_id,
-            zip(*iterables, strict=False) if starred else iter(iterables[0]),
-            starred=starred,
-            at_hand=all(isinstance(iterable, _AT_HAND) or type(iterable) is repeat for iterable in iterables),
-            options=MapOptions(
-                ordered, chunksize, buffersize, return_exceptions, options.timeout, options.retries, options.priority
-            ),
-            on_retired=_remover(pool, function_id),
-        )
-        run.fill()
-        return run.results(timeout)
+        _check_counts(chunksize=how["chunksize"], buffersize=how["buffersize"])
+        return self._calls.map(options, fn, iterables, **how)
 
     # ---- looking in
 
@@ -405,13 +318,7 @@ def _teller(on_worker_exit: Callable[[WorkerExit], object] | None) -> Callable[[
     return tell
 
 
-def _remover(pool: Pool, function_id: int) -> Callable[[], None]:
-    name = blobs.function_name(pool.name, function_id)
-
-    def remove() -> None:
-        blobs.unlink(name)
-
-    return remove
-
+if not startup.is_for_workers():
+    from ringpool.coordinator import callpool as callpool  # now: who makes a pool waits for its first result
 
 __all__ = ["ExecutorStats", "ExecutorView", "RingPoolExecutor", "TaskOptions", "WorkerExit"]

@@ -25,6 +25,7 @@ from multiprocessing.context import BaseContext
 from types import ModuleType
 from typing import NamedTuple, Protocol
 
+from ringpool import startup
 from ringpool.coordinator import signals
 from ringpool.coordinator.pump import Pump
 from ringpool.coordinator.supervisor import Death, Supervisor
@@ -40,7 +41,7 @@ from ringpool.shm import blobs, layout, segment
 from ringpool.shm.dispatch import CoordinatorEnd, Task
 from ringpool.shm.layout import INLINE_BYTES
 from ringpool.shm.vectors import Arena
-from ringpool.workers import tasks, values
+from ringpool.workers import values
 from ringpool.workers.process import WorkerArguments
 from ringpool.workers.setup import Setup
 from ringpool.workers.umask import umask
@@ -50,7 +51,7 @@ ABORT_TIMEOUT_S = 1.0
 STOP_TIMEOUT_S = 5.0
 SPINS = 500  # looks for work before a worker sleeps: about 250 us in all, during which whoever needs the core has it
 CHUNKS_PER_WORKER, CHUNKS_MORE = 4, 24
-_PRELOAD = ["__main__", "ringpool.workers.process"]
+_PRELOAD = ["__main__", "ringpool.workers.ahead", "ringpool.workers.process"]
 
 _open: set[Pool] = set()  # not weak: one that its program has lost sight of is closed at exit as well
 
@@ -286,6 +287,8 @@ def require_no_main_import() -> None:
 def require_importable(name: str, mp_context: str | BaseContext | None) -> None:
     """Raise ``UnknownFunctionError`` where processes that are no forks of this one could not import that function."""
     if name.startswith("__main__:") and _context(mp_context).get_start_method() != "fork":
+        from ringpool.workers import tasks  # here: calls need nothing of it
+
         tasks.require_importable_main(name)
 
 
@@ -329,14 +332,13 @@ def _context(chosen: str | BaseContext | ModuleType | None) -> BaseContext:
 
 
 def _preload() -> list[str]:
-    """What the fork server imports, so that workers need not. In these versions of Python it does not import the main
+    """What the fork server imports, so that workers need not. In most versions of Python it does not import the main
     module, which will import in each worker what it has imported here; of that, we answer for our own modules.
     """
     main = sys.modules["__main__"]
     if getattr(main, "__spec__", None) is None and getattr(main, "__file__", None) is None:
         return _PRELOAD  # typed at a prompt, or given by -c: workers will not import it
-    ours = (name for name in sys.modules if name.startswith("ringpool."))
-    return _PRELOAD + sorted(name for name in ours if not name.startswith("ringpool.cli."))
+    return _PRELOAD + sorted(startup.homes_used)
 
 
 def start_method() -> str:

@@ -15,8 +15,8 @@ from ringpool.coordinator.limits import Limits
 from ringpool.coordinator.supervisor import Death, Supervisor
 from ringpool.coordinator.tickets import Ticket
 from ringpool.errors import RingpoolError
-from ringpool.shm import layout
 from ringpool.shm.dispatch import CoordinatorEnd
+from ringpool.shm.layout import CLAIM_COUNT_MASK, W_CLAIM, W_PID
 
 
 class Staff:
@@ -49,18 +49,20 @@ class Staff:
     def on_their_way(self) -> int:
         """How many workers were started and have not come to the ring yet."""
         ring = self._end.ring
-        return sum(not ring.words[ring.worker_word(w, layout.W_PID)] for w in range(self._n_started))
+        return sum(not ring.words[ring.worker_word(w, W_PID)] for w in range(self._n_started))
 
     def hire(self) -> None:
-        """Start as many of the workers not yet started as there are tasks that no worker is free for."""
+        """Start as many of the workers not yet started as there are tasks that no worker is free for. Free is whoever
+        has claimed nothing: it sleeps, looks, has just been woken, or is on its way.
+        """
         ring, supervisor = self._end.ring, self.supervisor
         if self._n_started == ring.workers or supervisor is None or self.leaving:
             return
-        cursors = ring.peek()
+        n_free = sum(not ring.words[ring.worker_word(w, W_CLAIM)] & CLAIM_COUNT_MASK for w in range(self._n_started))
+        cursors = ring.peek()  # after that: what one of them has claimed meanwhile waits no more
         waiting = cursors.ready_tail - cursors.ready_head + cursors.retry_tail - cursors.retry_head
         if not waiting:
             return
-        n_free = (cursors.parked | cursors.spinning).bit_count() + self.on_their_way()
         for _ in range(min(waiting - n_free, ring.workers - self._n_started)):
             supervisor.start(self._n_started)
             self._n_started += 1

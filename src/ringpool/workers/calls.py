@@ -82,7 +82,7 @@ def prepare(function: Callable[..., Any]) -> None:
 
 def pickle_callable(function: Callable[..., Any]) -> bytes:
     """A callable as bytes. Raises what pickle raises, where cloudpickle cannot send it either."""
-    return _dumps(function)
+    return pickle.dumps(function, 5) if is_by_name(function) else _dumps(function)
 
 
 def _dumps(value: object, buffers: list[memoryview] | None = None) -> bytes:
