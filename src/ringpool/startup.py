@@ -27,7 +27,10 @@ def is_for_workers() -> bool:
     coordinator needs is imported when it is needed.
     """
     process = sys.modules.get("multiprocessing.process")
-    return in_fork_server or (
-        process is not None
-        and (process.parent_process() is not None or getattr(process.current_process(), "_inheriting", False))
-    )
+    return in_fork_server or is_importing_main() or (process is not None and process.parent_process() is not None)
+
+
+def is_importing_main() -> bool:
+    """Whether this is a process of ``multiprocessing`` that is still importing the program's main module."""
+    process = sys.modules.get("multiprocessing.process")
+    return getattr(process and process.current_process(), "_inheriting", False)  # as multiprocessing itself asks

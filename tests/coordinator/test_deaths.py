@@ -383,8 +383,9 @@ def test_a_main_module_without_a_guard_ends_in_one_clear_error(run_program: RunP
         guarded=False,
     )
     assert program.finish() == 1
-    assert "CrashLoopError" in program.err.splitlines()[-1]
-    assert "__main__" in program.err.splitlines()[-1]
+    assert "MainModuleError" in program.err.splitlines()[-1]
+    assert "under `if __name__" in program.err.splitlines()[-1]
+    assert program.err.count("Traceback") == 1, "the program's: its workers say nothing"
     assert "cannot be started" not in program.err, "a worker has made a pool of its own"
     program.assert_no_process_is_left()
     assert shared_memory_of(program.pid) == set()
@@ -401,11 +402,53 @@ def test_a_job_of_a_main_module_without_a_guard_is_not_begun_in_its_own_workers(
         guarded=False,
     )
     assert program.finish() == 1
-    assert "CrashLoopError" in program.err.splitlines()[-1]
-    assert "under `if __name__" in program.err, "what each worker says"
+    assert "MainModuleError" in program.err.splitlines()[-1]
+    assert program.err.count("Traceback") == 1
     assert "JobBusyError" not in program.err, "a worker has begun the job that it was started for"
     program.assert_no_process_is_left()
     assert shared_memory_of(program.pid) == set()
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_an_executor_and_a_job_may_be_globals_of_the_main_module(
+    run_program: RunProgram, tmp_path: Path, method: str
+) -> None:
+    program = run_program(
+        f"""
+        print(sum(executor.map(len, ["a", "bc"])), executor.submit(tasks.size, Path(__file__)).result() > 0)
+        executor.shutdown()
+        assert job.run(2, mp_context={method!r}).progress.done == 3
+        """,
+        top=f"""
+        from ringpool import Job, RingPoolExecutor
+        executor = RingPoolExecutor(2, mp_context={method!r})
+        job = Job(tasks.size, [__file__] * 3, directory={str(tmp_path / "job")!r})
+        """,
+    )
+    assert program.finish() == 0, program.err
+    assert program.out.splitlines() == ["3 True"]
+    program.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_an_executor_of_a_main_module_without_a_guard_breaks_the_pool(run_program: RunProgram, method: str) -> None:
+    program = run_program(
+        """
+        try:
+            executor.submit(tasks.size, __file__).result()
+        except BrokenProcessPool as error:
+            say("broken", type(error).__name__)
+        """,
+        top=f"""
+        from concurrent.futures.process import BrokenProcessPool
+        from ringpool import RingPoolExecutor
+        executor = RingPoolExecutor(2, mp_context={method!r})
+        """,
+        guarded=False,
+    )
+    assert program.finish() == 0, program.err
+    assert program.out.splitlines() == ["broken MainModuleError"]
+    assert program.err == ""
 
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])

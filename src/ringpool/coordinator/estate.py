@@ -21,11 +21,11 @@ from ringpool.coordinator.limits import Condemned
 from ringpool.coordinator.recovery import Action, Disk, Where
 from ringpool.coordinator.supervisor import Death
 from ringpool.coordinator.tickets import Ticket
-from ringpool.errors import CrashLoopError, InitializerError, RingpoolError
+from ringpool.errors import CrashLoopError, InitializerError, MainModuleError, RingpoolError
 from ringpool.shm import blobs, layout
 from ringpool.shm.dispatch import ClaimedTask, CoordinatorEnd
 from ringpool.shm.layout import Form, Status
-from ringpool.workers.process import EXIT_INITIALIZER, EXIT_WORN_OUT
+from ringpool.workers.process import EXIT_INITIALIZER, EXIT_UNGUARDED, EXIT_WORN_OUT
 
 if TYPE_CHECKING:
     from ringpool.coordinator.staged import StagedOutputs
@@ -106,6 +106,8 @@ class Estates:
         if death.exitcode == EXIT_INITIALIZER:
             _, body, _ = blobs.read(blobs.initializer_name(self._segment, death.index))
             return InitializerError(*msgspec.msgpack.decode(body))
+        if death.exitcode == EXIT_UNGUARDED:
+            return MainModuleError()
         if self._is_crash_loop(failed_to_start):
             return CrashLoopError(self.n_barren, death.signal, death.exitcode)
         return None

@@ -10,6 +10,7 @@ be most of what it imports.
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
     from types import ModuleType, TracebackType
 
+    from ringpool.coordinator.callpool import CallPool
+    from ringpool.coordinator.pool import Pool
     from ringpool.coordinator.supervisor import Death
 
 
@@ -163,23 +166,33 @@ class RingPoolExecutor(_Tasks):
     ) -> None:
         n_workers = _n_workers(max_workers)
         _check(initializer, max_tasks_per_child, memory_limit=memory_limit, memory_per_child_max=memory_per_child_max)
-        from ringpool.coordinator.callpool import CallPool  # here: see the module
-
         self._max_workers = n_workers  # dask reads it
         self._task_options = TaskOptions()
-        self._calls = CallPool(
-            n_workers,
-            mp_context,
-            initializer,
-            initargs,
-            max_tasks_per_child=max_tasks_per_child,
-            memory_limit=memory_limit,
-            memory_per_child_max=memory_per_child_max,
-            on_exit=_teller(on_worker_exit),
-            forward_logs=forward_logs,
-        )
-        self._pool = self._calls.pool
-        weakref.finalize(self, self._pool.close_soon).atexit = False
+        self._arguments: dict[str, Any] = {
+            "n_workers": n_workers,
+            "mp_context": mp_context,
+            "initializer": initializer,
+            "initargs": initargs,
+            "max_tasks_per_child": max_tasks_per_child,
+            "memory_limit": memory_limit,
+            "memory_per_child_max": memory_per_child_max,
+            "on_exit": _teller(on_worker_exit),
+            "forward_logs": forward_logs,
+        }
+        if not startup.is_importing_main():  # or it is a global of the main module: its workers never use it
+            assert self._calls
+
+    @functools.cached_property
+    def _calls(self) -> CallPool:
+        from ringpool.coordinator.callpool import CallPool  # here: see the module
+
+        calls = CallPool(**self.__dict__.pop("_arguments"))
+        weakref.finalize(self, calls.pool.close_soon).atexit = False
+        return calls
+
+    @property
+    def _pool(self) -> Pool:
+        return self._calls.pool
 
     # ---- tasks
 

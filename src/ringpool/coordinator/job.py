@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ringpool import startup
 from ringpool.coordinator import jobrun, staging, verify
 from ringpool.coordinator.functiondigest import encode_sorted, function_digest
 from ringpool.coordinator.inputs import InputFile, largest_first, list_inputs, relpaths_are_unique
@@ -99,7 +100,8 @@ class Job:
         spec: bytes = b"",
         **options: Any,
     ) -> None:
-        require_no_main_import()  # before anything is looked at, made, or found busy by whose worker this is
+        if startup.is_importing_main():  # a global of the main module: its workers never use it
+            return
         if (function is None) == (command is None):
             raise TypeError("a job has a function or a command: give one of them")
         self.options = JobOptions(**options)
@@ -155,6 +157,7 @@ class Job:
         redo: Callable[[Work], bool] | None = None,
     ) -> Iterator[Planned]:
         """What a run would do with each file, and why. Nothing is changed, and nothing made."""
+        require_no_main_import()
         if not (self.directory / ".ringpool" / "ledger.db").exists():
             ledger, job = None, 0
         else:
@@ -189,6 +192,7 @@ class Job:
         raised when it has ended. Raises ``JobBusyError`` where another run is under way there; what the inputs raise,
         once all before is done; what breaks the pool.
         """
+        require_no_main_import()  # before anything is looked at, made, or found busy by whose worker this is
         require_importable(self.name, mp_context)
         works = filter(only, self._works()) if only is not None else self._works()
         if verify not in ("size", "digest"):

@@ -28,7 +28,7 @@ from typing import NamedTuple, Protocol
 from ringpool import startup
 from ringpool.coordinator import signals
 from ringpool.coordinator.pump import Pump
-from ringpool.coordinator.supervisor import Death, Supervisor
+from ringpool.coordinator.supervisor import WORKER_NAME, Death, Supervisor
 from ringpool.coordinator.tickets import Ticket
 from ringpool.errors import (
     CoordinatorClosedError,
@@ -42,7 +42,7 @@ from ringpool.shm.dispatch import CoordinatorEnd, Task
 from ringpool.shm.layout import INLINE_BYTES
 from ringpool.shm.vectors import Arena
 from ringpool.workers import values
-from ringpool.workers.process import WorkerArguments
+from ringpool.workers.process import EXIT_UNGUARDED, WorkerArguments, flush
 from ringpool.workers.setup import Setup
 from ringpool.workers.umask import umask
 
@@ -279,9 +279,15 @@ class Pool:
 
 
 def require_no_main_import() -> None:
-    """Raise ``MainModuleError`` in a worker that is still importing the program's main module."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
-        raise MainModuleError
+    """End a worker that is still importing the program's main module: its coordinator says why, once. Another process
+    of ``multiprocessing`` that does so gets ``MainModuleError``.
+    """
+    if not startup.is_importing_main():
+        return
+    if multiprocessing.current_process().name.startswith(WORKER_NAME):
+        flush()
+        os._exit(EXIT_UNGUARDED)
+    raise MainModuleError
 
 
 def require_importable(name: str, mp_context: str | BaseContext | None) -> None:

@@ -43,7 +43,7 @@ KILL_TIMEOUT_S = 10.0  # what SIGKILL does not end by then hangs in the kernel, 
 START_RETRY_MIN_S = 0.05
 START_RETRY_MAX_S = 1.0
 WAKE_TIMEOUT_S = 0.1  # without being woken, the supervisor looks every second
-_SHELL_SIGNAL_BASE = 128
+WORKER_NAME = "ringpool-worker-"  # of the process, as multiprocessing knows it; its index follows
 
 
 class Death(msgspec.Struct, frozen=True):
@@ -293,7 +293,7 @@ class Supervisor:
         process: BaseProcess = cast(
             "Any", self._context
         ).Process(  # every context has it; typeshed's base class has not
-            target=main, args=(arguments, guard, setup), name=f"ringpool-worker-{index}"
+            target=main, args=(arguments, guard, setup), name=f"{WORKER_NAME}{index}"
         )
         try:
             with _presentable_main(), _interrupts_held_back(self._context):

@@ -118,7 +118,6 @@ from ringpool.errors.tasks import (
     DaemonicProcessError as DaemonicProcessError,
     FunctionError as FunctionError,
     InputMissingError as InputMissingError,
-    MainModuleError as MainModuleError,
     OutputCollisionError as OutputCollisionError,
     OutputMissingError as OutputMissingError,
     OutputPatternError as OutputPatternError,
@@ -137,6 +136,7 @@ if TYPE_CHECKING:
         ArgumentTransportError as ArgumentTransportError,
         CrashLoopError as CrashLoopError,
         InitializerError as InitializerError,
+        MainModuleError as MainModuleError,
         MemoryLimitError as MemoryLimitError,
         ResultTransportError as ResultTransportError,
         WorkerDiedError as WorkerDiedError,
@@ -157,8 +157,8 @@ _LAZY = {
     name: module
     for module, names in {
         "broken": (
-            "ArgumentTransportError CrashLoopError InitializerError MemoryLimitError ResultTransportError "
-            "WorkerDiedError"
+            "ArgumentTransportError CrashLoopError InitializerError MainModuleError MemoryLimitError "
+            "ResultTransportError WorkerDiedError"
         ),
         "jobs": (
             "BenchmarkError CommandError CommandTemplateError InputChangedError JobBusyError JobError JobMissingError "

@@ -119,6 +119,19 @@ class CrashLoopError(PoolError, BrokenProcessPool):
         )
 
 
+class MainModuleError(PoolError, BrokenProcessPool):
+    """A worker that imported the program's main module came to a pool's making there: without end, were it let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __str__(self) -> str:
+        return (
+            "a worker imports the program's main module, and must not make a pool there; "
+            'put what the program does under `if __name__ == "__main__":`'
+        )
+
+
 class InitializerError(PoolError, BrokenProcessPool):
     """The pool's initializer raised in a worker, and so no worker can run a task.
 

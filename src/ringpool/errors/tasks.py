@@ -155,19 +155,6 @@ class CoordinatorClosedError(PoolError):
         return "the coordinator is closed; make a new one to run more tasks"
 
 
-class MainModuleError(PoolError):
-    """A worker that imported the program's main module came to a pool's making there: without end, were it let."""
-
-    def __init__(self) -> None:
-        super().__init__()
-
-    def __str__(self) -> str:
-        return (
-            "a worker imports the program's main module, and must not make a pool there; "
-            'put what the program does under `if __name__ == "__main__":`'
-        )
-
-
 class DaemonicProcessError(PoolError, AssertionError):
     """A daemonic process of ``multiprocessing``, such as a worker of its ``Pool``, may have no processes of its own.
 

@@ -43,6 +43,7 @@ EXIT_ORPHAN = 69  # the coordinator was gone before this process was bound to it
 EXIT_UNSOUND = 70  # a task closed descriptors that this process needs
 EXIT_BROKEN = 71  # an error outside a task function; standard error says which
 EXIT_INITIALIZER = 72  # the initializer raised; a blob says what
+EXIT_UNGUARDED = 74  # the program's main module, which it was importing, was about to make a pool
 EXIT_WORN_OUT = 73  # its successor is to go on: it has outgrown its memory, or what comes next wants a new process
 CLAIM_TARGET_NS = 200_000  # a claim holds about this much work: what a neighbour may have to wait
 RSS_EVERY_NS = 5_000_000  # how often a worker with a limit looks at its own memory
@@ -92,7 +93,7 @@ def main(arguments: WorkerArguments, guard: Descriptor, setup: Setup | None = No
     except BaseException:
         os.write(2, f"ringpool: worker {arguments.index} ({os.getpid()}) ends:\n{traceback.format_exc()}".encode())
     if code:
-        _flush()
+        flush()
         os._exit(code)
 
 
@@ -102,7 +103,8 @@ def _tell(arguments: WorkerArguments, failure: InitializerFailure) -> None:
     blobs.write(blobs.initializer_name(arguments.segment, arguments.index), Encoding.MSGPACK, body)
 
 
-def _flush() -> None:
+def flush() -> None:
+    """What was printed goes out, before ``os._exit``."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
