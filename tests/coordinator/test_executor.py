@@ -159,6 +159,25 @@ if __name__ == "__main__":
     subprocess.run([sys.executable, program], env=environment, check=True, timeout=WATCHDOG_S)
 
 
+def test_the_fork_server_imports_what_workers_would(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+from multiprocessing import forkserver
+from ringpool import Job
+
+if __name__ == "__main__":
+    assert Job("os.path:getsize", [__file__], directory=".").run(1).progress.done == 1
+    print(*forkserver._forkserver._preload_modules)
+"""
+    )
+    ran = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, check=True, timeout=WATCHDOG_S)
+    main, ahead, *others = ran.stdout.decode().split()
+    assert (main, ahead) == ("__main__", "ringpool.workers.ahead")
+    assert {"ringpool.workers.process", "ringpool.workers.jobtasks", "ringpool.coordinator.job"} <= {*others}
+    assert "ringpool.coordinator.executor" not in others
+
+
 def test_tasks_that_come_one_by_one_take_one_worker() -> None:
     with RingPoolExecutor(4) as made:
         for _ in range(50):

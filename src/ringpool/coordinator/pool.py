@@ -338,13 +338,14 @@ def _context(chosen: str | BaseContext | ModuleType | None) -> BaseContext:
 
 
 def _preload() -> list[str]:
-    """What the fork server imports, so that workers need not. In most versions of Python it does not import the main
-    module, which will import in each worker what it has imported here; of that, we answer for our own modules.
+    """What the fork server imports, so that workers need not: what this program has of our room of workers. In most
+    versions of Python it does not import the main module, which will import in each worker what it has imported here;
+    of that, we answer for our own modules. Typed at a prompt, or given by -c, it will not be imported.
     """
     main = sys.modules["__main__"]
-    if getattr(main, "__spec__", None) is None and getattr(main, "__file__", None) is None:
-        return _PRELOAD  # typed at a prompt, or given by -c: workers will not import it
-    return _PRELOAD + sorted(startup.homes_used)
+    is_imported = getattr(main, "__spec__", None) is not None or getattr(main, "__file__", None) is not None
+    ours = {name for name in sys.modules if name.startswith("ringpool.workers.")}
+    return _PRELOAD + sorted(ours | startup.homes_used if is_imported else ours)
 
 
 def start_method() -> str:
