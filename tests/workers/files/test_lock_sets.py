@@ -57,6 +57,11 @@ def test_a_set_holds_each_stripe_once_and_all_of_them_until_it_is_released(tmp_p
         several.release()
 
 
+def test_a_set_of_no_paths_is_had_at_once() -> None:
+    with LockSet([]) as locks:
+        assert locks.held == []
+
+
 def test_a_set_that_cannot_be_had_in_time_holds_nothing(tmp_path: Path) -> None:
     locks = [PathLock(tmp_path / f"f{n}") for n in range(8)]
     for taken in (locks[0], locks[3], locks[7]):

@@ -321,7 +321,7 @@ class LockSet:
 
     def release(self) -> None:
         """Release all of them. Raises as ``PathLock.release`` does; after a ``FileOperationError`` all are free."""
-        if not self.held:
+        if self._wanted and not self.held:
             raise RuntimeError("a set of locks: released, but not locked")
         self._let_go_surely()
 
