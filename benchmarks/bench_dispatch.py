@@ -56,6 +56,7 @@ OCCUPIED_S = 30.0  # how long a task occupies its worker, at most: what outlives
 GONE_LIMIT_S = 2.5
 FLAT_MIB = 4.0
 RSS_EVERY = 10_000
+FIRST_ITEMS, TURN_S = 2_000, 3.0  # of a baseline
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 IMAP = "Pool.imap_unordered"
@@ -260,6 +261,16 @@ def _imap(pool: multiprocessing.pool.Pool, call: Callable[..., Any]) -> Callable
     return run
 
 
+def _in_turns(run: Callable[[Sequence[object]], None], items: Sequence[object]) -> Callable[[], float]:
+    """``rate_per_s`` of as many of ``items`` as take ``TURN_S``, by a first go: there are days when it would be ten
+    times that.
+    """
+    first = items[:FIRST_ITEMS]
+    began_s = time.perf_counter()
+    run(first)
+    return measure.rate_per_s(run, items[: int(len(first) * TURN_S / (time.perf_counter() - began_s))])
+
+
 def _submit_all(executor: ProcessPoolExecutor, call: Callable[..., Any]) -> Callable[[Sequence[object]], None]:
     def run(items: Sequence[object]) -> None:
         for future in [executor.submit(call, item) for item in items]:
@@ -300,7 +311,7 @@ def bench_ring(quick: bool) -> Iterator[Case]:
             pool = stack.enter_context(_pool(workers))
             series, others = measure.take_turns(
                 {
-                    IMAP: measure.rate_per_s(_imap(pool, echo), payloads[: scale.ring_tasks // 2]),
+                    IMAP: _in_turns(_imap(pool, echo), payloads),
                     **{name: measure.rate_per_s(ring.run, tasks) for name, ring in rings.items()},
                 },
                 scale.rounds,
@@ -317,7 +328,7 @@ def bench_files(quick: bool) -> Iterator[Case]:
         with _pool(workers) as pool, _executor(workers) as executor, Coordinator(workers) as coordinator:
             series, others = measure.take_turns(
                 {
-                    IMAP: measure.rate_per_s(_imap(pool, no_op), paths),
+                    IMAP: _in_turns(_imap(pool, no_op), paths),
                     RUN: measure.rate_per_s(_run_files(coordinator, no_op, level=3), paths),
                     SUBMIT: measure.rate_per_s(_submit_all(executor, no_op), paths[: scale.future_tasks]),
                 },
