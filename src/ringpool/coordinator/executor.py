@@ -10,8 +10,8 @@ be most of what it imports.
 
 from __future__ import annotations
 
-import functools
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
@@ -132,6 +132,15 @@ class _Tasks(Executor):
         return self._map(fn, iterables, ordered=False, return_exceptions=return_exceptions, **how)
 
 
+class _Deferred:
+    """The ``_calls`` of an executor that has none yet. It is no ``functools.cached_property``: that holds one lock for
+    all executors up to Python 3.11, which a fork for another thread's pool would inherit locked, and later none at all.
+    """
+
+    def __get__(self, executor: RingPoolExecutor, _owner: type | None = None) -> CallPool:
+        return executor.make_deferred()
+
+
 class RingPoolExecutor(_Tasks):
     """A pool of processes that takes any callable. Every argument of ``ProcessPoolExecutor`` means here what it means
     there.
@@ -168,7 +177,7 @@ class RingPoolExecutor(_Tasks):
         _check(initializer, max_tasks_per_child, memory_limit=memory_limit, memory_per_child_max=memory_per_child_max)
         self._max_workers = n_workers  # dask reads it
         self._task_options = TaskOptions()
-        self._arguments: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "n_workers": n_workers,
             "mp_context": mp_context,
             "initializer": initializer,
@@ -179,16 +188,38 @@ class RingPoolExecutor(_Tasks):
             "on_exit": _teller(on_worker_exit),
             "forward_logs": forward_logs,
         }
-        if not startup.is_importing_main():  # or it is a global of the main module: its workers never use it
-            assert self._calls
+        if startup.is_importing_main():  # it is a global of the main module: its workers rarely use it
+            self._deferred: dict[str, Any] | None = arguments
+            self._making = threading.Lock()
+        else:
+            self._make(arguments)
 
-    @functools.cached_property
-    def _calls(self) -> CallPool:
+    _calls: CallPool = _Deferred()  # pyright: ignore[reportAssignmentType]  (of the class; an executor's own hides it)
+
+    def _make(self, arguments: dict[str, Any]) -> None:
         from ringpool.coordinator.callpool import CallPool  # here: see the module
 
-        calls = CallPool(**self.__dict__.pop("_arguments"))
+        calls = CallPool(**arguments)
         weakref.finalize(self, calls.pool.close_soon).atexit = False
-        return calls
+        self._calls = calls
+
+    def make_deferred(self) -> CallPool:
+        """Make what was not made while the main module was imported."""
+        with self._making:
+            if "_calls" not in self.__dict__:
+                if self._deferred is None:
+                    raise RuntimeError("cannot schedule new futures after shutdown")
+                self._make(self._deferred)
+                self._deferred = None
+        return self._calls
+
+    def _is_over_unmade(self) -> bool:
+        """Whether there was nothing to end: an executor that is not made yet will not be."""
+        if "_calls" in self.__dict__:
+            return False
+        with self._making:
+            self._deferred = None
+        return "_calls" not in self.__dict__
 
     @property
     def _pool(self) -> Pool:
@@ -246,7 +277,8 @@ class RingPoolExecutor(_Tasks):
 
     def terminate_workers(self) -> None:
         """Shut down, and end what runs at once: its futures, and those that wait, fail."""
-        self._pool.abort()
+        if not self._is_over_unmade():
+            self._pool.abort()
 
     kill_workers = terminate_workers
 
@@ -255,6 +287,8 @@ class RingPoolExecutor(_Tasks):
 
         ``wait``: return when all that is done and the workers are gone; otherwise at once.
         """
+        if self._is_over_unmade():
+            return
         if wait:
             self._pool.close(cancel=cancel_futures)
         else:
@@ -263,6 +297,8 @@ class RingPoolExecutor(_Tasks):
     def __exit__(
         self, kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
+        if self._is_over_unmade():
+            return
         if kind is None or issubclass(kind, Exception):
             self._pool.close()
         else:
