@@ -19,6 +19,7 @@ from tests.coordinator.program import ROOT, WATCHDOG_S, Program, wait_until
 
 from ringpool import RingPoolExecutor, TaskOptions, WorkerDiedError, WorkerExit
 from ringpool.errors import MemoryLimitError, TaskTimeoutError
+from ringpool.workers import process
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +209,10 @@ def test_a_first_lambda_does_not_meet_a_fork_that_was_made_while_cloudpickle_was
     )
     assert program.finish() == 0, program.err
     program.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("status", range(process.EXIT_ORPHAN, process.EXIT_UNGUARDED + 1))
+def test_a_task_may_end_its_worker_with_any_exit_status(executor: RingPoolExecutor, status: int) -> None:
+    with pytest.raises(WorkerDiedError):
+        executor.submit(os._exit, status).result(WATCHDOG_S)
+    assert executor.submit(abs, -1).result(WATCHDOG_S) == 1, "the pool goes on"

@@ -11,6 +11,7 @@ Used by the pump's thread alone, and only after the worker's proven death.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +22,7 @@ from ringpool.coordinator.limits import Condemned
 from ringpool.coordinator.recovery import Action, Disk, Where
 from ringpool.coordinator.supervisor import Death
 from ringpool.coordinator.tickets import Ticket
-from ringpool.errors import CrashLoopError, InitializerError, MainModuleError, RingpoolError
+from ringpool.errors import CrashLoopError, InitializerError, MainModuleError, RingpoolError, SegmentMissingError
 from ringpool.shm import blobs, layout
 from ringpool.shm.dispatch import ClaimedTask, CoordinatorEnd
 from ringpool.shm.layout import Form, Status
@@ -94,19 +95,21 @@ class Estates:
             done.append(claim.entry)
         self._commit(staged)
         done += staged
-        failed_to_start = self._end.failed_to_start(death.index)
+        failed_to_start, had_come = self._end.failed_to_start(death.index), self._end.has_come(death.index)
         self._end.settle(death.index, done, again, blamed)
         recycled = death.exitcode == EXIT_WORN_OUT or (death.exitcode == 0 and not claims)
         reason = "recycled" if recycled else "died"
         if condemned is not None:
             reason = condemned.reason
-        return Estate(len(blamed), reason, self._broken(death, failed_to_start))
+        return Estate(len(blamed), reason, self._broken(death, failed_to_start, had_come))
 
-    def _broken(self, death: Death, failed_to_start: bool) -> RingpoolError | None:
-        if death.exitcode == EXIT_INITIALIZER:
-            _, body, _ = blobs.read(blobs.initializer_name(self._segment, death.index))
-            return InitializerError(*msgspec.msgpack.decode(body))
-        if death.exitcode == EXIT_UNGUARDED:
+    def _broken(self, death: Death, failed_to_start: bool, had_come: bool) -> RingpoolError | None:
+        """What is said by an exit status of ours. A worker that had come to the ring has it from a task."""
+        if death.exitcode == EXIT_INITIALIZER and not had_come:
+            with contextlib.suppress(SegmentMissingError):  # its initializer has ended it so
+                _, body, _ = blobs.read(blobs.initializer_name(self._segment, death.index))
+                return InitializerError(*msgspec.msgpack.decode(body))
+        if death.exitcode == EXIT_UNGUARDED and not had_come:
             return MainModuleError()
         if self._is_crash_loop(failed_to_start):
             return CrashLoopError(self.n_barren, death.signal, death.exitcode)

@@ -417,6 +417,10 @@ class CoordinatorEnd:
         waiting = cursors.ready_tail - cursors.ready_head + cursors.retry_tail - cursors.retry_head
         return not (running or n_tasks or ring.claimed(worker)) and (not pid or waiting > 0)
 
+    def has_come(self, worker: int) -> bool:
+        """Whether the process that is, or was, this worker came to the ring. Before ``settle``, which forgets it."""
+        return bool(self.ring.words[self.ring.worker_word(worker, layout.W_PID)])
+
     @property
     def n_claims(self) -> int:
         """A count that grows whenever a task is claimed."""
