@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from ringpool import RingPoolExecutor
@@ -79,3 +81,13 @@ def take_memory(n_bytes: int) -> int:
 def sum_of_lengths(words: list[str]) -> int:
     with RingPoolExecutor(1) as pool:
         return sum(pool.map(len, words))
+
+
+def leave_thread(seconds: float) -> int:
+    """This process, which will end when its thread has slept."""
+    threading.Thread(target=time.sleep, args=(seconds,)).start()
+    return os.getpid()
+
+
+def is_alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()

@@ -216,3 +216,19 @@ def test_a_task_may_end_its_worker_with_any_exit_status(executor: RingPoolExecut
     with pytest.raises(WorkerDiedError):
         executor.submit(os._exit, status).result(WATCHDOG_S)
     assert executor.submit(abs, -1).result(WATCHDOG_S) == 1, "the pool goes on"
+
+
+def test_tasks_do_not_wait_for_a_worker_that_is_stopped_while_others_can_be_had() -> None:
+    with RingPoolExecutor(2) as made:
+        stopped = made.submit(os.getpid).result(WATCHDOG_S)
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            assert made.submit(os.getpid).result(WATCHDOG_S) != stopped
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+
+
+def test_tasks_do_not_wait_for_a_worker_that_lingers_at_its_end_while_others_can_be_had() -> None:
+    with RingPoolExecutor(2, max_tasks_per_child=1) as made:
+        lingers = made.submit(functions.leave_thread, 3.0).result(WATCHDOG_S)
+        assert made.submit(functions.is_alive, lingers).result(WATCHDOG_S)

@@ -7,6 +7,7 @@ a death ---------------------settle-> Estates: what becomes of its tasks --> Sup
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Callable
 
@@ -17,6 +18,8 @@ from ringpool.coordinator.tickets import Ticket
 from ringpool.errors import RingpoolError
 from ringpool.shm.dispatch import CoordinatorEnd
 from ringpool.shm.layout import CLAIM_COUNT_MASK, W_CLAIM, W_PID
+
+SLOW_TO_CLAIM_S = 0.2  # who has been free for so long, and takes nothing of what waits, is not
 
 
 class Staff:
@@ -44,6 +47,8 @@ class Staff:
         self._end = end
         self._n_started = n_started
         self._on_exit = on_exit
+        self._n_claims = -1  # when a task was first seen to wait since the last claim; and when that was
+        self._waits_since_s = 0.0
         self._estates = Estates(end, ticket_of, self.limits.why)
 
     def on_their_way(self) -> int:
@@ -53,7 +58,8 @@ class Staff:
 
     def hire(self) -> None:
         """Start as many of the workers not yet started as there are tasks that no worker is free for. Free is whoever
-        has claimed nothing: it sleeps, looks, has just been woken, or is on its way.
+        has claimed nothing: it sleeps, looks, has just been woken, or is on its way. But where tasks wait and nobody
+        takes any, those at the ring are stopped, or linger at their end.
         """
         ring, supervisor = self._end.ring, self.supervisor
         if self._n_started == ring.workers or supervisor is None or self.leaving:
@@ -62,7 +68,13 @@ class Staff:
         cursors = ring.peek()  # after that: what one of them has claimed meanwhile waits no more
         waiting = cursors.ready_tail - cursors.ready_head + cursors.retry_tail - cursors.retry_head
         if not waiting:
+            self._n_claims = -1
             return
+        n_claims = cursors.ready_head + cursors.retry_head
+        if n_claims != self._n_claims:
+            self._n_claims, self._waits_since_s = n_claims, time.monotonic()
+        elif n_free and time.monotonic() - self._waits_since_s > SLOW_TO_CLAIM_S:
+            n_free = self.on_their_way()
         for _ in range(min(waiting - n_free, ring.workers - self._n_started)):
             supervisor.start(self._n_started)
             self._n_started += 1
