@@ -431,6 +431,30 @@ def test_an_executor_and_a_job_may_be_globals_of_the_main_module(
 
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_a_job_that_is_a_global_of_the_main_module_can_be_asked_where_it_is(
+    run_program: RunProgram, tmp_path: Path, method: str
+) -> None:
+    program = run_program(
+        f"""
+        assert job.run(2, mp_context={method!r}).progress.done == 1
+        assert note.read_text() == job.name.partition(":")[2]
+        """,
+        top=f"""
+        from ringpool import Job
+
+        def leave_note(src):
+            note.write_text(job.name.partition(":")[2])
+            assert not hasattr(job, "nothing")
+
+        job = Job(leave_note, [__file__], directory={str(tmp_path / "job")!r})
+        note = job.directory / "note"
+        """,
+    )
+    assert program.finish() == 0, program.err
+    program.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_an_executor_of_a_main_module_without_a_guard_breaks_the_pool(run_program: RunProgram, method: str) -> None:
     program = run_program(
         """

@@ -100,7 +100,11 @@ class Job:
         spec: bytes = b"",
         **options: Any,
     ) -> None:
-        if startup.is_importing_main():  # a global of the main module: its workers never use it
+        if startup.is_importing_main() and "_later" not in self.__dict__:
+            # A global of the main module: its workers rarely use it.
+            more = {"command": command, "params": params, "directory": directory, "include": include}
+            more |= {"exclude": exclude, "spec": spec, **options}
+            self._later = functools.partial(Job.__init__, self, function, inputs, output, **more)
             return
         if (function is None) == (command is None):
             raise TypeError("a job has a function or a command: give one of them")
@@ -124,6 +128,17 @@ class Job:
         self._include, self._exclude = tuple(include), tuple(exclude)
         self._spec = spec
         self._run: JobRun | None = None
+
+    if not TYPE_CHECKING:  # for which each attribute is there
+
+        def __getattr__(self, name: str) -> Any:
+            """A worker asks a global of the main module for something, after all."""
+            later = self.__dict__.get("_later")
+            if later is None:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+            self._later = None
+            later()
+            return getattr(self, name)
 
     @property
     def identity(self) -> str:
