@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import signal
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
@@ -26,11 +30,22 @@ def is_for_workers() -> bool:
     """Whether this process is a worker, of whatever pool, or a fork server that imports for workers: what only a
     coordinator needs is imported when it is needed.
     """
-    process = sys.modules.get("multiprocessing.process")
-    return in_fork_server or is_importing_main() or (process is not None and process.parent_process() is not None)
+    return in_fork_server or is_importing_main() or _ask_process("parent_process") is not None
 
 
 def is_importing_main() -> bool:
     """Whether this is a process of ``multiprocessing`` that is still importing the program's main module."""
-    process = sys.modules.get("multiprocessing.process")
-    return getattr(process and process.current_process(), "_inheriting", False)  # as multiprocessing itself asks
+    return getattr(_ask_process("current_process"), "_inheriting", False)  # as multiprocessing itself asks
+
+
+def _ask_process(name: str) -> object:
+    """What a function of ``multiprocessing.process`` returns; None, where that is not imported, or not yet to its end,
+    by another thread: who comes of it has it.
+    """
+    function: Callable[[], object] | None = getattr(sys.modules.get("multiprocessing.process"), name, None)
+    if function is None:
+        return None
+    try:
+        return function()
+    except NameError:
+        return None

@@ -8,13 +8,14 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from tests.coordinator.program import WATCHDOG_S, Program
 
 from ringpool import RingPoolExecutor, startup
-from ringpool.coordinator import callpool
+from ringpool.coordinator import callpool, pool
 
 
 @pytest.fixture
@@ -155,3 +156,27 @@ def test_a_class_of_ones_own_may_ask_for_what_is_not_there_yet() -> None:
 
     with Own() as made:
         assert not made.had_pool
+
+
+def test_a_module_of_multiprocessing_that_another_thread_imports_says_nothing_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    half = ModuleType("multiprocessing.process")
+    monkeypatch.setitem(sys.modules, "multiprocessing.process", half)
+    assert not startup.is_for_workers()
+    vars(half)["current_process"] = vars(half)["parent_process"] = lambda: yet_to_come  # type: ignore[name-defined] # noqa: F821
+    assert not startup.is_for_workers()
+
+
+def test_other_threads_may_import_while_it_is_told_what_the_fork_server_imports(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Imported(str):
+        def startswith(self, *_: Any) -> bool:
+            sys.modules["imported.meanwhile"] = ModuleType("imported.meanwhile")
+            return False
+
+    monkeypatch.setitem(sys.modules, Imported("asks"), ModuleType("asks"))
+    monkeypatch.setitem(sys.modules, "imported.meanwhile", ModuleType("imported.meanwhile"))
+    del sys.modules["imported.meanwhile"]
+    assert "ringpool.workers.process" in pool._preload()

@@ -344,7 +344,7 @@ def _preload() -> list[str]:
     """
     main = sys.modules["__main__"]
     is_imported = getattr(main, "__spec__", None) is not None or getattr(main, "__file__", None) is not None
-    ours = {name for name in sys.modules if name.startswith("ringpool.workers.")}
+    ours = {name for name in list(sys.modules) if name.startswith("ringpool.workers.")}
     return _PRELOAD + sorted(ours | startup.homes_used if is_imported else ours)
 
 
