@@ -232,3 +232,17 @@ def test_tasks_do_not_wait_for_a_worker_that_lingers_at_its_end_while_others_can
     with RingPoolExecutor(2, max_tasks_per_child=1) as made:
         lingers = made.submit(functions.leave_thread, 3.0).result(WATCHDOG_S)
         assert made.submit(functions.is_alive, lingers).result(WATCHDOG_S)
+
+
+def test_what_is_registered_to_go_by_value_goes_by_value_from_a_program_that_is_no_file() -> None:
+    program = """
+import cloudpickle, sys, types
+made = sys.modules["made"] = types.ModuleType("made")
+exec("def double(x): return 2 * x", vars(made))
+cloudpickle.register_pickle_by_value(made)
+from ringpool import RingPoolExecutor
+with RingPoolExecutor(1) as pool:
+    print(pool.submit(made.double, 2).result(), *pool.map(made.double, [3]))
+"""
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, capture_output=True, check=True, timeout=WATCHDOG_S).stdout == b"4 6\n"

@@ -81,8 +81,13 @@ def prepare(function: Callable[..., Any]) -> None:
 
 
 def pickle_callable(function: Callable[..., Any]) -> bytes:
-    """A callable as bytes. Raises what pickle raises, where cloudpickle cannot send it either."""
-    return pickle.dumps(function, 5) if is_by_name(function) else _dumps(function)
+    """A callable as bytes. Raises what pickle raises, where cloudpickle cannot send it either.
+
+    Where cloudpickle is there anyway, its ``register_pickle_by_value`` may have been called for the function's module.
+    """
+    if "cloudpickle" not in sys.modules and is_by_name(function):
+        return pickle.dumps(function, 5)  # many programs never need cloudpickle
+    return _dumps(function)
 
 
 def _dumps(value: object, buffers: list[memoryview] | None = None) -> bytes:
