@@ -37,7 +37,7 @@
         CoordinatorClosedError     it is closed
         CrashLoopError             workers die before they take a first task (also a BrokenProcessPool)
         InitializerError           the pool's initializer raised in a worker (also a BrokenProcessPool)
-        MainModuleError            a worker came to it while it imported the program's main module
+        MainModuleError            a worker that imported the main module came to it (also a BrokenProcessPool)
         DaemonicProcessError       a process of multiprocessing that may have none of its own came to it
         WrongProcessError          it was made by another process, before a fork
         WrongThreadError           it cannot be closed in a future's callback
