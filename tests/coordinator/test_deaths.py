@@ -557,6 +557,64 @@ def test_a_pool_without_free_descriptors_fails_in_words_or_recovers(run_program:
     assert shared_memory_of(program.pid) == set()
 
 
+@pytest.mark.parametrize("n_free", [0, 2, 4])
+def test_a_start_without_free_descriptors_costs_no_other_worker(run_program: RunProgram, n_free: int) -> None:
+    """The fork server must not be left in the middle of a conversation: it would end, and all workers with it."""
+    program = run_program(
+        f"""
+        import resource
+        with Coordinator(2) as pool:
+            pool.submit_file_task(tasks.size, __file__).result()
+            while len(pool.worker_pids) < 2:
+                select.select([], [], [], 0.01)
+            spared, victim = pool.worker_pids
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+            held = []
+            try:
+                while True:
+                    held.append(os.open(os.devnull, os.O_RDONLY))
+            except OSError:
+                for _ in range({n_free}):  # besides, the victim leaves five
+                    os.close(held.pop())
+            os.kill(victim, signal.SIGKILL)
+            while pool.stats().worker_deaths < 3 and {{spared, victim}}.issuperset(pool.worker_pids):
+                select.select([], [], [], 0.01)
+            for fd in held:
+                os.close(fd)
+            while len(pool.worker_pids) < 2 or victim in pool.worker_pids:
+                select.select([], [], [], 0.01)
+            assert spared in pool.worker_pids
+            say("spared")
+        """
+    )
+    assert program.finish() == 0, program.err
+    assert program.wait_for("spared") == ""
+    program.assert_no_process_is_left()
+    assert shared_memory_of(program.pid) == set()
+
+
+def test_deaths_are_noticed_while_other_workers_cannot_be_started(run_program: RunProgram) -> None:
+    """There are always some that are to be started again: nothing must wait until there are none."""
+    program = run_program(
+        """
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        with Coordinator(40) as pool:
+            pool.submit_file_task(tasks.size, __file__).result()
+            victim = pool.worker_pids[0]
+            os.kill(victim, signal.SIGKILL)
+            while victim in pool.worker_pids:
+                select.select([], [], [], 0.01)
+            assert all(result.ok for result in pool.run_file_tasks(tasks.size, [__file__] * 100))
+            say("done")
+        """
+    )
+    assert program.finish() == 0, program.err
+    assert program.wait_for("done") == ""
+    program.assert_no_process_is_left()
+    assert shared_memory_of(program.pid) == set()
+
+
 # ---- the full matrix -------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ that the kernel closes it when this process ends, however it ends; and at that t
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing.process
 import os
 import select
@@ -40,6 +41,7 @@ from ringpool.workers.setup import Setup
 
 EXIT_STATUS_TIMEOUT_S = 5.0
 KILL_TIMEOUT_S = 10.0  # what SIGKILL does not end by then hangs in the kernel, and is left to it
+START_DESCRIPTORS = 10  # what a start opens at a time: guard, pidfd, pipes and a socket to the fork server, a module
 START_RETRY_MIN_S = 0.05
 START_RETRY_MAX_S = 1.0
 WAKE_TIMEOUT_S = 0.1  # without being woken, the supervisor looks every second
@@ -58,6 +60,20 @@ class Death(msgspec.Struct, frozen=True):
 def _say(words: str) -> None:
     with contextlib.suppress(OSError):  # nobody listens
         os.write(2, f"ringpool: {words}\n".encode())
+
+
+def _require_descriptors(any_open: int) -> None:
+    """Raise ``OSError`` where a start would run out of descriptors on its way. ``any_open``: one to be copied.
+
+    Having connected to the fork server, ``multiprocessing`` opens pipes. Where it cannot, the server reads the end of
+    that connection, takes it for a mistake of its own, and ends; and with it all workers.
+    """
+    found: list[int] = []
+    try:
+        found.extend(os.dup(any_open) for _ in range(START_DESCRIPTORS))
+    finally:
+        for descriptor in found:
+            os.close(descriptor)
 
 
 class _Guards:
@@ -203,6 +219,7 @@ class Supervisor:
         self._begun = False
         self._ending = Ending()
         self._start_retry_s = START_RETRY_MIN_S
+        self._start_at_s = 0.0
 
     def begin(self) -> None:
         """Start the thread, and with it the workers."""
@@ -267,9 +284,9 @@ class Supervisor:
                 if self._killing:
                     for worker in self._workers.values():
                         worker.kill()
-                while self._to_start and not self._stopping:
-                    self._start(self._to_start.popleft())
-                ready = {fd for fd, _ in self._poll.poll(1000)}
+                if self._to_start and not self._stopping and time.monotonic() >= self._start_at_s:
+                    self._start(self._to_start.popleft())  # one at a time: a death in between is not to wait
+                ready = {fd for fd, _ in self._poll.poll(self._patience_ms())}
                 if self._wake_read in ready:
                     with contextlib.suppress(BlockingIOError):
                         os.read(self._wake_read, 4096)
@@ -283,8 +300,15 @@ class Supervisor:
             self._close_wake()
             self._ending.reached()
 
+    def _patience_ms(self) -> int:
+        """How long to wait for a death: until the next start is due."""
+        if not self._to_start or self._stopping:
+            return 1000
+        return min(max(0, math.ceil(1000 * (self._start_at_s - time.monotonic()))), 1000)
+
     def _start(self, index: int) -> None:
         try:
+            _require_descriptors(self._wake_read)
             arguments, setup = self._arguments(index)
             guard, write_end = _guards.open()
         except OSError as error:  # EMFILE
@@ -316,7 +340,7 @@ class Supervisor:
 
     def _cannot_start(self, index: int, error: Exception) -> None:
         _say(f"worker {index} cannot be started: {type(error).__name__}: {error}")
-        time.sleep(self._start_retry_s)  # EMFILE, EAGAIN and their like may pass; the next start comes with this death
+        self._start_at_s = time.monotonic() + self._start_retry_s  # EMFILE, EAGAIN and their like may pass
         self._start_retry_s = min(2 * self._start_retry_s, START_RETRY_MAX_S)
         self._on_death(Death(index, 0, None, None))
 

@@ -111,6 +111,11 @@ class CrashLoopError(PoolError, BrokenProcessPool):
         self.exitcode = exitcode
 
     def __str__(self) -> str:
+        if self.signal is None and self.exitcode is None:
+            return (
+                f"{self.deaths} workers in a row died before they took a task or, like the last one, were not even "
+                "started; the pool is stopped. What was printed on standard error says why"
+            )
         how = f"by {signal_name(self.signal)}" if self.signal is not None else f"with exit status {self.exitcode}"
         return (
             f"{self.deaths} workers in a row died before they took a task, the last one {how}; the pool is stopped. "
