@@ -28,6 +28,7 @@ from ringpool.errors import (
     OutputCollisionError,
     OutputPatternError,
     ParameterError,
+    ThreadStartError,
 )
 from ringpool.shm import blobs, owner, segment
 from ringpool.shm.layout import Encoding
@@ -743,3 +744,25 @@ def test_what_waits_behind_a_slow_file_does_not_begin_all_at_once_where_the_rate
     began = sorted(msgspec.msgpack.decode(row.value or b"") for row in rows_of(tmp_path).values())
     in_a_tenth = max(sum(first <= one < first + 0.1 for one in began) for first in began)
     assert in_a_tenth <= 12  # 4 that waited, 4 or 5 at their time, and as many that were late; all 40 without a limit
+
+
+@pytest.mark.parametrize("thread", ["ringpool-supervisor", "ringpool-pump"])
+def test_a_job_without_threads_fails_in_words_and_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thread: str
+) -> None:
+    """Its segment would stay for a resume; but nothing was run, and no ledger knows of it."""
+    start = threading.Thread.start
+
+    def start_others(self: threading.Thread) -> None:
+        if self.name == thread:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    job = Job(functions.compress, source, f"{tmp_path}/out/{{relpath}}.gz")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_others)
+        with pytest.raises(ThreadStartError, match="ulimit -u"):
+            job.run(1)
+    me = owner.this_process()
+    assert [name for name in os.listdir(segment.SHM_DIRECTORY) if segment.owner_of(name) == me] == []
+    assert job.run(1).progress.done == 10

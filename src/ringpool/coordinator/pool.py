@@ -20,7 +20,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import BaseContext
 from types import ModuleType
 from typing import NamedTuple, Protocol
@@ -34,6 +33,7 @@ from ringpool.errors import (
     CoordinatorClosedError,
     DaemonicProcessError,
     MainModuleError,
+    ThreadStartError,
     WrongProcessError,
     WrongThreadError,
 )
@@ -79,7 +79,8 @@ class Pool:
     task. ``on_exit(death, reason)``: told of each worker that ended, in the pump's thread. ``on_ended``: called when
     all workers have ended. ``closed``: makes the error for tasks that come too late. ``retains``: results stay in the
     segment until they are released, and the segment when the pool is closed, or dead: who made it removes it.
-    Raises ``SharedMemoryFullError``, ``ValueError``, ``MainModuleError``, ``DaemonicProcessError``.
+    Raises ``SharedMemoryFullError``, ``ThreadStartError``, ``ValueError``, ``MainModuleError`` and
+    ``DaemonicProcessError``.
     """
 
     def __init__(
@@ -139,17 +140,24 @@ class Pool:
         atexit.register(_close_all)  # anew, so that it comes before what was imported meanwhile wants to do at exit
         _open.add(self)
         if not on_demand:
-            self._begin()
+            try:
+                self._begin()
+            except BaseException:
+                segment.unlink(name)  # nobody has this pool, to release what it retains
+                raise
 
     def _begin(self) -> None:
+        """Start the threads. Raises ``ThreadStartError``, having ended all."""
         try:
             self._signals_installed = True
             signals.install()
             self.pump.staff.supervisor = self.supervisor
             self.supervisor.begin()  # first: to start a process takes longest
             self.pump.begin()
-        except BaseException:
+        except BaseException as error:
             self.abort()
+            if isinstance(error, RuntimeError):  # "can't start new thread"
+                raise ThreadStartError(str(error)) from error
             raise
 
     # ---- tasks
@@ -158,8 +166,7 @@ class Pool:
         """Be ready for a task. ``first``: called before the first worker is forked; a fork that is made while another
         thread imports a module can never import that.
 
-        Raises ``WrongProcessError``, what broke the pool, that it is closed, or ``BrokenProcessPool`` where its threads
-        cannot be started.
+        Raises ``WrongProcessError``, what broke the pool, that it is closed, or ``ThreadStartError``.
         """
         if os.getpid() != self.pid:
             raise WrongProcessError(self.pid, os.getpid())
@@ -172,13 +179,7 @@ class Pool:
                 first()
             with self._beginning:
                 if not self.pump.has_begun:
-                    self._begin_now()
-
-    def _begin_now(self) -> None:
-        try:
-            self._begin()
-        except RuntimeError as error:
-            raise BrokenProcessPool(f"the threads of the pool cannot be started: {error}") from error
+                    self._begin()
 
     def task(self, function: int, encoded: values.Encoded, form: int = layout.Form.FILE) -> Task:
         """A task with that payload, inline or as a blob. Raises ``SharedMemoryFullError``."""

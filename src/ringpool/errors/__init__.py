@@ -37,6 +37,7 @@
         CoordinatorClosedError     it is closed
         CrashLoopError             workers die before they take a first task (also a BrokenProcessPool)
         InitializerError           the pool's initializer raised in a worker (also a BrokenProcessPool)
+        ThreadStartError           the system gives this process no more threads (also a BrokenProcessPool)
         MainModuleError            a worker that imported the main module came to it (also a BrokenProcessPool)
         DaemonicProcessError       a process of multiprocessing that may have none of its own came to it
         WrongProcessError          it was made by another process, before a fork
@@ -139,6 +140,7 @@ if TYPE_CHECKING:
         MainModuleError as MainModuleError,
         MemoryLimitError as MemoryLimitError,
         ResultTransportError as ResultTransportError,
+        ThreadStartError as ThreadStartError,
         WorkerDiedError as WorkerDiedError,
     )
     from ringpool.errors.jobs import (
@@ -158,7 +160,7 @@ _LAZY = {
     for module, names in {
         "broken": (
             "ArgumentTransportError CrashLoopError InitializerError MainModuleError MemoryLimitError "
-            "ResultTransportError WorkerDiedError"
+            "ResultTransportError ThreadStartError WorkerDiedError"
         ),
         "jobs": (
             "BenchmarkError CommandError CommandTemplateError InputChangedError JobBusyError JobError JobMissingError "

@@ -137,6 +137,23 @@ class MainModuleError(PoolError, BrokenProcessPool):
         )
 
 
+class ThreadStartError(PoolError, BrokenProcessPool):
+    """The system gave this process no further thread, and a pool has two. Nothing of it is left.
+
+    Attributes: ``reason`` (str).
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"the threads of the pool cannot be started: {self.reason}; "
+            "look at the limits of processes (ulimit -u, pids.max of a container) and of memory (ulimit -v)"
+        )
+
+
 class InitializerError(PoolError, BrokenProcessPool):
     """The pool's initializer raised in a worker, and so no worker can run a task.
 
