@@ -5,16 +5,18 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from tests.coordinator.program import ROOT, wait_until
+from tests.coordinator.program import ROOT, shared_memory_of, wait_until
 from tests.jobs import job_functions as functions
 from tests.workers.files.child import Child, say
 
@@ -766,3 +768,18 @@ def test_a_job_without_threads_fails_in_words_and_leaves_nothing(
     me = owner.this_process()
     assert [name for name in os.listdir(segment.SHM_DIRECTORY) if segment.owner_of(name) == me] == []
     assert job.run(1).progress.done == 10
+
+
+def test_a_terminal_that_goes_away_says_so_twice_and_a_job_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    """The kernel sends SIGHUP, and so does the shell: the second one must not interrupt the end of the run."""
+    place = tmp_path / "out"
+    words = [sys.executable, "-m", "tests.jobs.job_program", str(source), str(place), "atomic", "slowly"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL) as program:
+        wait_until(lambda: list(place.glob(".ringpool/staging/*/*")), "the first task")
+        os.kill(program.pid, signal.SIGHUP)
+        while program.poll() is None:
+            os.kill(program.pid, signal.SIGHUP)
+            time.sleep(0.001)
+        assert program.returncode in (128 + signal.SIGHUP, -signal.SIGHUP)
+    assert shared_memory_of(program.pid) == set()
+    assert not list((place / ".ringpool" / "staging").iterdir())

@@ -6,6 +6,9 @@
 The exception unwinds the program's ``with`` block, or its ``atexit``, and that stops the pool. A signal's default
 action would end the process with the segment left in ``/dev/shm`` until the next start removes it. A fork of the
 program has no pool, and the default action.
+
+A terminal that goes away says so several times: the kernel to the job in the foreground, the shell to all its jobs. So
+once a program ends because of SIGHUP, another one does not interrupt that.
 """
 
 from __future__ import annotations
@@ -20,11 +23,15 @@ _lock = threading.Lock()
 _pools = 0
 _installed: list[signal.Signals] = []
 _ended = False
+_hung_up = False
 
 
 def _end_program(number: int, _frame: FrameType | None) -> None:
-    global _ended
+    global _ended, _hung_up
+    if number == signal.SIGHUP and _hung_up:
+        return
     _ended = True
+    _hung_up = _hung_up or number == signal.SIGHUP
     raise SystemExit(128 + number)
 
 
@@ -55,15 +62,17 @@ def uninstall() -> None:
             return
         while _installed:
             number = _installed.pop()
+            if number == signal.SIGHUP and _hung_up:
+                continue  # what ends after the pool is not to be interrupted either
             if signal.getsignal(number) is _end_program:
                 signal.signal(number, signal.SIG_DFL)
 
 
 def _let_go() -> None:
     """In a fork of the program, before any code of its own: the handlers are its parent's, and so may the lock be."""
-    global _lock, _pools, _ended
+    global _lock, _pools, _ended, _hung_up
     _lock = threading.Lock()
-    _pools, _ended = 0, False
+    _pools, _ended, _hung_up = 0, False, False
     for number in _installed:
         if signal.getsignal(number) is _end_program:
             signal.signal(number, signal.SIG_DFL)
