@@ -145,13 +145,18 @@ def test_no_room_for_it_is_an_error_that_leaves_nothing(monkeypatch: pytest.Monk
 
 def in_a_small_shared_memory(kib: int, code: str) -> str:
     """What ``code`` prints in a mount namespace of its own, where ``/dev/shm`` has ``kib`` KiB."""
+    return with_mounted(f"mount -t tmpfs -o size={kib}k none {SHM_DIRECTORY}", code)
+
+
+def with_mounted(mount: str, code: str, *, map_user: bool = True) -> str:
+    """What ``code`` prints in a mount namespace of its own, after that command."""
     unshare = shutil.which("unshare")
     if unshare is None:
         pytest.skip("unshare(1) is not installed")
-    namespace = [unshare, "--map-root-user", "--mount"]
+    namespace = [unshare, *(["--map-root-user"] if map_user else []), "--mount"]
     if subprocess.run([*namespace, "mount", "-t", "tmpfs", "none", SHM_DIRECTORY], capture_output=True).returncode:
         pytest.skip("this user may not mount in a namespace of its own")
-    script = f'mount -t tmpfs -o size={kib}k none {SHM_DIRECTORY} && exec "$0" -c "$1"'
+    script = f'{mount} && exec "$0" -c "$1"'
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     command = [*namespace, "sh", "-c", script, sys.executable, code]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
@@ -179,6 +184,45 @@ for pages in filter(lambda pages: pages > 240, by_pages):
     )
     remedy = "free space in /dev/shm, enlarge it (docker run --shm-size), or ask for less"
     assert set(said.splitlines()) == {"made 4 [] 256", f"{remedy} [] 256"}
+
+
+CREATE = """
+from ringpool.errors import SharedMemoryUnusableError
+from ringpool.shm import segment
+assert segment.reclaim_dead() == [] and segment.dead_kept() == []
+try:
+    segment.create(8, 2, 4)
+except SharedMemoryUnusableError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mount", "reason"),
+    [
+        (f"mount -t tmpfs -o ro none {SHM_DIRECTORY}", "/dev/shm is mounted read-only"),
+        ("mount -t tmpfs none /dev", "there is no directory /dev/shm"),
+    ],
+)
+def test_a_shared_memory_where_nothing_can_be_made_is_an_error_that_says_so(mount: str, reason: str) -> None:
+    assert f": {reason}; a pool makes files of some MB" in with_mounted(mount, CREATE)
+
+
+def test_a_limit_of_file_sizes_is_an_error_that_says_so() -> None:
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    command = [sys.executable, "-c", limit + CREATE + "import os; print(os.getpid())"]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    assert "bytes, by its RLIMIT_FSIZE (ulimit -f); " in said
+    pid = said.split()[-1]
+    assert [name for name in os.listdir(SHM_DIRECTORY) if f".{pid}." in name] == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_shared_memory_of_others_is_an_error_that_says_so() -> None:
+    code = "import os\nfrom ringpool.shm import segment\nos.seteuid(1)\n" + CREATE  # who may read all, imports
+    said = with_mounted(f"mount -t tmpfs -o mode=0755 none {SHM_DIRECTORY}", code, map_user=False)
+    assert ": user 1 may not write in /dev/shm; " in said
 
 
 # ---- attach ----------------------------------------------------------------------------------------------------------

@@ -76,7 +76,8 @@ class Coordinator:
     and by Ctrl-C, ``SIGTERM`` or ``SIGHUP`` kills what runs too. Methods may be called from any thread of the process
     that made it.
 
-    Raises ``SharedMemoryFullError`` where ``/dev/shm`` has no room, ``ValueError`` for numbers out of range,
+    Raises ``SharedMemoryFullError`` where ``/dev/shm`` has no room, ``SharedMemoryUnusableError`` where it is not there
+    or not writable, ``ThreadStartError``, ``ValueError`` for numbers out of range,
     ``MainModuleError`` where a worker comes by because the main module makes a pool without a guard,
     ``DaemonicProcessError`` in a process of ``multiprocessing`` that may have none of its own.
     """

@@ -156,8 +156,8 @@ class RingPoolExecutor(_Tasks):
     Use it as a context manager: it waits for what was submitted; Ctrl-C, ``SIGTERM`` and ``SIGHUP`` end it at once. A
     task whose worker dies fails with ``WorkerDiedError``, a ``BrokenProcessPool``; the pool goes on.
 
-    Raises ``SharedMemoryFullError``, ``ValueError`` and ``TypeError`` for arguments, ``MainModuleError``,
-    ``DaemonicProcessError``.
+    Raises ``SharedMemoryFullError``, ``SharedMemoryUnusableError``, ``ValueError`` and ``TypeError`` for arguments,
+    ``MainModuleError``, ``DaemonicProcessError``.
     """
 
     def __init__(

@@ -9,6 +9,7 @@
         SegmentTruncatedError      it is shorter than its header says
         SegmentBusyError           its coordinator lives
         SharedMemoryFullError      /dev/shm has no room for it
+        SharedMemoryUnusableError  /dev/shm is not there, or not writable
       LockBrokenError            a mutex in shared memory can neither be had nor mended
       FunctionError              the task function, before anything is queued
         UnknownFunctionError       it cannot be found by its name
@@ -107,6 +108,7 @@ from ringpool.errors.memory import (
     SegmentPermissionError as SegmentPermissionError,
     SegmentTruncatedError as SegmentTruncatedError,
     SharedMemoryFullError as SharedMemoryFullError,
+    SharedMemoryUnusableError as SharedMemoryUnusableError,
     StatusHeldError as StatusHeldError,
     StatusReentryError as StatusReentryError,
     StatusStepError as StatusStepError,

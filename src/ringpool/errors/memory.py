@@ -64,6 +64,12 @@ class SharedMemoryFullError(SegmentError):
     remedy = "free space in /dev/shm, enlarge it (docker run --shm-size), or ask for less"
 
 
+class SharedMemoryUnusableError(SegmentError):
+    """``/dev/shm`` is not there, or this process can make nothing in it. Nothing of the segment is left there."""
+
+    remedy = "a pool makes files of some MB in a tmpfs there (mount -t tmpfs -o mode=1777 tmpfs /dev/shm)"
+
+
 class LockBrokenError(RingpoolError):
     """The mutex can neither be had nor mended; the caller must leave it as it is and end.
 

@@ -35,6 +35,7 @@ from ringpool.errors import (
     SegmentPermissionError,
     SegmentTruncatedError,
     SharedMemoryFullError,
+    SharedMemoryUnusableError,
 )
 from ringpool.shm import layout, lock, owner
 
@@ -74,7 +75,8 @@ def create(slots: int, workers: int, claims_max: int = layout.CLAIMS_MAX, *, kep
     """Make a segment that belongs to the calling process, and its semaphores. ``kept``: not reclaimed when it is dead.
 
     ``slots``: tasks that can be in it at a time, 1 to 4,194,303. ``workers``: at most 64. ``claims_max``: tasks that
-    one worker may hold, 1 to 64. Raises ``SharedMemoryFullError``, leaving nothing, and ``ValueError``.
+    one worker may hold, 1 to 64. Raises ``SharedMemoryFullError`` and ``SharedMemoryUnusableError``, leaving nothing,
+    and ``ValueError``.
     """
     for what, value, top in (
         ("slots", slots, layout.SLOTS_MAX),
@@ -89,11 +91,27 @@ def create(slots: int, workers: int, claims_max: int = layout.CLAIMS_MAX, *, kep
     try:
         return _create(name, me, places, slots, workers, claims_max)
     except BaseException as error:
-        unlink(name)
+        with contextlib.suppress(OSError):  # where nothing can be made, nothing can be removed
+            unlink(name)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
             reason = f"{SHM_DIRECTORY} has no room for {places.size_bytes:,} bytes"
             raise SharedMemoryFullError(name, reason) from error
+        if (reason := _why_unusable(error, places.size_bytes)) is not None:
+            raise SharedMemoryUnusableError(name, reason) from error
         raise
+
+
+def _why_unusable(error: BaseException, size_bytes: int) -> str | None:
+    """What is wrong with ``/dev/shm``, if that is what a segment's creation failed for."""
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        return f"this process may not make a file of {size_bytes:,} bytes, by its RLIMIT_FSIZE (ulimit -f)"
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return f"{SHM_DIRECTORY} is mounted read-only"
+    if isinstance(error, posix_ipc.PermissionsError):
+        return f"user {os.geteuid()} may not write in {SHM_DIRECTORY}"
+    if isinstance(error, posix_ipc.ExistentialError) and not os.path.isdir(SHM_DIRECTORY):
+        return f"there is no directory {SHM_DIRECTORY}"
+    return None
 
 
 def _create(name: str, me: owner.Owner, places: layout.Sections, slots: int, workers: int, claims_max: int) -> Segment:
@@ -264,6 +282,8 @@ def _segment_name(file: str) -> re.Match[str] | None:
 
 def dead_kept() -> list[str]:
     """The names of the segments of this user that are kept although their owners are dead: of jobs."""
+    if not os.path.isdir(SHM_DIRECTORY):
+        return []
     with os.scandir(SHM_DIRECTORY) as files:
         found = [file for file in files if (match := NAME.fullmatch(file.name)) is not None and match["kept"]]
     return sorted(
@@ -281,6 +301,8 @@ def reclaim_dead() -> list[str]:
     Only on proof of death: pid and start time name no living process. Safe against others that do the same.
     """
     removed: set[str] = set()
+    if not os.path.isdir(SHM_DIRECTORY):
+        return []  # nothing is left there; and nothing can be made there, which ``create`` says
     with os.scandir(SHM_DIRECTORY) as files:
         for file in files:
             match, belongs_to = _segment_name(file.name), owner_of(file.name)
