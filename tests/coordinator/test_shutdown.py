@@ -536,3 +536,27 @@ def test_a_program_whose_terminal_goes_away_ends(run_program: RunProgram) -> Non
         os.close(master)
     assert program.finish() in (128 + signal.SIGHUP, -signal.SIGHUP)
     program.assert_nothing_is_left()
+
+
+# ---- a long TMPDIR ---------------------------------------------------------------------------------------------------
+
+
+def test_a_long_path_for_temporary_files_is_no_hindrance(run_program: RunProgram, tmp_path: Path) -> None:
+    """The fork server listens at a path there, of which the kernel takes 107 bytes."""
+    place = tmp_path / ("t" * 100)
+    place.mkdir()
+    program = run_program(
+        """
+        from multiprocessing import process
+        with Coordinator(1) as pool:
+            assert pool.submit_file_task(tasks.size, __file__).result() > 0
+        say("made", process.current_process()._config["tempdir"])
+        """,
+        top=f"""
+        os.environ["TMPDIR"] = {str(place)!r}
+        """,
+    )
+    assert program.finish() == 0, program.err
+    assert not os.path.exists(program.wait_for("made"))
+    assert not list(place.iterdir())
+    program.assert_nothing_is_left()

@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import NamedTuple, Protocol
 
 from ringpool import startup
-from ringpool.coordinator import signals
+from ringpool.coordinator import serveraddress, signals
 from ringpool.coordinator.pump import Pump
 from ringpool.coordinator.supervisor import WORKER_NAME, Death, Supervisor
 from ringpool.coordinator.tickets import Ticket
@@ -310,6 +310,7 @@ def start_server() -> None:
         return
     from multiprocessing import forkserver, resource_tracker
 
+    serveraddress.keep_short()
     resource_tracker.ensure_running()  # first: when it is started, it lets the signal through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -33,6 +33,7 @@ from typing import Any, cast
 
 import msgspec
 
+from ringpool.coordinator import serveraddress
 from ringpool.coordinator.ending import Ending
 from ringpool.coordinator.sessions import kill_session
 from ringpool.workers.descriptor import Descriptor
@@ -280,6 +281,8 @@ class Supervisor:
 
     def _run(self) -> None:
         try:
+            if self._context.get_start_method() == "forkserver":
+                serveraddress.keep_short()
             while not (self._stopping and not self._workers):
                 if self._killing:
                     for worker in self._workers.values():
