@@ -24,7 +24,7 @@ WATCHDOG_S = 30
 _TOKENS = re.compile(r"\x1b\[\??([\d;]*)([A-Za-z])|([\r\n])|([^\x1b\r\n]+)")
 
 
-def _environment(**more: str) -> dict[str, str]:
+def environment(**more: str) -> dict[str, str]:
     """Ours, with the task functions to be found from any directory."""
     search_path = [str(ROOT), *map(os.path.abspath, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(search_path), **more}
@@ -42,7 +42,7 @@ def start(
     return subprocess.Popen(
         [sys.executable, "-m", "ringpool", *map(str, words)],
         cwd=cwd,
-        env=_environment(**more),
+        env=environment(**more),
         stdin=stdin,
         stdout=stdout,
         stderr=stderr,
@@ -74,7 +74,7 @@ def run_redirected(how: str, *words: str | Path) -> subprocess.CompletedProcess[
     script = f'exec "$0" -m ringpool "$@" {how}'
     arguments = ["/bin/sh", "-c", script, sys.executable, *map(str, words)]
     pipe = subprocess.PIPE
-    return finish(subprocess.Popen(arguments, env=_environment(), stdout=pipe, stderr=pipe, text=True))
+    return finish(subprocess.Popen(arguments, env=environment(), stdout=pipe, stderr=pipe, text=True))
 
 
 def objects(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
@@ -151,12 +151,12 @@ class Terminal:
 
     def __init__(self, *words: str | Path, cwd: Path | None = None) -> None:
         self.screen = Screen()
-        environment = _environment(TERM="xterm", COLUMNS="100", LINES="30")
+        variables = environment(TERM="xterm", COLUMNS="100", LINES="30")
         arguments = [sys.executable, "-m", "ringpool", *map(str, words)]
         self._terminal, end = pty.openpty()
         try:
             self._process = subprocess.Popen(
-                arguments, cwd=cwd, env=environment, stdin=end, stdout=end, stderr=end, preexec_fn=_take_terminal
+                arguments, cwd=cwd, env=variables, stdin=end, stdout=end, stderr=end, preexec_fn=_take_terminal
             )
         finally:
             os.close(end)

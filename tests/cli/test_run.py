@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from tests.cli.command import (
     TASKS,
     WATCHDOG_S,
+    environment,
     finish,
     has_ended,
     objects,
@@ -408,6 +410,18 @@ def test_a_command_that_cannot_be_run_says_why_in_one_line(line: str, says: str)
     assert says in done.stderr
     assert not Path(".ringpool").exists()
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("out", ["out/{relpath}", "/tmp/nowhere/{relpath}"])
+def test_a_directory_that_was_removed_is_one_line_and_status_2(tmp_path: Path, out: str) -> None:
+    place = tmp_path / "gone"
+    place.mkdir()
+    line = f'rmdir "$PWD" && exec {sys.executable} -m ringpool run {TASKS}:copy /etc/passwd --out "{out}"'
+    done = subprocess.run(["sh", "-c", line], cwd=place, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "ringpool: the current directory was removed, and workers begin in it; go to another one first (cd, os.chdir)\n"
+    )
 
 
 @pytest.mark.usefixtures("numbers")

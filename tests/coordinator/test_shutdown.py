@@ -560,3 +560,43 @@ def test_a_long_path_for_temporary_files_is_no_hindrance(run_program: RunProgram
     assert not os.path.exists(program.wait_for("made"))
     assert not list(place.iterdir())
     program.assert_nothing_is_left()
+
+
+# ---- no current directory --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn", "fork"])
+def test_a_pool_in_a_directory_that_was_removed_is_refused_in_words(run_program: RunProgram, method: str) -> None:
+    program = run_program(
+        f"""
+        os.mkdir("gone")
+        os.chdir("gone")
+        os.rmdir("../gone")
+        try:
+            Coordinator(1, mp_context={method!r})
+        except WorkingDirectoryError as error:
+            say("refused", error)
+        """
+    )
+    assert program.finish() == 0, program.err
+    assert "was removed" in program.wait_for("refused")
+    program.assert_nothing_is_left()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_pool_in_a_directory_that_its_user_may_not_enter_is_refused_in_words(run_program: RunProgram) -> None:
+    """As after ``sudo -u somebody`` in root's home."""
+    program = run_program(
+        """
+        os.mkdir("closed", 0o700)
+        os.chdir("closed")
+        os.seteuid(1)
+        try:
+            Coordinator(1)
+        except WorkingDirectoryError as error:
+            say("refused", error)
+        """
+    )
+    assert program.finish() == 0, program.err
+    assert "closed may not be entered by user 1" in program.wait_for("refused")
+    program.assert_nothing_is_left()

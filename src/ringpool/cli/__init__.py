@@ -60,12 +60,32 @@ def _open_what_is_closed() -> None:
             setattr(sys, name, os.fdopen(number, "w", closefd=False))
 
 
+def _is_nowhere(error: Exception) -> bool:
+    """Whether it says, of no file, that there is no such file: the current directory was removed."""
+    import os
+
+    if not isinstance(error, FileNotFoundError) or error.filename is not None:
+        return False
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
 def _run_command(arguments: list[str]) -> int:
     import click
 
     from ringpool.cli.group import ringpool, verb_of
     from ringpool.cli.lines import one_line, say
-    from ringpool.errors import InputMissingError, JobError, PoolError, RingpoolError, SegmentError
+    from ringpool.errors import (
+        InputMissingError,
+        JobError,
+        PoolError,
+        RingpoolError,
+        SegmentError,
+        WorkingDirectoryError,
+    )
 
     try:
         return ringpool.main(arguments or ["--help"], prog_name="ringpool", standalone_mode=False) or 0
@@ -78,5 +98,5 @@ def _run_command(arguments: list[str]) -> int:
         say(f"input {error.filename}: there is no such file or directory, and no file that matches it as a pattern")
         return EXIT_UNUSABLE
     except (RingpoolError, OSError) as error:
-        say(one_line(error))
+        say(one_line(WorkingDirectoryError("was removed") if _is_nowhere(error) else error))
         return EXIT_FAILED if isinstance(error, PoolError | SegmentError | JobError) else EXIT_UNUSABLE

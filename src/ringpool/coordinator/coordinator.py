@@ -79,7 +79,8 @@ class Coordinator:
     Raises ``SharedMemoryFullError`` where ``/dev/shm`` has no room, ``SharedMemoryUnusableError`` where it is not there
     or not writable, ``ThreadStartError``, ``ValueError`` for numbers out of range,
     ``MainModuleError`` where a worker comes by because the main module makes a pool without a guard,
-    ``DaemonicProcessError`` in a process of ``multiprocessing`` that may have none of its own.
+    ``DaemonicProcessError`` in a process of ``multiprocessing`` that may have none of its own,
+    ``WorkingDirectoryError`` where the current directory was removed or may not be entered.
     """
 
     def __init__(

@@ -157,7 +157,7 @@ class RingPoolExecutor(_Tasks):
     task whose worker dies fails with ``WorkerDiedError``, a ``BrokenProcessPool``; the pool goes on.
 
     Raises ``SharedMemoryFullError``, ``SharedMemoryUnusableError``, ``ValueError`` and ``TypeError`` for arguments,
-    ``MainModuleError``, ``DaemonicProcessError``.
+    ``MainModuleError``, ``DaemonicProcessError``, ``WorkingDirectoryError``.
     """
 
     def __init__(

@@ -34,6 +34,7 @@ from ringpool.errors import (
     DaemonicProcessError,
     MainModuleError,
     ThreadStartError,
+    WorkingDirectoryError,
     WrongProcessError,
     WrongThreadError,
 )
@@ -80,7 +81,7 @@ class Pool:
     all workers have ended. ``closed``: makes the error for tasks that come too late. ``retains``: results stay in the
     segment until they are released, and the segment when the pool is closed, or dead: who made it removes it.
     Raises ``SharedMemoryFullError``, ``ThreadStartError``, ``ValueError``, ``MainModuleError`` and
-    ``DaemonicProcessError``.
+    ``DaemonicProcessError``, ``WorkingDirectoryError``.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Pool:
         self._blob_ids = itertools.count(1)
         self.function_ids = itertools.count(1)
         context = self.context = _context(mp_context)
+        require_directory(context)
         segment.reclaim_dead()
         self._signals_installed = False
         self._segment = segment.create(slots, n_workers, claims_max, kept=retains)
@@ -289,6 +291,16 @@ def require_no_main_import() -> None:
         flush()
         os._exit(EXIT_UNGUARDED)
     raise MainModuleError
+
+
+def require_directory(context: BaseContext) -> None:
+    """Raise ``WorkingDirectoryError`` where workers could not go to the directory in which this process is."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        raise WorkingDirectoryError("was removed") from None
+    if context.get_start_method() != "fork" and not os.access(here, os.X_OK, effective_ids=True):
+        raise WorkingDirectoryError(f"{here} may not be entered by user {os.geteuid()}")
 
 
 def require_importable(name: str, mp_context: str | BaseContext | None) -> None:

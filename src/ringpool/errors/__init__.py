@@ -40,6 +40,7 @@
         InitializerError           the pool's initializer raised in a worker (also a BrokenProcessPool)
         ThreadStartError           the system gives this process no more threads (also a BrokenProcessPool)
         MainModuleError            a worker that imported the main module came to it (also a BrokenProcessPool)
+        WorkingDirectoryError      the current directory was removed, or may not be entered
         DaemonicProcessError       a process of multiprocessing that may have none of its own came to it
         WrongProcessError          it was made by another process, before a fork
         WrongThreadError           it cannot be closed in a future's callback
@@ -130,6 +131,7 @@ from ringpool.errors.tasks import (
     TaskInDoubtError as TaskInDoubtError,
     TaskTimeoutError as TaskTimeoutError,
     UnknownFunctionError as UnknownFunctionError,
+    WorkingDirectoryError as WorkingDirectoryError,
     WrongProcessError as WrongProcessError,
     WrongThreadError as WrongThreadError,
 )

@@ -171,6 +171,20 @@ class DaemonicProcessError(PoolError, AssertionError):
         )
 
 
+class WorkingDirectoryError(PoolError):
+    """Workers begin in the program's current directory, and it was removed, or this user may not enter it.
+
+    Attributes: ``reason`` (str).
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the current directory {self.reason}, and workers begin in it; go to another one first (cd, os.chdir)"
+
+
 class WrongProcessError(PoolError):
     """The coordinator belongs to the process that made it; this one is a fork of it.
 
