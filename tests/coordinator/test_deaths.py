@@ -615,6 +615,44 @@ def test_deaths_are_noticed_while_other_workers_cannot_be_started(run_program: R
     assert shared_memory_of(program.pid) == set()
 
 
+def test_a_process_that_cannot_be_forked_costs_no_other_worker(run_program: RunProgram, tmp_path: Path) -> None:
+    """As at the limit of a container's processes: the fork server must live, or each try would end all workers."""
+    program = run_program(
+        """
+        refused = Path(os.environ["RINGPOOL_TEST_NO_FORK"])
+        multiprocessing.set_forkserver_preload(
+            ["tests.coordinator.failing_fork", "ringpool.workers.ahead", "ringpool.workers.process"]
+        )
+        with Coordinator(2) as pool:
+            while len(pool.worker_pids) < 2:
+                select.select([], [], [], 0.01)
+            for result in pool.run_file_tasks(tasks.size, [__file__] * 200):
+                assert result.ok
+            spared, victim = pool.worker_pids
+            refused.touch()
+            os.kill(victim, signal.SIGKILL)
+            while pool.stats().worker_deaths < 3:
+                select.select([], [], [], 0.01)
+            assert pool.worker_pids == (spared,)
+            refused.unlink()
+            assert pool.submit_file_task(tasks.size, __file__).result() > 0
+            while len(pool.worker_pids) < 2:
+                select.select([], [], [], 0.01)
+            assert spared in pool.worker_pids
+            say("spared")
+        """,
+        top=f"""
+        import multiprocessing
+        os.environ["RINGPOOL_TEST_NO_FORK"] = {str(tmp_path / "refused")!r}
+        """,
+    )
+    assert program.finish() == 0, program.err
+    assert program.wait_for("spared") == ""
+    assert "no process can be made" in program.err
+    program.assert_no_process_is_left()
+    assert shared_memory_of(program.pid) == set()
+
+
 # ---- the full matrix -------------------------------------------------------------------------------------------------
 
 
