@@ -95,7 +95,8 @@ class Estates:
             done.append(claim.entry)
         self._commit(staged)
         done += staged
-        failed_to_start, had_come = self._end.failed_to_start(death.index), self._end.has_come(death.index)
+        had_come = self._end.has_come(death.index)
+        failed_to_start = self._end.failed_to_start(death.index) and not self._is_missed_by_others(death)
         self._end.settle(death.index, done, again, blamed)
         recycled = death.exitcode == EXIT_WORN_OUT or (death.exitcode == 0 and not claims)
         reason = "recycled" if recycled else "died"
@@ -169,6 +170,12 @@ class Estates:
         from ringpool.coordinator.staged import StagedOutputs  # here: see there
 
         return StagedOutputs(self._end)
+
+    def _is_missed_by_others(self, death: Death) -> bool:
+        """Whether there was no process even, and others are at work: the limit that kept it from being made may pass,
+        and their tasks may be long.
+        """
+        return not death.pid and any(self._end.has_come(w) for w in range(self._end.ring.workers))
 
     def _is_crash_loop(self, failed_to_start: bool) -> bool:
         """Count deaths of workers that took nothing, with nobody taking anything in between."""

@@ -89,7 +89,7 @@ class Staff:
         else:
             self.n_deaths += 1
         self.n_retried += estate.n_retried
-        if self._on_exit is not None:
+        if self._on_exit is not None and death.pid:  # else there was no process
             try:
                 self._on_exit(death, estate.reason)
             except BaseException:  # it may raise what it likes; it must not stop the pool

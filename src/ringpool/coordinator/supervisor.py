@@ -221,6 +221,7 @@ class Supervisor:
         self._ending = Ending()
         self._start_retry_s = START_RETRY_MIN_S
         self._start_at_s = 0.0
+        self._start_failed_by = ""
 
     def begin(self) -> None:
         """Start the thread, and with it the workers."""
@@ -337,12 +338,15 @@ class Supervisor:
             guard.close()
             self._report(index, process)
             return
-        self._start_retry_s = START_RETRY_MIN_S
+        self._start_retry_s, self._start_failed_by = START_RETRY_MIN_S, ""
         self._workers[index] = _Worker(process, pidfd, guard, write_end)
         self._poll.register(pidfd, select.POLLIN)
 
     def _cannot_start(self, index: int, error: Exception) -> None:
-        _say(f"worker {index} cannot be started: {type(error).__name__}: {error}")
+        why = f"{type(error).__name__}: {error}"
+        if why != self._start_failed_by:  # it is tried again and again, for as long as others are at work
+            self._start_failed_by = why
+            _say(f"worker {index} cannot be started: {why}")
         self._start_at_s = time.monotonic() + self._start_retry_s  # EMFILE, EAGAIN and their like may pass
         self._start_retry_s = min(2 * self._start_retry_s, START_RETRY_MAX_S)
         self._on_death(Death(index, 0, None, None))
