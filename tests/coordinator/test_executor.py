@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from tests.coordinator import executor_functions as functions
-from tests.coordinator.program import ROOT, WATCHDOG_S, Program, wait_until
+from tests.coordinator.program import ROOT, WATCHDOG_S, Program, state_of, wait_until
 
 from ringpool import RingPoolExecutor, TaskOptions, WorkerDiedError, WorkerExit
 from ringpool.errors import MemoryLimitError, TaskTimeoutError
@@ -221,8 +221,10 @@ def test_a_task_may_end_its_worker_with_any_exit_status(executor: RingPoolExecut
 def test_tasks_do_not_wait_for_a_worker_that_is_stopped_while_others_can_be_had() -> None:
     with RingPoolExecutor(2) as made:
         stopped = made.submit(os.getpid).result(WATCHDOG_S)
+        wait_until(lambda: state_of(stopped) == "S", "the worker's sleep")  # it may hold the ring's lock before
         os.kill(stopped, signal.SIGSTOP)
         try:
+            wait_until(lambda: state_of(stopped) == "T", "the worker's stop")
             assert made.submit(os.getpid).result(WATCHDOG_S) != stopped
         finally:
             os.kill(stopped, signal.SIGCONT)
