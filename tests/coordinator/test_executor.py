@@ -18,7 +18,7 @@ from tests.coordinator import executor_functions as functions
 from tests.coordinator.program import ROOT, WATCHDOG_S, Program, state_of, wait_until
 
 from ringpool import RingPoolExecutor, TaskOptions, WorkerDiedError, WorkerExit
-from ringpool.errors import MemoryLimitError, TaskTimeoutError
+from ringpool.errors import CrashLoopError, MemoryLimitError, TaskTimeoutError
 from ringpool.workers import process
 
 
@@ -34,6 +34,17 @@ def test_no_worker_is_started_before_there_is_a_task() -> None:
         assert made.worker_pids == ()
         assert made.submit(pow, 2, 8).result(WATCHDOG_S) == 256
         assert len(made.worker_pids) == 1
+
+
+def test_initargs_that_cannot_be_sent_are_named_by_the_error() -> None:
+    lock = multiprocessing.get_context("fork").Lock()
+    with RingPoolExecutor(1, "forkserver", initializer=functions.identity, initargs=(lock,)) as made:
+        error = made.submit(abs, -1).exception(WATCHDOG_S)
+        assert isinstance(error, CrashLoopError)
+        assert "SemLock created in a fork context" in str(error)
+        assert "exit status None" not in str(error)
+        with pytest.raises(CrashLoopError, match="SemLock created in a fork context"):
+            made.submit(abs, -1)
 
 
 def test_a_map_over_many_items_gives_their_results_in_order(executor: RingPoolExecutor) -> None:

@@ -113,7 +113,7 @@ class Estates:
         if death.exitcode == EXIT_UNGUARDED and not had_come:
             return MainModuleError()
         if self._is_crash_loop(failed_to_start):
-            return CrashLoopError(self.n_barren, death.signal, death.exitcode)
+            return CrashLoopError(self.n_barren, death.signal, death.exitcode, death.not_started)
         return None
 
     def _decide(self, claim: ClaimedTask, *, for_memory: bool) -> Action:

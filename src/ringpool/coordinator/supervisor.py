@@ -50,12 +50,15 @@ WORKER_NAME = "ringpool-worker-"  # of the process, as multiprocessing knows it;
 
 
 class Death(msgspec.Struct, frozen=True):
-    """A worker process that ended: its index and pid, and the signal that killed it or its exit status."""
+    """A worker process that ended: its index and pid, and the signal that killed it or its exit status; or one that
+    never was, and in words why not.
+    """
 
     index: int
     pid: int
     signal: int | None
     exitcode: int | None
+    not_started: str = ""
 
 
 def _say(words: str) -> None:
@@ -349,7 +352,7 @@ class Supervisor:
             _say(f"worker {index} cannot be started: {why}")
         self._start_at_s = time.monotonic() + self._start_retry_s  # EMFILE, EAGAIN and their like may pass
         self._start_retry_s = min(2 * self._start_retry_s, START_RETRY_MAX_S)
-        self._on_death(Death(index, 0, None, None))
+        self._on_death(Death(index, 0, None, None, why))
 
     def _bury(self, index: int, worker: _Worker) -> None:
         """The worker has ended: end what it had started, reap it, report it."""

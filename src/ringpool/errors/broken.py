@@ -101,20 +101,22 @@ class ResultTransportError(RingpoolError, BrokenProcessPool):
 class CrashLoopError(PoolError, BrokenProcessPool):
     """Workers die before they take a first task, one after the other: replacing them would never end.
 
-    Attributes: ``deaths`` (int, in a row), ``signal`` (int or None) and ``exitcode`` (int or None) of the last one.
+    Attributes: ``deaths`` (int, in a row), ``signal`` (int or None) and ``exitcode`` (int or None) of the last one;
+    ``not_started`` (str): why that one could not even be started, or empty.
     """
 
-    def __init__(self, deaths: int, signal: int | None, exitcode: int | None) -> None:
-        super().__init__(deaths, signal, exitcode)
+    def __init__(self, deaths: int, signal: int | None, exitcode: int | None, not_started: str = "") -> None:
+        super().__init__(deaths, signal, exitcode, not_started)
         self.deaths = deaths
         self.signal = signal
         self.exitcode = exitcode
+        self.not_started = not_started
 
     def __str__(self) -> str:
-        if self.signal is None and self.exitcode is None:
+        if self.not_started:
             return (
-                f"{self.deaths} workers in a row died before they took a task or, like the last one, were not even "
-                "started; the pool is stopped. What was printed on standard error says why"
+                f"{self.deaths} times in a row a worker could not be started, or died before it took a task; the pool "
+                f"is stopped. The last one could not be started: {self.not_started}"
             )
         how = f"by {signal_name(self.signal)}" if self.signal is not None else f"with exit status {self.exitcode}"
         return (
