@@ -446,8 +446,9 @@ def test_what_cannot_come_back_is_its_futures_exception(executor: RingPoolExecut
     with pytest.raises(TypeError, match="not to be pickled") as caught:
         executor.submit(functions.meet, "return what cannot be pickled").result(WATCHDOG_S)
     assert "return value, of type NeverPickled, cannot be pickled" in "".join(caught.value.__notes__)
-    with pytest.raises(ResultTransportError, match="refuses to be rebuilt"):
+    with pytest.raises(ResultTransportError, match="refuses to be rebuilt") as refused:
         executor.submit(functions.meet, "return what cannot be rebuilt").result(WATCHDOG_S)
+    assert "call_functions.py" in str(refused.value.__cause__), "where it was refused"
     assert serves(executor)
 
 

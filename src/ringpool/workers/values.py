@@ -159,10 +159,15 @@ def decode_error(value: tuple[BaseException, str]) -> BaseException:
 
 
 def undecodable(error: BaseException, type_name: str) -> RingpoolError:
-    """The error for a value that arrived as bytes and cannot be rebuilt here."""
+    """The error for a value that arrived as bytes and cannot be rebuilt here; why, with its traceback, as its cause."""
+    from concurrent.futures.process import _RemoteTraceback as RemoteTraceback  # pyright: ignore[reportPrivateUsage]
+
     from ringpool.errors import ResultTransportError
 
-    return ResultTransportError(type_name, f"it cannot be rebuilt here: {type(error).__name__}: {_message(error)}")
+    refusal = ResultTransportError(type_name, f"it cannot be rebuilt here: {type(error).__name__}: {_message(error)}")
+    # In words, as ProcessPoolExecutor has it: the exception itself would keep all frames that it came through.
+    refusal.__cause__ = RemoteTraceback(f'\n"""\n{_traceback_of(error)}"""')  # pyright: ignore[reportArgumentType]
+    return refusal
 
 
 def _in_words(error: BaseException, text: str) -> RemoteError:
