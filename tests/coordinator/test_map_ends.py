@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -197,7 +198,7 @@ def test_killing_the_workers_ends_whoever_takes(tmp_path: Path) -> None:
     own.terminate_workers()
     found = list(results)
     assert len(found) == 99
-    assert all(isinstance(outcome, Exception) for outcome in found)
+    assert all(isinstance(outcome, BrokenProcessPool) for outcome in found)
 
 
 def test_killing_the_workers_ends_whoever_takes_what_a_vector_has_delivered_early(tmp_path: Path) -> None:
@@ -208,7 +209,16 @@ def test_killing_the_workers_ends_whoever_takes_what_a_vector_has_delivered_earl
     own.terminate_workers()
     found = list(results)
     assert len(found) == 3
-    assert all(isinstance(outcome, Exception) for outcome in found)
+    assert all(isinstance(outcome, BrokenProcessPool) for outcome in found)
+
+
+def test_killing_the_workers_breaks_what_runs_and_what_waits(tmp_path: Path) -> None:
+    begun, gate = tmp_path / "begun", tmp_path / "gate"
+    own = RingPoolExecutor(1)
+    futures = [own.submit(functions.note_and_hold, str(begun), str(gate), i) for i in range(1, 2000)]
+    wait_until(lambda: functions.n_noted(begun) > 0, "the first task")
+    own.kill_workers()
+    assert all(isinstance(future.exception(WATCHDOG_S), BrokenProcessPool) for future in futures)
 
 
 # ---- taken in part ---------------------------------------------------------------------------------------------------

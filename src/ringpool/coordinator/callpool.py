@@ -19,6 +19,7 @@ from ringpool.coordinator.maprun import MapOptions, MapRun
 from ringpool.coordinator.pool import START_METHOD, Pool, WorkerLimits, named_context, start_method
 from ringpool.coordinator.supervisor import Death
 from ringpool.coordinator.tickets import Ticket
+from ringpool.errors.broken import ExecutorEndedError
 from ringpool.shm import blobs
 from ringpool.shm.dispatch import Task
 from ringpool.shm.layout import Encoding, Form
@@ -73,6 +74,7 @@ class CallPool:
             on_ended=None if inbox is None else lambda: inbox.close(LOGS_TIMEOUT_S),
             on_exit=on_exit,
             closed=lambda: RuntimeError("cannot schedule new futures after shutdown"),
+            ended=ExecutorEndedError,
         )
 
     def submit(

@@ -33,6 +33,7 @@ from ringpool.errors import (
     CoordinatorClosedError,
     DaemonicProcessError,
     MainModuleError,
+    RingpoolError,
     ThreadStartError,
     WorkingDirectoryError,
     WrongProcessError,
@@ -78,7 +79,8 @@ class Pool:
     ``limits``: when a worker is replaced between tasks. ``memory_limit_bytes``: it is killed when it has more.
     ``on_demand``: workers are started when tasks wait for them. ``setup``: gives what a worker does before its first
     task. ``on_exit(death, reason)``: told of each worker that ended, in the pump's thread. ``on_ended``: called when
-    all workers have ended. ``closed``: makes the error for tasks that come too late. ``retains``: results stay in the
+    all workers have ended. ``closed``: makes the error for tasks that come too late, ``ended`` that
+    of those that are not done when the pool is ended. ``retains``: results stay in the
     segment until they are released, and the segment when the pool is closed, or dead: who made it removes it.
     Raises ``SharedMemoryFullError``, ``ThreadStartError``, ``ValueError``, ``MainModuleError`` and
     ``DaemonicProcessError``, ``WorkingDirectoryError``.
@@ -98,6 +100,7 @@ class Pool:
         on_exit: Callable[[Death, str], None] | None = None,
         on_ended: Callable[[], None] | None = None,
         closed: Callable[[], Exception] = CoordinatorClosedError,
+        ended: Callable[[], RingpoolError] = CoordinatorClosedError,
         retains: bool = False,
     ) -> None:
         require_no_main_import()
@@ -127,7 +130,7 @@ class Pool:
         try:
             self._end = CoordinatorEnd(self._segment, retains=retains)
             n_started = 1 if on_demand else n_workers  # it begins with a first task
-            self.pump = pump = Pump(self._end, n_started, on_demand, memory_limit_bytes, on_exit)
+            self.pump = pump = Pump(self._end, n_started, on_demand, memory_limit_bytes, on_exit, ended)
             self.supervisor = Supervisor(
                 context,
                 lambda w: (WorkerArguments(name, w, claims_max, SPINS, *limits, mask), setup()),

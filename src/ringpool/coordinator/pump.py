@@ -56,8 +56,10 @@ class Pump:
         on_demand: bool = False,
         memory_limit_bytes: int | None = None,
         on_exit: Callable[[Death, str], None] | None = None,
+        ended: Callable[[], RingpoolError] = CoordinatorClosedError,
     ) -> None:
         self.end = end
+        self._ended = ended
         self.broken: RingpoolError | None = None
         self.arena: Arena | None = None  # set by who queues vectors, before the first
         self.n_completed = self.n_failed = 0
@@ -106,7 +108,7 @@ class Pump:
         """There is something for the pump."""
         self._wake()
         if self._ending_of_thread.has_come:  # it ended between the caller's look and this: nobody would answer
-            self._fail_all(self.broken or CoordinatorClosedError())
+            self._fail_all(self.broken or self._ended())
 
     def on_death(self, death: Death) -> None:
         """A worker has died."""
@@ -154,7 +156,7 @@ class Pump:
         self.staff.leaving = True
 
     def stop(self) -> bool:
-        """End the thread; what is queued or in the ring fails with ``CoordinatorClosedError``. Whether it has ended.
+        """End the thread; what is queued or in the ring fails with the error of ``ended``. Whether it has ended.
 
         It may not, where it waits for a lock of a future that Ctrl-C has left held, or for a future's callback.
         """
@@ -265,7 +267,7 @@ class Pump:
     # ---- the thread
 
     def _run(self) -> None:
-        error: BaseException = CoordinatorClosedError()
+        error: BaseException = self._ended()
         try:
             while not self._stopping:
                 self._turn()

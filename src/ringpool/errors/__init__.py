@@ -36,6 +36,7 @@
       ResultTransportError       a result that cannot travel between processes (also a BrokenProcessPool)
       PoolError                  the pool as a whole
         CoordinatorClosedError     it is closed
+          ExecutorEndedError         an executor's, with what it still ran (also a BrokenProcessPool)
         CrashLoopError             workers die before they take a first task (also a BrokenProcessPool)
         InitializerError           the pool's initializer raised in a worker (also a BrokenProcessPool)
         ThreadStartError           the system gives this process no more threads (also a BrokenProcessPool)
@@ -140,6 +141,7 @@ if TYPE_CHECKING:
     from ringpool.errors.broken import (
         ArgumentTransportError as ArgumentTransportError,
         CrashLoopError as CrashLoopError,
+        ExecutorEndedError as ExecutorEndedError,
         InitializerError as InitializerError,
         MainModuleError as MainModuleError,
         MemoryLimitError as MemoryLimitError,
@@ -163,8 +165,8 @@ _LAZY = {
     name: module
     for module, names in {
         "broken": (
-            "ArgumentTransportError CrashLoopError InitializerError MainModuleError MemoryLimitError "
-            "ResultTransportError ThreadStartError WorkerDiedError"
+            "ArgumentTransportError CrashLoopError ExecutorEndedError InitializerError MainModuleError "
+            "MemoryLimitError ResultTransportError ThreadStartError WorkerDiedError"
         ),
         "jobs": (
             "BenchmarkError CommandError CommandTemplateError InputChangedError JobBusyError JobError JobMissingError "

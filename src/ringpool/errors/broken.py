@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures.process import BrokenProcessPool
 
 from ringpool.errors.base import RingpoolError, signal_name
-from ringpool.errors.tasks import PoolError, times
+from ringpool.errors.tasks import CoordinatorClosedError, PoolError, times
 
 
 class WorkerDiedError(RingpoolError, BrokenProcessPool):
@@ -154,6 +154,16 @@ class ThreadStartError(PoolError, BrokenProcessPool):
             f"the threads of the pool cannot be started: {self.reason}; "
             "look at the limits of processes (ulimit -u, pids.max of a container) and of memory (ulimit -v)"
         )
+
+
+class ExecutorEndedError(CoordinatorClosedError, BrokenProcessPool):
+    """The executor was ended before this task was done: by ``kill_workers``, Ctrl-C, or with its program.
+
+    A ``BrokenProcessPool``, because ``ProcessPoolExecutor`` breaks when its workers are killed.
+    """
+
+    def __str__(self) -> str:
+        return "the executor was ended before this task was done; make a new one to run more tasks"
 
 
 class InitializerError(PoolError, BrokenProcessPool):
