@@ -8,6 +8,7 @@ import os
 import signal
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -19,6 +20,7 @@ from tests.coordinator import call_functions as functions
 from tests.coordinator.program import WATCHDOG_S, Program, wait_until
 
 from ringpool import RingPoolExecutor
+from ringpool.coordinator.pump import Pump
 from ringpool.errors import WrongProcessError
 
 RunProgram = Callable[..., Program]
@@ -187,6 +189,29 @@ def test_closing_while_another_thread_takes(source: str) -> None:
         assert (len(found), errors) == (N, [])
     else:
         assert len(found) == N or [type(error) for error in errors] == [RuntimeError]
+
+
+def test_who_closes_leaves_the_news_to_whoever_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine under load all that is under way may have come when the pump looks: one release of one lock."""
+    turn = Pump._turn
+
+    def late_turn(pump: Pump) -> None:
+        time.sleep(0.15)
+        turn(pump)
+
+    monkeypatch.setattr(Pump, "_turn", late_turn)
+    own = RingPoolExecutor(2)
+    results = own.map(functions.identity, range(600_000))
+    assert next(results) == 0
+    closing = threading.Thread(target=own.shutdown, daemon=True)
+    found: list[int] = []
+    taking = threading.Thread(target=lambda: found.extend(results), daemon=True)
+    closing.start()
+    taking.start()
+    taking.join(WATCHDOG_S)
+    assert len(found) == 599_999
+    closing.join(WATCHDOG_S)
+    assert not closing.is_alive()
 
 
 def test_killing_the_workers_ends_whoever_takes(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ It is apart from the iterator, so that one that nobody has any more is noticed.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -29,8 +30,9 @@ class Inbox:
 
     def settle(self) -> None:
         """What was there for now has been delivered."""
-        if self._news.locked():  # nobody else unlocks it
-            self._news.release()
+        if self._news.locked():
+            with contextlib.suppress(RuntimeError):  # ``wait_beside`` has just unlocked it
+                self._news.release()
 
     def wait(self, timeout_s: float = -1) -> bool:
         """Wait until something has arrived, up to ``timeout_s`` seconds (-1: for ever); whether it has."""
@@ -38,6 +40,11 @@ class Inbox:
             if not self._news.acquire(timeout=timeout_s):
                 return bool(self.arrived)
         return True
+
+    def wait_beside(self, timeout_s: float) -> None:
+        """``wait``, beside the consumer, who may wait as well: news wake one of both, and this one gives them on."""
+        if self.wait(timeout_s):
+            Inbox.settle(self)
 
     def retire(self, left: int) -> None:
         """Nobody takes results any more, and ``left`` are still to come. In the pump's thread, or where none are."""

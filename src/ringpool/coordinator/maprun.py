@@ -416,7 +416,7 @@ class MapRun:
                     self._held_bytes = 0
                 self.fill()
             if not self._exhausted:
-                self.inbox.wait(1.0)
+                self.inbox.wait_beside(1.0)
 
     def close(self) -> None:
         """Take no more: what has not started is cancelled, what runs is left to end, and its result is dropped."""
