@@ -468,3 +468,23 @@ def fail(words: str) -> None:
 
 def exit_quietly() -> None:
     os._exit(9)
+
+
+# ---- what a module keeps ---------------------------------------------------------------------------------------------
+
+_kept = 0
+
+
+def keep(value: int) -> None:
+    """An initializer: for ``Keeper``."""
+    global _kept
+    _kept = value
+
+
+class Keeper:
+    """Its class method reads a global of this module."""
+
+    @classmethod
+    def kept(cls, more: int = 0) -> int:
+        """What the initializer has put there, and ``more``."""
+        return _kept + more

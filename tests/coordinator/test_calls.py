@@ -343,6 +343,24 @@ def test_an_initializer_of_a_main_that_is_no_file_is_sent_with_its_arguments(how
     assert (run.returncode, run.stdout, run.stderr) == (0, "well done\n", "")
 
 
+def test_a_class_method_of_a_module_goes_by_name_from_a_main_that_is_no_file() -> None:
+    program = """
+from ringpool import RingPoolExecutor
+from tests.coordinator.call_functions import Keeper, keep
+with RingPoolExecutor(1, initializer=keep, initargs=(5,)) as pool:
+    print(pool.submit(Keeper.kept).result(), *pool.map(Keeper.kept, [1, 2]))
+    print(pool.submit(lambda: Keeper.kept()).result())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=WATCHDOG_S,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "5 6 7\n5\n", "")
+
+
 def test_what_stands_under_the_guard_of_a_script_is_not_found_and_says_so(tmp_path: Path) -> None:
     script = tmp_path / "a_script.py"
     script.write_text("""

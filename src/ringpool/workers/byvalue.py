@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import io
 import pickle
+import sys
 from collections import ChainMap
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
+from types import MethodType
 from typing import Any, cast
 
 import cloudpickle
@@ -29,9 +31,14 @@ def dumps(
 
 
 class _Pickler(_Base):
-    """A class within a class or a function arrives with its whole name, by which ``byname`` may send it back."""
+    """A class within a class or a function arrives with its whole name, by which ``byname`` may send it back. A class
+    method goes as pickle sends it: by its name in its class. Its function is not found there as such, so cloudpickle
+    would send that by value, with globals of its own.
+    """
 
     def reducer_override(self, obj: Any, /) -> Any:
+        if type(obj) is MethodType and _is_named(obj.__self__) and getattr(obj.__self__, obj.__name__, None) == obj:
+            return getattr, (obj.__self__, obj.__name__)
         reduced: Any = super().reducer_override(obj)
         if not issubclass(type(obj), type) or obj.__qualname__ == obj.__name__:
             return reduced
@@ -45,6 +52,16 @@ class _StartPickler(_Pickler):
         tables: Any = _Base.dispatch_table, ForkingPickler(file).dispatch_table
         self.dispatch_table = ChainMap(*tables)  # before the base's, which reads it
         super().__init__(file, *arguments, **keywords)
+
+
+def _is_named(owner: object) -> bool:
+    """Whether it is a class that another process finds by its name."""
+    if not isinstance(owner, type) or owner.__module__ == "__main__":
+        return False
+    found: object = sys.modules.get(owner.__module__)
+    for name in owner.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is owner
 
 
 def set_state(set_rest: Callable[[type, Any], object], name: str, made: type, state: Any) -> None:
