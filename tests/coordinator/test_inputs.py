@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,28 @@ def test_a_directory_that_cannot_be_read_is_an_error_not_an_empty_one(tmp_path: 
         (tmp_path / "locked").chmod(0o700)
 
 
+def test_what_lies_beside_a_directory_that_cannot_be_read_is_found_before_that_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grow(tmp_path, "one/a", "one/locked/b", "one/z/c", "two/d")
+    scandir = os.scandir
+
+    def refuse(path: str) -> Iterator[os.DirEntry[str]]:
+        if "locked" in path:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    files = list_inputs([tmp_path / "one", tmp_path / "two"])
+    assert [next(files).relpath for _ in range(3)] == ["a", "z/c", "d"]
+    with pytest.raises(PermissionError, match="one/locked"):
+        next(files)
+    with pytest.raises(PermissionError, match="one/locked"):
+        list_inputs([f"{tmp_path}/one/*/b"])
+    excluded = list_inputs([tmp_path / "one"], exclude=["locked"])
+    assert [file.relpath for file in excluded] == ["a", "z/c"]
+
+
 @pytest.mark.parametrize("missing", ["nothing", "nothing/*.txt", "*.nothing", "a/x", "a/*", "", "x\0y"])
 def test_a_missing_source_is_an_error_before_anything_is_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
@@ -271,6 +294,7 @@ def test_an_excluded_directory_is_not_entered(tmp_path: Path, exclude: list[str]
     if exclude:
         assert [file.relpath for file in files] == ["walk/c"]
     else:
+        assert next(files).relpath == "walk/c"
         with pytest.raises(OSError, match="symbolic links"):
             next(files)
 

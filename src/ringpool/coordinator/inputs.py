@@ -57,10 +57,11 @@ class _Directory(NamedTuple):
 
 
 class _Limits(NamedTuple):
-    """Where a walk does not go, and what it leaves out."""
+    """Where a walk does not go, what it leaves out, and why it could not read what it could not."""
 
     exclude_under: tuple[Path, ...]
     filters: _Filters | None
+    refused: list[OSError]
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
@@ -80,14 +81,22 @@ def list_inputs(
     ``Path("-")`` is the file of that name, which as text is ``./-``.
 
     Raises at once ``InputMissingError`` where a source is not there or a glob matches nothing, and ``ListError`` where
-    a list is not there or standard input is named twice; ``OSError`` later where a directory cannot be read, since to
-    leave out what is in it would look like success, and ``ListError`` where a list cannot be read on.
+    a list is not there or standard input is named twice; ``ListError`` later where a list cannot be read on, and at the
+    end of all the first ``OSError`` of a directory that cannot be read: to leave out what is in it would look like
+    success.
     """
     named = list(sources)
     if sum(_list_of(source) == STANDARD_INPUT for source in named) > 1:
         raise ListError(STANDARD_INPUT, 0, "it is named twice, and can be read once")
-    limits = _Limits(tuple(exclude_under), _Filters(include, exclude) if include or exclude else None)
-    return chain.from_iterable([_open_source(source, limits) for source in named])
+    limits = _Limits(tuple(exclude_under), _Filters(include, exclude) if include or exclude else None, [])
+    return chain.from_iterable([*(_open_source(source, limits) for source in named), _refusal(limits)])
+
+
+def _refusal(limits: _Limits) -> Iterator[InputFile]:
+    """No file; an error, when all walks are at their end, if one of them had any."""
+    if limits.refused:
+        raise limits.refused[0]
+    yield from ()
 
 
 def relpaths_are_unique(sources: Sequence[str | Path]) -> bool:
@@ -127,7 +136,7 @@ def _open_glob(source: str, limits: _Limits) -> Iterator[InputFile]:
     matches = _walk(root, limits._replace(filters=None), glob)
     first = next(matches, None)
     if first is None:
-        raise InputMissingError(source)
+        raise limits.refused[0] if limits.refused else InputMissingError(source)
     if limits.filters is None:
         return chain((first,), matches)
     return _walk(root, limits, glob)  # what matches may all be filtered out: that is no mistake in the source
@@ -143,12 +152,16 @@ def _walk(root: _Directory, limits: _Limits, glob: _Glob | None) -> Iterator[Inp
     waiting = [root]
     while waiting:
         directory = waiting.pop()
-        identity = _identity(directory.path or ".")
-        if identity is None or identity in directory.ancestors:
+        try:
+            identity = _identity(directory.path or ".")
+            if identity is None or identity in directory.ancestors:
+                continue
+            if directory is not root and any(identity == _identity(place) for place in limits.exclude_under):
+                continue
+            files, subdirectories = _list(directory, glob)
+        except OSError as error:  # the others are walked all the same, and then it is said
+            limits.refused.append(error)
             continue
-        if directory is not root and any(identity == _identity(place) for place in limits.exclude_under):
-            continue
-        files, subdirectories = _list(directory, glob)
         if limits.filters is not None:
             files, subdirectories = limits.filters.keep(directory.relpath, files, subdirectories)
         for name in files:
