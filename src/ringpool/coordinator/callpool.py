@@ -11,13 +11,14 @@ from concurrent.futures import Future
 from itertools import repeat
 from multiprocessing.context import BaseContext
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ringpool.coordinator.futures import PoolFuture
 from ringpool.coordinator.logs import LogInbox
 from ringpool.coordinator.maprun import MapOptions, MapRun
 from ringpool.coordinator.pool import START_METHOD, Pool, WorkerLimits, named_context, start_method
 from ringpool.coordinator.supervisor import Death
+from ringpool.coordinator.taskoptions import TaskOptions
 from ringpool.coordinator.tickets import Ticket
 from ringpool.errors.broken import ExecutorEndedError
 from ringpool.shm import blobs
@@ -25,9 +26,6 @@ from ringpool.shm.dispatch import Task
 from ringpool.shm.layout import Encoding, Form
 from ringpool.workers import calls
 from ringpool.workers.setup import Setup
-
-if TYPE_CHECKING:
-    from ringpool.coordinator.executor import TaskOptions
 
 RING_SLOTS = 1024
 LOGS_TIMEOUT_S = 5.0  # for handlers, to take what workers had logged when they ended

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from ringpool import startup
+from ringpool.coordinator.taskoptions import TaskOptions as TaskOptions
 from ringpool.shm import layout
 
 if TYPE_CHECKING:
@@ -29,25 +30,6 @@ if TYPE_CHECKING:
     from ringpool.coordinator.callpool import CallPool
     from ringpool.coordinator.pool import Pool
     from ringpool.coordinator.supervisor import Death
-
-
-class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How a task is run.
-
-    ``timeout``: seconds that it may run; then its worker is killed, and it fails with ``TaskTimeoutError``.
-    ``retries``: how often it is started again whose worker died in it, or was killed for a limit. ``priority``: higher
-    first.
-    """
-
-    timeout: float | None = None
-    retries: int = 0
-    priority: int = 0
-
-    def __post_init__(self) -> None:
-        if self.timeout is not None and not self.timeout > 0:
-            raise ValueError(f"timeout must be above 0 seconds, not {self.timeout!r}")
-        if not 0 <= self.retries < layout.ATTEMPT_MAX:
-            raise ValueError(f"retries must be from 0 to {layout.ATTEMPT_MAX - 1}, not {self.retries!r}")
 
 
 class WorkerExit(msgspec.Struct, frozen=True):
