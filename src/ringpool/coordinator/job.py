@@ -15,11 +15,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
@@ -28,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ringpool import startup
-from ringpool.coordinator import jobrun, staging, verify
+from ringpool.coordinator import jobrun, signals, staging, verify
 from ringpool.coordinator.functiondigest import encode_sorted, function_digest
 from ringpool.coordinator.inputs import InputFile, largest_first, list_inputs, relpaths_are_unique
 from ringpool.coordinator.joblock import JobLock
@@ -48,9 +46,6 @@ from ringpool.workers.files.locks import PathLock
 from ringpool.workers.files.naming import absolute
 from ringpool.workers.jobtasks import COMMAND, JobSpec
 from ringpool.workers.setup import Setup
-
-if TYPE_CHECKING:
-    from types import FrameType
 
 FilePath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Inputs = FilePath | Sequence[FilePath] | Iterable[FilePath | InputFile]
@@ -235,7 +230,7 @@ class Job:
                     on_progress=on_progress,
                     on_row=on_row,
                 )
-                with _interruptible(run) as raise_if_interrupted:
+                with signals.held_for(run.interrupt) as raise_if_interrupted:
                     self._run_on_pool(run, ledger, job, workers, mp_context)
                 raise_if_interrupted()
                 return self._report(run)
@@ -485,30 +480,3 @@ def _found_locks(base: Path) -> None:
     base.mkdir(parents=True, exist_ok=True)
     with PathLock(base / "any name", base=base):
         pass
-
-
-@contextlib.contextmanager
-def _interruptible(run: JobRun) -> Generator[Callable[[], None]]:
-    """Ctrl-C stops ``run`` meanwhile, where it would raise ``KeyboardInterrupt``; what is given raises that later."""
-    n_presses = 0
-
-    def press(_number: int, _frame: FrameType | None) -> None:
-        nonlocal n_presses
-        n_presses += 1
-        run.interrupt("Ctrl-C")
-
-    def raise_if_interrupted() -> None:
-        if n_presses:
-            raise KeyboardInterrupt
-
-    is_ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if is_ours:
-        signal.signal(signal.SIGINT, press)
-    try:
-        yield raise_if_interrupted
-    finally:
-        if is_ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,6 +1,6 @@
 """SIGTERM and SIGHUP end a program that has a pool as Ctrl-C does: by an exception in its main thread.
 
-    KeyboardInterrupt   from SIGINT, Python's own
+    KeyboardInterrupt   from SIGINT, Python's own; while a job runs, ``held_for`` it
     SystemExit(128 + n) from SIGTERM and SIGHUP, while a pool lives, unless the program handles or ignores them itself
 
 The exception unwinds the program's ``with`` block, or its ``atexit``, and that stops the pool. A signal's default
@@ -13,9 +13,11 @@ once a program ends because of SIGHUP, another one does not interrupt that.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable, Generator
 from types import FrameType
 
 _HANDLED = (signal.SIGTERM, signal.SIGHUP)
@@ -80,3 +82,32 @@ def _let_go() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go)
+
+
+@contextlib.contextmanager
+def held_for(interrupt: Callable[[str], None]) -> Generator[Callable[[], None]]:
+    """In the main thread, Ctrl-C calls ``interrupt("Ctrl-C")`` meanwhile, where it would raise ``KeyboardInterrupt``;
+    what is given raises that later.
+    """
+    n_presses = 0
+
+    def press(_number: int, _frame: FrameType | None) -> None:
+        nonlocal n_presses
+        n_presses += 1
+        interrupt("Ctrl-C")
+
+    def raise_if_interrupted() -> None:
+        if n_presses:
+            raise KeyboardInterrupt
+
+    is_ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if is_ours:
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield raise_if_interrupted
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
