@@ -24,7 +24,7 @@ def _fork_or_hang_up() -> int:
     try:
         pid = _fork()
     except OSError as error:
-        if not _hang_up(sys._getframe(1)):  # pyright: ignore[reportPrivateUsage]
+        if not _hang_up(sys._getframe(1)):  # pyright: ignore[reportPrivateUsage]  (whose request it is, only it knows)
             raise
         with contextlib.suppress(OSError):  # nobody listens
             os.write(2, f"ringpool: no process can be made: {error}\n".encode())

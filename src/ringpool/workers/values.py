@@ -148,11 +148,9 @@ def decode_error(value: tuple[BaseException, str]) -> BaseException:
 
     ``ResultTransportError`` where what was rebuilt here is no exception.
     """
-    from concurrent.futures.process import _RemoteTraceback as RemoteTraceback  # pyright: ignore[reportPrivateUsage]
-
     error, text = value
     try:
-        _set_cause(error, RemoteTraceback(f'\n"""\n{text}"""'))  # pyright: ignore[reportArgumentType]  (typeshed errs)
+        _set_cause(error, _traceback_in_words(text))
     except TypeError as refusal:
         return undecodable(refusal, type(error).__qualname__)
     return error
@@ -160,14 +158,18 @@ def decode_error(value: tuple[BaseException, str]) -> BaseException:
 
 def undecodable(error: BaseException, type_name: str) -> RingpoolError:
     """The error for a value that arrived as bytes and cannot be rebuilt here; why, with its traceback, as its cause."""
-    from concurrent.futures.process import _RemoteTraceback as RemoteTraceback  # pyright: ignore[reportPrivateUsage]
-
     from ringpool.errors import ResultTransportError
 
     refusal = ResultTransportError(type_name, f"it cannot be rebuilt here: {type(error).__name__}: {_message(error)}")
-    # In words, as ProcessPoolExecutor has it: the exception itself would keep all frames that it came through.
-    refusal.__cause__ = RemoteTraceback(f'\n"""\n{_traceback_of(error)}"""')  # pyright: ignore[reportArgumentType]
+    refusal.__cause__ = _traceback_in_words(_traceback_of(error))  # the error itself would keep all of its frames
     return refusal
+
+
+def _traceback_in_words(text: str) -> BaseException:
+    """What is to be the cause of an error, and shown with it: of the class that ``ProcessPoolExecutor`` has for it."""
+    from concurrent.futures.process import _RemoteTraceback as RemoteTraceback  # pyright: ignore[reportPrivateUsage]
+
+    return RemoteTraceback(f'\n"""\n{text}"""')  # pyright: ignore[reportArgumentType]  (typeshed errs)
 
 
 def _in_words(error: BaseException, text: str) -> RemoteError:
