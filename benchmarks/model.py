@@ -1,6 +1,6 @@
 """A model of one ring: how fast it is with more workers than this machine has, and what stops it.
 
-                +--> lock (one at a time): hold h(b) ------+
+                +--> lock (one at a time): hold h ---------+
     N workers --+                                          +--> b tasks: b (S + o) --> again     machine repairman, MVA
                 +------------------------------------------+
     coordinator (one interpreter): c a task                     the ring between them holds far more than N tasks,
@@ -11,10 +11,10 @@
                                      cores         C / (S + o + c + h / b)
 
     S   seconds of CPU of a task          given; in the validation, as the bare split has it with as many processes
-    b   tasks to a claim                  as the library chooses: file tasks 200 us of work, vectors of a map 8 ms
+    b   tasks to a claim                  as the library chooses: a vector of 8 ms of work
     o   of a worker, for each task        measured: CPU time of a worker over no-ops
     c   of the coordinator, for each      measured: CPU time of this process over no-ops
-    h   lock held by a claim of b         measured: h(b) = first + (b - 1) more; and the handover between two processes
+    h   lock held by a claim              measured; and the handover between two processes
     w   to wake a worker that sleeps      measured: what a post costs the one who posts
 
 Parameters are those of a quiet machine: the least of some goes, the lowest decile of many sections.
@@ -48,14 +48,14 @@ from ringpool.bench import measure, peers
 from ringpool.bench.peers import Pools
 from ringpool.bench.tasks import no_op
 from ringpool.coordinator.callpool import RING_SLOTS
-from ringpool.coordinator.maprun import UNDER_WAY_ITEMS_MAX, VECTOR_ITEMS_MAX, VECTOR_NS
+from ringpool.coordinator.filerun import AHEAD_MAX, TOGETHER_MAX
 from ringpool.coordinator.pool import SPINS
+from ringpool.coordinator.sizer import UNDER_WAY_ITEMS_MAX, VECTOR_ITEMS_MAX, VECTOR_NS
 from ringpool.shm import segment
 from ringpool.shm.claims import WorkerEnd
 from ringpool.shm.dispatch import CoordinatorEnd, Task
-from ringpool.shm.layout import CLAIMS_MAX, Encoding, Status
+from ringpool.shm.layout import Encoding, Status
 from ringpool.shm.results import Results
-from ringpool.workers.process import CLAIM_TARGET_NS
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128)
 SIZES_NS = TASKS_NS | {"10 ms": 10_000_000}
@@ -69,33 +69,30 @@ VALIDATION_ROUNDS = 5
 
 
 class Locks(NamedTuple):
-    """Seconds: the lock held by a claim of one entry; for each entry more; what it takes to get it from another
-    process; and what it costs to wake one that sleeps.
+    """Seconds: the lock held by a claim of one entry; what it takes to get it from another process; and what it costs to
+    wake one that sleeps.
     """
 
-    first_s: float
-    more_s: float
+    hold_s: float
     handover_s: float
     wake_s: float
 
 
 class Way(NamedTuple):
-    """A way to hand out tasks: seconds of work in a claim; tasks in it, at most; tasks under way, at most; whether a
-    claim is one record, however many tasks that holds; seconds that a task costs a worker, and the coordinator.
+    """A way to hand out tasks, as vectors: how many are in one, at most; tasks under way, at most; seconds that a task
+    costs a worker, and the coordinator.
     """
 
     name: str
-    claim_s: float
     tasks_max: int
     under_way_max: int
-    is_vector: bool
     worker_s: float
     coordinator_s: float
 
     def claim_of(self, task_s: float, workers: int) -> int:
         """How many tasks a worker takes at once."""
-        share = self.under_way_max // (workers * (2 if self.is_vector else 1))
-        return max(1, min(int(self.claim_s / task_s), self.tasks_max, share))
+        share = self.under_way_max // (2 * workers)
+        return max(1, min(int(VECTOR_NS / 1e9 / task_s), self.tasks_max, share))
 
 
 class Prediction(NamedTuple):
@@ -122,9 +119,7 @@ def lock_residence_s(workers: int, think_s: float, hold_s: float) -> float:
 def predict(way: Way, locks: Locks, task_s: float, workers: int, cores: int) -> Prediction:
     """Throughput of one ring, see the module."""
     b = way.claim_of(task_s, workers)
-    hold_s = locks.first_s + locks.more_s * (0 if way.is_vector else b - 1)
-    if workers > 1:
-        hold_s += locks.handover_s
+    hold_s = locks.hold_s + (locks.handover_s if workers > 1 else 0)
     think_s = b * (task_s + way.worker_s)
     workers_per_s = workers * b / (think_s + lock_residence_s(workers, think_s, hold_s))
     coordinator_per_s = 1 / way.coordinator_s
@@ -162,25 +157,24 @@ def measure_locks() -> Locks:
     ring = segment.create(RING_SLOTS, 1)
     try:
         end = CoordinatorEnd(ring)
-        one_s, all_s = (_exchange_s(ring, end, n) for n in (1, CLAIMS_MAX))
+        hold_s = _exchange_s(ring, end)
         handover_s = _handover_s(end)
         wake_s = _wake_s(end)
         end.close()
     finally:
         segment.unlink(ring.name)
-    return Locks(one_s, max(0.0, (all_s - one_s) / (CLAIMS_MAX - 1)), handover_s, wake_s)
+    return Locks(hold_s, handover_s, wake_s)
 
 
-def _exchange_s(ring: segment.Segment, end: CoordinatorEnd, n: int) -> float:
-    """A worker's one section: hand in ``n`` entries, and take ``n`` others. Nobody else is there."""
+def _exchange_s(ring: segment.Segment, end: CoordinatorEnd) -> float:
+    """A worker's one section: hand in an entry, and take another. Nobody else is there."""
     worker = WorkerEnd(segment.attach(ring.name), 0)
     results = Results(worker.ring, 0)
-    tasks = [Task(0, b"")] * n
     spent_s: list[float] = []
-    for _ in range(PROBES * 4 // (3 + n)):
-        end.publish(tasks)
+    for _ in range(PROBES):
+        end.publish([Task(0, b"")])
         began_s = time.perf_counter()
-        entries = worker.exchange(n, False)
+        entries = worker.exchange(1, False)
         spent_s.append(time.perf_counter() - began_s)
         for entry in entries or ():
             results.post(entry, int(Status.OK), int(Encoding.MSGPACK), b"\xc0", 0)
@@ -230,15 +224,15 @@ def _wake_s(end: CoordinatorEnd) -> float:
 
 
 def measure_ways(n_tasks: int) -> tuple[Way, Way]:
-    """File tasks, and the vectors of a map: what a no-op costs each side, with one worker."""
+    """File tasks, and the items of a map: what a no-op costs each side, with one worker."""
     paths, numbers = _paths(n_tasks), range(4 * n_tasks)
     with Coordinator(1) as coordinator:
         files = _costs(lambda: coordinator.run_file_tasks(no_file_op, paths), n_tasks, lambda: coordinator.worker_pids)
     with Pools(1) as pools:
         vectors = _costs(lambda: pools.ring.map(no_op, numbers), len(numbers), lambda: pools.ring.worker_pids)
     return (
-        Way(FILES, CLAIM_TARGET_NS / 1e9, CLAIMS_MAX, RING_SLOTS, False, *files),
-        Way(peers.MAP, VECTOR_NS / 1e9, VECTOR_ITEMS_MAX, UNDER_WAY_ITEMS_MAX, True, *vectors),
+        Way(FILES, TOGETHER_MAX, AHEAD_MAX, *files),
+        Way(peers.MAP, VECTOR_ITEMS_MAX, UNDER_WAY_ITEMS_MAX, *vectors),
     )
 
 
@@ -309,10 +303,7 @@ def print_parameters(ways: Sequence[Way], locks: Locks) -> None:
         print(
             f"    {way.name:24} worker {1e6 * way.worker_s:6.2f}   coordinator {1e6 * way.coordinator_s:6.2f}   a task"
         )
-    print(
-        f"    {'lock':24} held by a claim of one {1e6 * locks.first_s:.2f}, of {CLAIMS_MAX} "
-        f"{1e6 * (locks.first_s + (CLAIMS_MAX - 1) * locks.more_s):.2f}; handover {1e6 * locks.handover_s:.2f}"
-    )
+    print(f"    {'lock':24} held by a claim {1e6 * locks.hold_s:.2f}; handover {1e6 * locks.handover_s:.2f}")
     print(f"    {'post to a sleeper':24} {1e6 * locks.wake_s:.2f}")
 
 

@@ -268,6 +268,70 @@ def die_if_marked(src: Path) -> str:
     return src.name
 
 
+# ---- one among many --------------------------------------------------------------------------------------------------
+
+
+def text(src: str) -> str:
+    return src
+
+
+def wait_for_gate(src: Path, *, gate: str) -> str:
+    wait_for(gate)
+    return src.name
+
+
+def odd(src: Path, *, act: str, more: dict[str, str]) -> Any:
+    """The name of ``src``; but where that says that it is odd, what ``act`` says."""
+    if src.read_text() != "odd":
+        return src.name
+    match act:
+        case "sleep":
+            select.select([], [], [], 0.05)
+        case "raise":
+            raise ValueError(src.name)
+        case "exit":
+            sys.exit(3)
+        case "interrupt":
+            raise KeyboardInterrupt
+        case "raise what is huge":
+            raise ValueError("x" * 1_000_000)
+        case "raise what cannot be pickled":
+            raise UnpicklableError
+        case "return a lock":
+            return threading.Lock()
+        case "return bytes":
+            return bytes(int(more["n"]))
+        case "close descriptors":
+            os.closerange(0, 4096)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "exit at once":
+            os._exit(5)
+        case "kill once":
+            if not os.path.exists(more["mark"]):
+                Path(more["mark"]).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        case "wait":
+            wait_for(more["gate"])
+        case _:
+            raise AssertionError(act)
+    return src.name
+
+
+def surroundings(src: Path, *, act: str) -> str:
+    """Working directory and signal handlers as they are found; where ``src`` says that it is odd, they are changed."""
+    found = f"{os.getcwd()} {signal.getsignal(signal.SIGTERM)}"
+    if src.read_text() == "odd":
+        match act:
+            case "chdir":
+                os.chdir("/")
+            case "ignore signals":
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            case _:
+                raise AssertionError(act)
+    return found
+
+
 # ---- ones that bend their process ------------------------------------------------------------------------------------
 
 

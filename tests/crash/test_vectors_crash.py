@@ -34,9 +34,9 @@ LENGTHS = (15, 4, 3, 6)
 # ---- alone -----------------------------------------------------------------------------------------------------------
 
 
-def kill(at: int, retries: int, stop_at: int = -1, lengths: tuple[int, ...] = LENGTHS) -> bool:
+def kill(at: int, retries: int, stop_at: int = -1, *, files: bool = False) -> bool:
     """A worker is killed before bytecode ``at``, another one runs what is left. Whether there was such a bytecode."""
-    with VectorWorld(lengths, retries=retries, stop_at=stop_at) as world:
+    with VectorWorld(LENGTHS, retries=retries, stop_at=stop_at, files=files) as world:
         worker = world.start_worker(0, at)
         killed = world.serve(worker)
         if killed:
@@ -45,8 +45,9 @@ def kill(at: int, retries: int, stop_at: int = -1, lengths: tuple[int, ...] = LE
         return killed
 
 
-def test_outcomes_of_all_kinds_arrive_as_they_are() -> None:
-    with VectorWorld(LENGTHS) as world:
+@pytest.mark.parametrize("files", [False, True], ids=["calls", "files"])
+def test_outcomes_of_all_kinds_arrive_as_they_are(files: bool) -> None:
+    with VectorWorld(LENGTHS, files=files) as world:
         assert not world.serve(world.start_worker(0))
         world.finish()
 
@@ -55,6 +56,14 @@ def test_outcomes_of_all_kinds_arrive_as_they_are() -> None:
 @sweeps(stride=97)
 def test_a_worker_killed_at_any_bytecode_of_a_vector_is_the_death_of_one_item(sweep: Sweep, retries: int) -> None:
     sweep.run(lambda at: kill(at, retries), 1500)
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+@sweeps(stride=97)
+def test_a_worker_killed_at_any_bytecode_of_a_vector_of_files_is_the_death_of_one_file(
+    sweep: Sweep, retries: int
+) -> None:
+    sweep.run(lambda at: kill(at, retries, files=True), 2000)
 
 
 def die_in(deadly: int, retries: int) -> None:

@@ -23,7 +23,7 @@ from ringpool.shm.layout import OutcomeKind
 from ringpool.shm.vectors import Arena, Chunks, Span
 
 N_ITEMS = 3
-N_RUN, N_SPLIT = 460, 150
+N_RUN, N_SPLIT = 480, 150
 ITEMS = [10, 20, "three"]  # two plain words, and a stream
 
 

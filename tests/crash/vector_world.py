@@ -38,15 +38,15 @@ from ringpool.coordinator.tickets import Part, Ticket
 from ringpool.errors import RemoteError, WorkerDiedError
 from ringpool.shm import blobs, layout, results, segment, vectors
 from ringpool.shm.dispatch import Task
-from ringpool.shm.layout import Encoding, Form, RunState
+from ringpool.shm.layout import Encoding, Form, ItemsEncoding, RunState
 from ringpool.shm.ring import RUN_STATE
 from ringpool.shm.vectors import Arena
-from ringpool.workers import callrunner, calls, posting
+from ringpool.workers import callrunner, calls, filetasks, posting, tasks
 from ringpool.workers.confinement import Confinement
 from ringpool.workers.process import Worker, WorkerArguments
 
 LARGE = 70_000  # bytes: more than a chunk
-TRACED = {each.__file__ for each in (vectors, callrunner, calls, posting, results)}
+TRACED = {each.__file__ for each in (vectors, callrunner, calls, posting, results, filetasks)}
 FUNCTION = 1
 N_CHUNKS = 5
 _world: VectorWorld | None = None
@@ -104,6 +104,11 @@ def run_item(i: int) -> Any:
     return OUTCOMES[i](i) if i < len(OUTCOMES) else i
 
 
+def run_file(src: bytes) -> Any:
+    """The same, as a file task's function."""
+    return run_item(int(src))
+
+
 def is_right(i: int, got: Any) -> bool:
     """Whether that is what a caller is to be given for item ``i``."""
     try:
@@ -117,12 +122,18 @@ def is_right(i: int, got: Any) -> bool:
     return type(got) is type(expected) and got == expected
 
 
+def _is_death(error: BaseException) -> bool:
+    return isinstance(error, WorkerDiedError)
+
+
 class VectorWorld(World):
     """See the module. ``lengths``: of the vectors. ``stop_at``: the item in which a worker waits for a ``split``.
-    ``deadly``: the item that kills its worker.
+    ``deadly``: the item that kills its worker. ``files``: the items are paths, for a file task's function.
     """
 
-    def __init__(self, lengths: Sequence[int], *, retries: int = 0, stop_at: int = -1, deadly: int = -1) -> None:
+    def __init__(
+        self, lengths: Sequence[int], *, retries: int = 0, stop_at: int = -1, deadly: int = -1, files: bool = False
+    ) -> None:
         global _world
         super().__init__(slots=8, workers=2, claims_max=2)
         _world = self
@@ -135,13 +146,19 @@ class VectorWorld(World):
         self.end = self.coordinator()
         self.pump = Pump(self.end, self.end.ring.workers)
         self.pump.arena = self.arena = Arena(self.segment.name, N_CHUNKS)
-        function = calls.pickle_callable(run_item)
-        blobs.write(blobs.function_name(self.segment.name, FUNCTION), Encoding.PICKLE, function)
+        self.files = files
+        if files:
+            spec = tasks.FunctionSpec(f"{__name__}:run_file", tasks.pack_parameters("run_file", {}), "full")
+            blobs.write(blobs.function_name(self.segment.name, FUNCTION), Encoding.MSGPACK, tasks.encode_spec(spec))
+        else:
+            function = calls.pickle_callable(run_item)
+            blobs.write(blobs.function_name(self.segment.name, FUNCTION), Encoding.PICKLE, function)
         self.inbox = MapInbox(lambda: None, retries)
         at = 0
         for n in lengths:
-            encoding, body = calls.encode_items(list(range(at, at + n)), starred=False)
-            self.queue(Part(body, encoding, at, 0, n))
+            items = [b"%d" % i if files else i for i in range(at, at + n)]
+            encoding, body = calls.encode_items(items, starred=False)
+            self.queue(Part(body, ItemsEncoding.FILES if files else encoding, at, 0, n))
             at += n
 
     def __exit__(
@@ -187,8 +204,8 @@ class VectorWorld(World):
     def turn(self) -> None:
         """A turn of the pump."""
         self.pump._publish()
-        for ticket, began_ns in self.pump.balance._running_vectors():
-            ticket.sink.deliver_early(ticket, self.arena, time.monotonic_ns() - began_ns)
+        for worker, ticket, began_ns in self.pump.balance._running_vectors():
+            ticket.sink.deliver_early(ticket, self.arena, time.monotonic_ns() - began_ns, worker)
         if self.end.has_results:
             self.end.collect(self.pump._deliver)
 
@@ -259,6 +276,9 @@ class VectorWorld(World):
         for piece in self.inbox.arrived:
             piece.decode()
             assert len(piece.values) == piece.n
+            if self.files and not any(type(value) is Failure and _is_death(value.error) for value in piece.values):
+                assert len(piece.times) == piece.n, "each file is timed"
+                assert all(0 <= spent_ns < PATIENCE_S * 1e9 for spent_ns in piece.times)
             for i, value in enumerate(piece.values, piece.index):
                 assert i not in found, f"item {i} has two outcomes"
                 found[i] = value

@@ -392,7 +392,7 @@ def test_no_more_are_run_than_the_quota(stand: Stand, first: int, quota: int) ->
     assert stand.read(span, n) == seen[:n]
 
 
-def restored_before(stand: Stand, n: int, says: Callable[[int], bool]) -> tuple[list[int], int]:
+def restored_before(stand: Stand, n: int, says: Callable[[int], bool], encoding: int = 0) -> tuple[list[int], int]:
     """Before which of ``n`` items ``restore`` was called, and how many of them were run."""
     seen: list[int] = []
     n_run = 0
@@ -405,7 +405,7 @@ def restored_before(stand: Stand, n: int, says: Callable[[int], bool]) -> tuple[
         nonlocal n_run
         n_run += 1
 
-    span = Span(CHUNK, 0, n, 10, 0)
+    span = Span(CHUNK, 0, n, 10, encoding)
     stand.arena.write(span, bytes(10))
     assert stand.worker.run(span, range(n), call, encode, encode_error, NO_QUOTA, restore) == n_run
     assert stand.arena.progress(span) == n_run
@@ -426,6 +426,76 @@ def test_few_items_are_each_followed_by_a_restoration_and_many_by_some(stand: St
 @pytest.mark.parametrize("bad", [1, 2, 5])
 def test_where_nothing_can_be_restored_the_vector_ends_and_the_rest_comes_back(stand: Stand, bad: int) -> None:
     assert restored_before(stand, 6, lambda n_run: n_run < bad) == (list(range(1, bad + 1)), bad)
+
+
+FILES = int(layout.ItemsEncoding.FILES)
+
+
+def test_between_any_two_files_there_is_a_restoration(stand: Stand) -> None:
+    n = 10 * vectors.RESTORES
+    assert restored_before(stand, n, lambda _: True, FILES) == (list(range(1, n)), n)
+
+
+@pytest.mark.parametrize("outcomes", [[None] * 9, list(range(9)), [1, "a", None, ValueError(), 2.0, b"", (), [], 1]])
+@pytest.mark.parametrize(("first", "end", "limit"), [(0, 9, 9), (3, 9, 9), (0, 5, 5), (2, 9, 6)])
+def test_files_are_timed_each_by_itself(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch, outcomes: list[Any], first: int, end: int, limit: int
+) -> None:
+    """File i takes i ns; some of the files may be taken away before the worker comes to them."""
+    now_ns = 0
+    monkeypatch.setattr(vectors.time, "monotonic_ns", lambda: now_ns)
+    span = Span(CHUNK, first, end, 10, FILES)
+    stand.arena.write(span, bytes(10))
+    before = bytes(stand.arena.mapping[: CHUNK * CHUNK_BYTES]), bytes(stand.arena.mapping[(CHUNK + 1) * CHUNK_BYTES :])
+    if limit < end:
+        assert stand.arena.split(span, lambda n: limit - first - 1) == limit
+
+    def call(item: int) -> Any:
+        nonlocal now_ns
+        now_ns += item
+        if isinstance(outcomes[item], BaseException):
+            raise outcomes[item]
+        return outcomes[item]
+
+    timed = stand.worker.timed(span, call)
+    assert stand.worker.run(span, range(9), timed, encode, encode_error, NO_QUOTA) == limit - first
+    span = span._replace(end=limit)  # as who has taken some away knows it
+    assert stand._read(span, stand.arena.done(span)) == [as_read(outcome) for outcome in outcomes[first:limit]]
+    for a in range(limit - first):
+        for b in range(a, limit - first + 1):
+            assert stand.arena.times(span, a, b)[::-1] == list(range(first + a, first + b))
+    assert stand.arena.times(span._replace(encoding=0), 0, 1) == []
+    mapping = stand.arena.mapping
+    assert (mapping[: CHUNK * CHUNK_BYTES], mapping[(CHUNK + 1) * CHUNK_BYTES :]) == before
+
+
+@pytest.mark.parametrize("n", [1, 50, 1024])
+@pytest.mark.parametrize("outcome", ["x" * 40, 2**64, ValueError("y" * 30), (1,)], ids=repr)
+def test_outcomes_that_fill_a_chunk_leave_the_times_of_files(stand: Stand, n: int, outcome: Any) -> None:
+    items_bytes = vectors.room_for_items(n, timed=True)
+    span = Span(CHUNK, 0, n, items_bytes, FILES)
+    stand.arena.write(span, bytes(items_bytes))
+    stand.worker.items(span)
+
+    def call(_: int) -> Any:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    n_run = stand.worker.run(span, range(n), stand.worker.timed(span, call), encode, encode_error, NO_QUOTA)
+    assert n_run == n or n_run > 100
+    values = stand._read(span, stand.arena.done(span))
+    assert values[: n_run - 1] == [as_read(outcome)] * (n_run - 1)
+    assert values[-1] in (as_read(outcome), Elsewhere())
+    assert all(0 <= spent_ns < 60e9 for spent_ns in stand.arena.times(span, 0, n_run))
+    assert len(stand.arena.times(span, 0, n_run)) == n_run
+
+
+def test_files_whose_times_have_no_room_are_an_error(stand: Stand) -> None:
+    items_bytes = vectors.room_for_items(1000)
+    stand.worker.items(Span(CHUNK, 0, 3000, items_bytes, 0))
+    with pytest.raises(SegmentFormatError):
+        stand.worker.items(Span(CHUNK, 0, 3000, items_bytes, FILES))
 
 
 def test_a_part_of_a_vector_runs_its_own_items_alone(stand: Stand) -> None:

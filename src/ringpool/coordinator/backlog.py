@@ -35,9 +35,9 @@ T = TypeVar("T", bound=Prioritized)
 
 
 class Backlog(Generic[T]):
-    """Tickets in the order in which they are to go. ``append``, ``len`` and ``bool`` are for any thread, and ``drain``
-    is once the pump's has ended; all else is for the pump's. ``has_priorities`` (bool): whether a ticket with a
-    priority other than 0 was ever in it.
+    """Tickets in the order in which they are to go. ``append``, ``tickets``, ``len`` and ``bool`` are for any thread,
+    and ``drain`` is once the pump's has ended; all else is for the pump's. ``has_priorities`` (bool): whether a ticket
+    with a priority other than 0 was ever in it.
     """
 
     __slots__ = ("_arrived", "_first", "_last", "_plain", "_ranked", "has_priorities")
@@ -56,6 +56,10 @@ class Backlog(Generic[T]):
         if self._plain or self._arrived:  # each looked at once: what was full may be empty at a second look
             return True
         return bool(self._ranked)
+
+    def tickets(self) -> list[T]:
+        """All, as they are now; for any thread. One that is at two places for a moment is there twice."""
+        return [*self._plain, *self._arrived, *(ticket for _, _, ticket in self._ranked.copy())]
 
     def append(self, ticket: T) -> None:
         """At the end of its priority."""

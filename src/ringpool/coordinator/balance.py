@@ -62,19 +62,19 @@ class Balance:
         """What there is of vectors that have been under way for long goes to their sinks; to which."""
         sinks: list[Sink] = []
         now_ns = time.monotonic_ns()
-        for ticket, began_ns in self._running_vectors():
+        for worker, ticket, began_ns in self._running_vectors():
             spent_ns = now_ns - began_ns
-            if spent_ns > TAKE_BACK_AFTER_S * 1e9 and ticket.sink.deliver_early(ticket, arena, spent_ns):
+            if spent_ns > TAKE_BACK_AFTER_S * 1e9 and ticket.sink.deliver_early(ticket, arena, spent_ns, worker):
                 sinks.append(ticket.sink)
         return sinks
 
-    def _running_vectors(self) -> Iterator[tuple[Ticket, int]]:
-        """The vectors that workers are at, and since when (CLOCK_MONOTONIC, ns)."""
+    def _running_vectors(self) -> Iterator[tuple[int, Ticket, int]]:
+        """Workers, the vectors that they are at, and since when (CLOCK_MONOTONIC, ns)."""
         ring = self._end.ring
         for worker in range(ring.workers):
             ticket = self._ticket_of(ring.words[ring.worker_word(worker, layout.W_RUNNING)] - 1)
             if ticket is not None and ticket.part is not None and ticket.part.chunk is not None:
-                yield ticket, ring.words[ring.worker_word(worker, layout.W_TASK_START)]
+                yield worker, ticket, ring.words[ring.worker_word(worker, layout.W_TASK_START)]
 
     def split_vectors(self, arena: Arena) -> list[Ticket]:
         """While workers are idle and nothing waits: parts of vectors that others are at, as new tickets."""
@@ -85,7 +85,7 @@ class Balance:
             return []
         taken: list[Ticket] = []
         now_ns = time.monotonic_ns()
-        for ticket, began_ns in self._running_vectors():
+        for _, ticket, began_ns in self._running_vectors():
             assert ticket.part is not None
             part = self._split(arena, ticket.part, now_ns - began_ns, n_idle) if ticket.part.splits else None
             if part is not None:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ringpool.coordinator.filerun import FileResult, FileRun, RunInbox
+from ringpool.coordinator.fileinbox import FileInbox
+from ringpool.coordinator.filerun import FileResult, FileRun
 from ringpool.coordinator.futures import TaskBoard, TaskFuture
 from ringpool.coordinator.pool import Pool, require_importable
 from ringpool.coordinator.staged import StagedOutputs as StagedOutputs  # not when it is needed: see there
@@ -70,7 +71,8 @@ class Coordinator:
     ``mp_context``: a start method (``"forkserver"``, the default, ``"spawn"``, ``"fork"``), ``multiprocessing`` or a
     context of it. ``ring_slots``: how many tasks are in shared memory at a time. ``attempts_max``: how often a task is
     started whose worker died in it, at most 63. ``claims_max``: how many short tasks a worker takes at once, at most
-    64 (1: one by one). ``durability`` of outputs: ``"none"``, ``"atomic"``, ``"data"`` or ``"full"``.
+    64 (1: one by one, and nothing is sent together). ``durability`` of outputs: ``"none"``, ``"atomic"``, ``"data"`` or
+    ``"full"``.
 
     Use it as a context manager. Leaving it normally drains it; leaving it by an exception drops what has not started,
     and by Ctrl-C, ``SIGTERM`` or ``SIGHUP`` kills what runs too. Methods may be called from any thread of the process
@@ -102,6 +104,7 @@ class Coordinator:
         self._task_ids = itertools.count(1)
         self._functions: dict[bytes, _Function] = {}
         self._board = TaskBoard()
+        self._claims_max = claims_max
         self._pool = Pool(n_workers, mp_context, slots=ring_slots, claims_max=claims_max)
         self._pump = self._pool.pump
 
@@ -155,7 +158,9 @@ class Coordinator:
         """Run ``fn`` over ``inputs``; an iterator of ``FileResult``s, in the order in which they end.
 
         ``inputs`` are paths, or ``FileTask``s with their outputs; they are drawn as results are taken, at most
-        ``window`` (default: the slots of the ring) ahead. ``output`` gives the output of an input that comes without.
+        ``window`` ahead (default: the slots of the ring, and while tasks are short 40 ms of work for each worker, at
+        most 16,384). Short tasks without outputs are sent together; whatever one of them does is its own affair.
+        ``output`` gives the output of an input that comes without.
         An iterator that itself waits until results have been taken needs ``window=1``.
         A task that fails, after what ``retry`` allows, is a result with an ``error``; the run goes on. Function and
         parameters are checked here, at once; that two tasks under way have one output is an ``OutputCollisionError``
@@ -168,9 +173,21 @@ class Coordinator:
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, not {window}")
         function = self._function(fn, params or {}, retry)
-        inbox = RunInbox(lambda: self._release(function))
-        tickets = self._tickets(function, iter(inputs), output, inbox)
-        return FileRun(self._pump, inbox, tickets, window or self._pool.slots, self._pool.check_open)
+        inbox = FileInbox(self._pump, lambda: self._release(function), self._attempts_max - 1)
+
+        def ticket_of(path: bytes, src: Any, dst: Any = None, target: bytes | None = None) -> Ticket:
+            return self._ticket(function, inbox, path, src, dst, target)
+
+        return FileRun(
+            self._pool,
+            inbox,
+            _draw(function, iter(inputs), output, inbox, ticket_of),
+            ticket_of,
+            function.id,
+            window=window,
+            at_hand=isinstance(inputs, list | tuple),
+            together=self._claims_max > 1,
+        )
 
     def wait_for_task_result(self, task_id: int, timeout: float | None = None) -> Any:
         """The result of the task that ``submit_file_task`` gave that id; raises what the task raised.
@@ -195,7 +212,7 @@ class Coordinator:
 
     def stats(self) -> CoordinatorStats:
         """Counts, as they are now."""
-        queued, in_ring = self._pump.in_flight
+        queued, in_ring = self._pump.items_in_flight
         pump = self._pump
         return CoordinatorStats(
             len(self._pool.supervisor.pids),
@@ -259,39 +276,48 @@ class Coordinator:
                 del self._functions[function.spec]
                 blobs.unlink(blobs.function_name(self._pool.name, function.id))
 
-    def _tickets(
-        self,
-        function: _Function,
-        inputs: Iterator[Path | FileTask],
-        output: Callable[[Any], Path] | None,
-        inbox: RunInbox,
-    ) -> Iterator[Ticket]:
-        """A ticket for each input. The loop in which a run spends its time: what can be known before it, is."""
-        directory = os.getcwdb()
-        may_lack_output, may_have_output = _outputs_allowed(function)
-        function_id, attempts_max = function.id, self._attempts_max
-        for item in inputs:
-            src, dst = item if isinstance(item, FileTask) else (item, None)
-            if dst is None and output is not None:
-                dst = output(src)
-            if dst is None:
-                target = None
-                if not may_lack_output:
-                    _check_output(function, has_output=False)
-            else:
-                if not may_have_output:
-                    _check_output(function, has_output=True)
-                target = _DETOURS.sub(b"/", _absolute(dst, directory))
-                inbox.expect(target, src)
-            raw = os.fsencode(src)
-            if not raw.startswith(b"/"):
-                raw = os.path.join(directory, raw)
-            encoded = tasks.encode_payload(tasks.FilePayload(raw, target))
-            if len(encoded) <= INLINE_BYTES:
-                task = Task(function_id, encoded)
-            else:
-                task = self._pool.task(function_id, values.Encoded(Encoding.MSGPACK, encoded))
-            yield Ticket(task, inbox, src, dst, target, attempts_max=attempts_max)
+    def _ticket(
+        self, function: _Function, inbox: FileInbox, path: bytes, src: Any, dst: Any, target: bytes | None
+    ) -> Ticket:
+        """The ticket of a run's task that goes by itself."""
+        encoded = tasks.encode_payload(tasks.FilePayload(path, target))
+        if len(encoded) <= INLINE_BYTES:
+            task = Task(function.id, encoded)
+        else:
+            task = self._pool.task(function.id, values.Encoded(Encoding.MSGPACK, encoded))
+        return Ticket(task, inbox, src, dst, target, attempts_max=self._attempts_max)
+
+
+def _draw(
+    function: _Function,
+    inputs: Iterator[Path | FileTask],
+    output: Callable[[Any], Path] | None,
+    inbox: FileInbox,
+    ticket_of: Callable[[bytes, Any, Any, bytes], Ticket],
+) -> Iterator[tuple[bytes, Any] | Ticket]:
+    """Path and source of each input, or its ticket, where it has an output. The loop in which a run spends its time:
+    what can be known before it, is.
+    """
+    directory = os.getcwdb()
+    may_lack_output, may_have_output = _outputs_allowed(function)
+    fsencode = os.fsencode
+    for item in inputs:
+        src, dst = item if isinstance(item, FileTask) else (item, None)
+        if dst is None and output is not None:
+            dst = output(src)
+        path = fsencode(src)
+        if not path.startswith(b"/"):
+            path = os.path.join(directory, path)
+        if dst is None:
+            if not may_lack_output:
+                _check_output(function, has_output=False)
+            yield path, src
+            continue
+        if not may_have_output:
+            _check_output(function, has_output=True)
+        target = _DETOURS.sub(b"/", _absolute(dst, directory))
+        inbox.expect(target, src)
+        yield ticket_of(path, src, dst, target)
 
 
 def _absolute(path: Path, directory: bytes | None = None) -> bytes:

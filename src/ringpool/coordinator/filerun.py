@@ -1,7 +1,10 @@
-"""A run of file tasks: lazy results of lazy inputs; at most ``window`` tasks are under way, however long the input is.
+"""A run of file tasks: lazy results of lazy inputs. Short tasks without outputs go together, as the items of a map do.
 
-FileRun:  next() <- ready <- inbox <--- pump            draws inputs only when asked for a result
-                      inputs -> tickets ---> pump
+FileRun:  next() <- piece at hand <- ready <- inbox <--- pump       draws inputs only when asked for a result
+                        inputs -> parts, tickets -------> pump
+
+Bounds: inputs drawn and not given out, at most ``window``, or 16,384 and 40 ms of work for each worker; before anything
+is known of the tasks, a few for each worker.
 """
 
 from __future__ import annotations
@@ -14,18 +17,29 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ringpool.coordinator.fileinbox import FileInbox, FilePart
 from ringpool.coordinator.futures import outcome_of
-from ringpool.coordinator.inbox import Inbox
+from ringpool.coordinator.pieces import Failure, Piece
+from ringpool.coordinator.sizer import REFILL_AT, Sizer
 from ringpool.coordinator.tickets import Ticket
-from ringpool.errors import CoordinatorClosedError, OutputCollisionError
-from ringpool.shm import layout
+from ringpool.errors import SharedMemoryFullError
+from ringpool.shm import layout, vectors
+from ringpool.shm.dispatch import Task
+from ringpool.shm.layout import Form
 from ringpool.shm.results import ResultRecord
 
 if TYPE_CHECKING:
-    from ringpool.coordinator.pump import Pump
+    from ringpool.coordinator.pool import Pool
 
-FLUSH_TICKETS = 64
+FLUSH_ITEMS = 64
 FILL_S = 0.001  # how long inputs are drawn while results wait to be taken
+AHEAD_MAX = 16_384
+TOGETHER_MAX = 1024  # files in a vector
+TOGETHER_PATH_BYTES_MAX = 4096  # a longer one goes by itself; the kernel takes none
+_PACKED_HEAD_BYTES = 5  # at most, of a path among others
+
+
+_Found = Piece | tuple[Ticket, ResultRecord] | BaseException
 
 
 class FileResult(msgspec.Struct, frozen=True):  # seen by the collector: raising its error makes a cycle
@@ -56,42 +70,11 @@ class FileResult(msgspec.Struct, frozen=True):  # seen by the collector: raising
         return self.value
 
 
-class RunInbox(Inbox):
-    """Where the pump puts the results of a run."""
-
-    def __init__(self, on_retired: Callable[[], None]) -> None:
-        super().__init__(on_retired)
-        self._targets: dict[bytes, Any] = {}  # outputs of tasks under way, with their inputs
-
-    def deliver(self, ticket: Ticket, record: ResultRecord) -> None:
-        """A task has a result: it is decoded where it is taken, not here."""
-        if self.closed:
-            self.dropped()
-        else:
-            self.arrived.append((ticket, record))
-
-    def expect(self, target: bytes, source: Any) -> None:
-        """A task with this output is drawn. Raises ``OutputCollisionError`` where one with the same is under way."""
-        if target in self._targets:
-            raise OutputCollisionError(os.fsdecode(target), str(self._targets[target]), str(source))
-        self._targets[target] = source
-
-    def taken(self, target: bytes) -> None:
-        """The result of the task with this output is taken: the memory of outputs is bounded by the window."""
-        self._targets.pop(target, None)
-
-    def fail(self, ticket: Ticket, error: BaseException) -> None:
-        """A task will never have a result."""
-        self.arrived.append((ticket, error))
-
-    def drop(self, ticket: Ticket) -> None:
-        """A task was taken out of the queue, because the pool closes."""
-        self.arrived.append((ticket, CoordinatorClosedError()))
-
-
 class FileRun(Iterator[FileResult]):
-    """The results of a run, as they come. Inputs are drawn while results are taken, at most ``window`` ahead.
+    """The results of a run, as they come. Inputs are drawn while results are taken.
 
+    ``drawn``: path and source of each input, or the ticket of one with an output. ``alone``: makes the ticket of one
+    without. ``at_hand``: an input never has to be waited for. ``together``: whether short tasks may go together.
     Leaving the loop early, ``close()``, or dropping it, cancels what has not started. An error of the input iterator is
     raised when all that was drawn before it has been given out. One thread at a time takes from it.
     """
@@ -99,16 +82,33 @@ class FileRun(Iterator[FileResult]):
     _closed = True  # until it is whole: Ctrl-C may come in between
 
     def __init__(
-        self, pump: Pump, inbox: RunInbox, tickets: Iterator[Ticket], window: int, check_open: Callable[[], None]
+        self,
+        pool: Pool,
+        inbox: FileInbox,
+        drawn: Iterator[tuple[bytes, Any] | Ticket],
+        alone: Callable[[bytes, Any], Ticket],
+        function_id: int,
+        *,
+        window: int | None,
+        at_hand: bool,
+        together: bool,
     ) -> None:
         self._pid = os.getpid()
-        self._pump = pump
+        self._pool = pool
         self._inbox = inbox
-        self._tickets = tickets
+        self._drawn = drawn
+        self._alone = alone
+        self._vector = Task(function_id, b"", 0, Form.VECTOR)
         self._window = window
-        self._check_open = check_open
-        self._ready: deque[tuple[Ticket, ResultRecord | BaseException]] = deque()
-        self._under_way = 0
+        self._at_hand = at_hand
+        self._together = together
+        self._sizer = Sizer(None, pool.n_workers)
+        self._ready: deque[_Found] = deque()
+        self._values: list[Any] = []  # of the piece at hand, the next one last
+        self._times: list[int] = []
+        self._worker, self._attempts = -1, 1
+        self._n_drawn = self._n_given = self._n_at_hand = self._under_way = 0
+        self._n_together = self._next_index = 0  # inputs without an output have an index: so many have been drawn, ...
         self._exhausted = False
         self._input_error: Exception | None = None
         self._closed = False
@@ -118,31 +118,20 @@ class FileRun(Iterator[FileResult]):
 
     def __next__(self) -> FileResult:
         try:
-            return self._next()
+            while not (values := self._values):
+                result = self._advance()
+                if result is not None:
+                    return result
+            value, index, times = values.pop(), self._next_index, self._times
+            self._next_index = index + 1
+            source = self._inbox.sources.pop(index)
+            duration_s = times.pop() / 1e9 if times else 0.0
+            if type(value) is Failure:
+                return FileResult(source, None, None, value.error, self._attempts, duration_s, self._worker)
+            return FileResult(source, None, value, None, self._attempts, duration_s, self._worker)
         except (KeyboardInterrupt, SystemExit):  # from a signal, between any two steps: what is under way is not known
             self.close()
             raise
-
-    def _next(self) -> FileResult:
-        while not self._ready:
-            if not self._exhausted:
-                self._fill()
-            if self._under_way:
-                self._take()
-            elif self._exhausted:
-                self.close()
-                error, self._input_error = self._input_error, None
-                raise StopIteration if error is None else error
-        ticket, record = self._ready.popleft()
-        if ticket.target is not None:
-            self._inbox.taken(ticket.target)
-        if isinstance(record, BaseException):  # the pool has ended: one error, not one for each file
-            self.close()
-            raise record
-        value, error = outcome_of(ticket, record)
-        worker = record.worker if record.worker < layout.WORKERS_MAX else -1
-        attempts, duration_s = record.attempt + 1, record.duration_ns / 1e9
-        return FileResult(ticket.source, ticket.output, value, error, attempts, duration_s, worker)
 
     def __enter__(self) -> FileRun:
         return self
@@ -159,29 +148,112 @@ class FileRun(Iterator[FileResult]):
             return
         self._closed = self._exhausted = self._inbox.closed = True
         self._ready.clear()
+        self._values.clear()
         self._inbox.arrived.clear()
         self._under_way = 0  # who takes from a closed run gets nothing, and does not wait for it
-        self._pump.abandon(self._inbox)
+        self._pool.pump.abandon(self._inbox)
+
+    # ---- giving out
+
+    def _advance(self) -> FileResult | None:
+        """Wait for what comes next: a result by itself; or None, where there is another piece at hand."""
+        self._n_given += self._n_at_hand
+        self._n_at_hand = 0
+        while True:
+            self._sort()
+            if not self._exhausted and (self._at_hand or not self._ready):
+                self._fill()
+            if self._ready:
+                break
+            if self._under_way:
+                self._inbox.wait()
+            elif self._exhausted:
+                self.close()
+                error, self._input_error = self._input_error, None
+                raise StopIteration if error is None else error
+        found = self._ready.popleft()
+        if isinstance(found, BaseException):  # the pool has ended: one error, not one for each file
+            self.close()
+            raise found
+        if isinstance(found, tuple):
+            self._n_at_hand = 1
+            return self._result_of(*found)
+        self._n_at_hand = found.n
+        self._take(found)
+        return None
+
+    def _sort(self) -> None:
+        """All that has arrived is ready to be given out."""
+        arrived = self._inbox.arrived
+        while arrived:
+            found: _Found = arrived.popleft()
+            if isinstance(found, Piece):
+                self._under_way -= found.n
+                self._sizer.observe(found.spent_ns, found.n, found.n_bytes)
+            elif isinstance(found, tuple):
+                _, record = found
+                self._under_way -= 1
+                self._sizer.observe(record.duration_ns, 1, len(record.payload))
+            self._ready.append(found)
+
+    def _take(self, piece: Piece) -> None:
+        """Have a piece at hand."""
+        piece.decode()
+        piece.values.reverse()
+        self._values, self._times = piece.values, piece.times or []
+        self._next_index, self._worker, self._attempts = piece.index, _index_of(piece.worker), piece.attempts
+
+    def _result_of(self, ticket: Ticket, record: ResultRecord) -> FileResult:
+        if ticket.target is not None:
+            self._inbox.taken(ticket.target)
+        value, error = outcome_of(ticket, record)
+        attempts, duration_s = record.attempt + 1, record.duration_ns / 1e9
+        return FileResult(ticket.source, ticket.output, value, error, attempts, duration_s, _index_of(record.worker))
+
+    # ---- sending
 
     def _fill(self) -> None:
-        """Draw inputs up to the window; but not for long while results wait to be taken.
+        """Draw inputs as far as they may be ahead of results; but not for long while results wait to be taken.
 
         Each is queued before the next is drawn, which may take its time.
         """
-        queue, tickets, arrived, clock = self._pump.queue, self._tickets, self._inbox.arrived, time.monotonic
+        most, together_max = self._most_ahead()
+        room = min(most - self._n_drawn + self._n_given, most - self._under_way)
+        if self._under_way > most * REFILL_AT or room <= 0:
+            return
+        room_bytes = vectors.room_for_items(together_max, timed=True)
+        inbox, queue, clock, wake = self._inbox, self._pool.pump.queue, time.monotonic, self._pool.pump.wake
+        arrived, ready, sources = inbox.arrived, self._ready, inbox.sources
+        part: FilePart | None = None
+        n_in_part = n_bytes = 0
         began_s = woken_s = clock()
-        not_told = FLUSH_TICKETS if not self._under_way else 0  # the first of all is told at once
+        not_told = FLUSH_ITEMS if not self._under_way else 0  # the first of all is told at once
         try:
-            self._check_open()
-            while self._under_way < self._window:
-                queue(next(tickets))
+            self._pool.check_open()
+            for _ in range(room):
+                drawn = next(self._drawn)
+                if isinstance(drawn, Ticket):
+                    queue(drawn)
+                elif together_max == 1 or len(drawn[0]) > TOGETHER_PATH_BYTES_MAX:
+                    queue(self._alone(*drawn))
+                else:
+                    path, index = drawn[0], self._n_together
+                    self._n_together += 1
+                    sources[index] = drawn[1]
+                    n_in_part += 1
+                    n_bytes += len(path) + _PACKED_HEAD_BYTES
+                    if part is None or n_in_part > together_max or n_bytes > room_bytes or not part.add(path):
+                        part = FilePart.begin(index, path)
+                        n_in_part, n_bytes = 1, len(path) + 2 * _PACKED_HEAD_BYTES
+                        queue(Ticket(self._vector, inbox, None, None, part=part))
+                self._n_drawn += 1
                 self._under_way += 1
                 not_told += 1
                 now_s = clock()
-                if not_told > FLUSH_TICKETS or now_s - woken_s > FILL_S:
-                    self._pump.wake()
+                if not_told > FLUSH_ITEMS or now_s - woken_s > FILL_S:
+                    wake()
                     not_told, woken_s = 0, now_s
-                if arrived and now_s - began_s > FILL_S:
+                if (arrived or ready) and now_s - began_s > FILL_S:
                     break
         except StopIteration:
             self._exhausted = True
@@ -189,12 +261,23 @@ class FileRun(Iterator[FileResult]):
             self._exhausted = True
             self._input_error = error
         if not_told:
-            self._pump.wake()
+            wake()
 
-    def _take(self) -> None:
-        """Wait for results, and take all that are there."""
-        inbox = self._inbox
-        inbox.wait()
-        while inbox.arrived:
-            self._ready.append(inbox.arrived.popleft())
-            self._under_way -= 1
+    def _most_ahead(self) -> tuple[int, int]:
+        """How many inputs may be drawn ahead of results, and how many of them may go together."""
+        sizer, n_vectors = self._sizer, 2 * self._pool.n_workers + 2
+        most = self._window or max(self._pool.slots, min(sizer.under_way_max, AHEAD_MAX))
+        if not sizer.has_seen_any:
+            return min(most, n_vectors), 1
+        n = min(sizer.n, TOGETHER_MAX, most // n_vectors) if self._together else 1
+        if n > 1 and self._pool.pump.arena is None:
+            try:
+                self._pool.make_arena()
+            except SharedMemoryFullError:  # it works without
+                self._together, n = False, 1
+        return most, max(1, n)
+
+
+def _index_of(worker: int) -> int:
+    """The index of a worker; -1 where a record has none."""
+    return worker if worker < layout.WORKERS_MAX else -1

@@ -74,8 +74,8 @@ def _value_of_blob(ticket: Ticket) -> Any:
     return values.decode(*blob)
 
 
-def error_of(ticket: Ticket, status: int, value: Any, deaths: int | None = None) -> BaseException:
-    """The error of a task without a value; ``deaths``: of workers in it, where its record does not know."""
+def error_of(ticket: Ticket, status: int, value: Any) -> BaseException:
+    """The error of a task without a value."""
     match status:
         case Status.ERROR if isinstance(value, str):  # there was no room for the exception itself
             type_name, _, message = value.partition(": ")
@@ -83,13 +83,18 @@ def error_of(ticket: Ticket, status: int, value: Any, deaths: int | None = None)
         case Status.ERROR:
             return values.decode_error(value)
         case Status.DIED:
-            number, exitcode, pid, n_deaths, *limit = value
-            make = Condemned(0, *limit).error if limit else WorkerDiedError
-            return make(number, exitcode, pid, _name_of(ticket.source), deaths or n_deaths)
+            return death_of(ticket.source, value)
         case Status.IN_DOUBT:
             return TaskInDoubtError(str(ticket.source), str(ticket.output))
         case _:
             return CancelledError()
+
+
+def death_of(source: Any, value: Any, deaths: int | None = None) -> BaseException:
+    """The error of what a worker died in: ``value`` of its record; ``deaths``, where the record does not know."""
+    number, exitcode, pid, n_deaths, *limit = value
+    make = Condemned(0, *limit).error if limit else WorkerDiedError
+    return make(number, exitcode, pid, _name_of(source), deaths or n_deaths)
 
 
 def _name_of(source: Any) -> str:

@@ -26,22 +26,17 @@ import msgspec
 from ringpool.coordinator.ending import Ending
 from ringpool.coordinator.pieces import Failure, MapInbox, Piece
 from ringpool.coordinator.pool import Pool
+from ringpool.coordinator.sizer import REFILL_AT, VECTOR_ITEMS_MAX, Sizer
 from ringpool.coordinator.tickets import Part, Ticket
 from ringpool.shm import vectors
 from ringpool.shm.dispatch import Task
 from ringpool.shm.layout import Form
 from ringpool.workers import calls
 
-VECTOR_NS = 8_000_000  # work in a vector: so that what it costs is a hundredth of it
-UNDER_WAY_NS = 40_000_000  # work under way for each worker: longer than another thread may keep the pump from running
-UNDER_WAY_ITEMS_MAX = 32_768
-VECTOR_ITEMS_MAX = 4096
-GROWTH_MAX = 16  # from one size of vectors to the next: a first, short task may not be like the others
 HELD_ITEMS_MAX = 16_384
 HELD_BYTES_MAX = 1 << 26
 DRAW_S = 0.001  # an iterator that takes longer has its items sent before it is asked for more
 DRAW_GROUP_MAX = 32
-REFILL_AT = 0.75  # of what may be under way: below that, more is sent
 BUFFER_PARTS = 8  # a buffer whose size is given is filled again when so small a part of it is free
 FILL_S = 0.001  # how long items are drawn while results wait to be taken
 
@@ -58,45 +53,6 @@ class MapOptions(msgspec.Struct, frozen=True):
     timeout_s: float | None
     retries: int
     priority: int
-
-
-class Sizer:
-    """How many items make a vector, by how long the last ones took and how large their results were."""
-
-    def __init__(self, chunksize: int | None, n_workers: int) -> None:
-        self._fixed = chunksize
-        self._n_workers = n_workers
-        self._ns = self._items = self._bytes = 0.0
-        self._n = 1
-
-    def observe(self, piece: Piece) -> None:
-        """A piece has arrived."""
-        if piece.spent_ns:
-            self._ns = self._ns * 0.75 + piece.spent_ns
-            self._items = self._items * 0.75 + piece.n
-            self._bytes = self._bytes * 0.75 + piece.n_bytes
-
-    @property
-    def n(self) -> int:
-        """Items for the next vector."""
-        if self._fixed is not None:
-            return self._fixed
-        if self._items:
-            wanted = VECTOR_NS / (self._ns / self._items + 1)
-            if self._bytes:
-                wanted = min(wanted, vectors.CHUNK_BYTES / 3 / (self._bytes / self._items))
-            self._n = max(1, min(int(wanted), self._n * GROWTH_MAX, VECTOR_ITEMS_MAX))
-        return self._n
-
-    @property
-    def under_way_max(self) -> int:
-        """Items that may be under way."""
-        n = self.n
-        least = (2 * self._n_workers + 2) * n
-        if not self._items:
-            return least
-        wanted = int(self._n_workers * UNDER_WAY_NS / (self._ns / self._items + 1))
-        return max(least, min(wanted, UNDER_WAY_ITEMS_MAX))
 
 
 class MapRun:
@@ -319,7 +275,7 @@ class MapRun:
         arrived = self.inbox.arrived
         while arrived:
             piece = arrived.popleft()
-            self._sizer.observe(piece)
+            self._sizer.observe(piece.spent_ns, piece.n, piece.n_bytes)
             self._held[piece.index if self._options.ordered else len(self._held) + self._n_taken] = piece
             self._held_bytes += piece.size_bytes
 

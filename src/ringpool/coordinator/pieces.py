@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from ringpool.coordinator.futures import error_of, outcome_of
+from ringpool.coordinator.futures import death_of, outcome_of
 from ringpool.coordinator.inbox import Inbox
 from ringpool.coordinator.tickets import Part, Ticket
 from ringpool.errors import RemoteError, SegmentFormatError
@@ -39,7 +39,8 @@ class Piece(msgspec.Struct, eq=False):
 
     ``spent_ns`` in the function; ``outcomes``: a stream of further ones, see ``vectors``; ``n_bytes`` that they took
     in their chunk, plain words not counted; ``blob``: what one of them left in shared memory; ``failed``: whether there
-    may be a ``Failure`` among them.
+    may be a ``Failure`` among them. ``worker``: where they ran, -1 where that is not known; ``attempts``: how often the
+    first was started; ``times``: of items that are timed, the last first, ns.
     """
 
     index: int
@@ -50,6 +51,9 @@ class Piece(msgspec.Struct, eq=False):
     n_bytes: int = 0
     blob: Any = None
     failed: bool = False
+    worker: int = -1
+    attempts: int = 1
+    times: list[int] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -94,6 +98,8 @@ class Piece(msgspec.Struct, eq=False):
 class MapInbox(Inbox):
     """The pump's side of a map: takes outcomes out of vectors, and says what of them is to be run again."""
 
+    counts_items = False  # for the statistics a vector is one task
+
     def __init__(self, on_retired: Callable[[], None], retries: int) -> None:
         super().__init__(on_retired)
         self.n_arrived = 0  # items; written by the pump's thread alone
@@ -135,24 +141,25 @@ class MapInbox(Inbox):
         span = part.span(part.chunk)
         done = vectors.Done() if record.status == _CANCELLED else arena.done(span)
         first = part.first + done.n
+        deaths = 0 if done.n else part.deaths  # of workers, in that item
         if done.n > part.taken.n:
-            self.put(self._piece(part, span, arena, done, record.duration_ns, blob))
+            self.put(self._piece(part, span, arena, done, record.duration_ns, record.worker, blob))
             part.taken = done
         if first == part.end:
             return []
         if record.status == _OK:  # its worker was told to end, or its chunk was full
-            return [self._again(ticket, part.of(first, part.end))]
+            return [self._again(ticket, part.of(first, part.end, deaths))]
         blobs.unlink(blob)
         if record.status == _DIED:
-            return self._after_death(ticket, part, record, first)
+            return self._after_death(ticket, part, record, first, deaths + 1)
         _, error = outcome_of(ticket, record)
         if not done.n:  # it could not be begun at all: the function cannot be had
-            self._fail_rest(part, first, error or CancelledError())
+            self._fail(part, first, part.end, error or CancelledError(), record.worker, deaths + 1)
             return []
-        self.put(Piece(part.index + first, 1, [Failure(error or CancelledError())], failed=True))
+        self._fail(part, first, first + 1, error or CancelledError(), record.worker)
         return [self._again(ticket, part.of(first + 1, part.end))] if first + 1 < part.end else []
 
-    def deliver_early(self, ticket: Ticket, arena: Arena, spent_ns: int) -> bool:
+    def deliver_early(self, ticket: Ticket, arena: Arena, spent_ns: int, worker: int) -> bool:
         """A vector has been under way for long: take what there is of its outcomes; whether there was anything new."""
         part = ticket.part
         assert part is not None
@@ -162,7 +169,7 @@ class MapInbox(Inbox):
         if self.closed or done.n <= part.taken.n:
             return False
         try:
-            piece = self._piece(part, span, arena, done, spent_ns)
+            piece = self._piece(part, span, arena, done, spent_ns, worker)
         except SegmentFormatError:  # the vector's result will say so, to this map alone
             return False
         if piece.outcomes and vectors.stream(piece.outcomes)[-1][0] >= OutcomeKind.BLOB:
@@ -178,6 +185,7 @@ class MapInbox(Inbox):
         arena: Arena,
         done: vectors.Done,
         spent_ns: int,
+        worker: int,
         blob: str | None = None,
     ) -> Piece:
         """Its outcomes so far, without those taken before."""
@@ -185,23 +193,28 @@ class MapInbox(Inbox):
         plain, outcomes = arena.outcomes(span, done, taken)
         n_bytes = done.packed_bytes - taken.packed_bytes + len(outcomes)
         index, n, spent_ns = part.index + part.first + taken.n, done.n - taken.n, max(0, spent_ns - part.taken_ns)
-        piece = Piece(index, n, plain, spent_ns, outcomes, n_bytes)
+        piece = Piece(index, n, plain, spent_ns, outcomes, n_bytes, worker=worker, attempts=part.deaths + 1)
+        piece.times = arena.times(span, taken.n, done.n)
         if outcomes and blob is not None:
             piece.blob = self._blob_of(blob)
         return piece
 
-    def _after_death(self, ticket: Ticket, part: Part, record: ResultRecord, first: int) -> list[Ticket]:
+    def _after_death(self, ticket: Ticket, part: Part, record: ResultRecord, first: int, deaths: int) -> list[Ticket]:
         """Its worker died in item ``first``: that one is blamed, those behind it were never begun."""
         again: list[Ticket] = []
-        deaths = (part.deaths if first == part.first else 0) + 1
         if deaths <= self._retries:
             again.append(self._again(ticket, part.of(first, first + 1, deaths)))
         else:
-            error = error_of(ticket, record.status, values.decode(record.encoding, record.payload), deaths)
-            self.put(Piece(part.index + first, 1, [Failure(error)], failed=True))
+            value = values.decode(record.encoding, record.payload)
+            error = death_of(self._source_of(ticket, part.index + first), value, deaths)
+            self._fail(part, first, first + 1, error, attempts=deaths)
         if first + 1 < part.end:
             again.append(self._again(ticket, part.of(first + 1, part.end)))
         return again
+
+    def _source_of(self, ticket: Ticket, index: int) -> Any:
+        """What the error of an item says that it was."""
+        return ticket.source
 
     @staticmethod
     def _again(ticket: Ticket, part: Part) -> Ticket:
@@ -219,9 +232,13 @@ class MapInbox(Inbox):
         finally:
             blobs.unlink(name)
 
-    def _fail_rest(self, part: Part, first: int, error: BaseException) -> None:
-        failures: list[Any] = [Failure(error)] * (part.end - first)
-        self.put(Piece(part.index + first, len(failures), failures, failed=True))
+    def _fail(
+        self, part: Part, first: int, end: int, error: BaseException, worker: int = -1, attempts: int = 1
+    ) -> None:
+        """Each of the items [first, end) has this error."""
+        failures: list[Any] = [Failure(error)] * (end - first)
+        piece = Piece(part.index + first, len(failures), failures, failed=True, worker=worker, attempts=attempts)
+        self.put(piece)
 
     def fail(self, ticket: Ticket, error: BaseException) -> None:
         """The pool has ended, or the task's outcome cannot be taken."""
@@ -229,7 +246,7 @@ class MapInbox(Inbox):
         if part is not None:
             first = part.first + part.taken.n
             if first < part.end:
-                self._fail_rest(part, first, error)
+                self._fail(part, first, part.end, error)
         else:
             self.put(Piece(ticket.index, 1, [Failure(error)], failed=True))
 

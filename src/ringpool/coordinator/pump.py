@@ -43,7 +43,8 @@ CROWD = 3  # ... and so many arrive in that time
 SPINS = 60  # looks for results before the pump sleeps, about 100 us, where few tasks are under way
 PUBLISH_MAX = 256
 PRIORITIES_DEEP = 2  # tasks in the ring for each worker, where there are priorities
-_OK, _CANCELLED, _BLOB = int(Status.OK), int(Status.CANCELLED), int(Encoding.BLOB)  # which compare faster
+_OK, _DIED, _CANCELLED = int(Status.OK), int(Status.DIED), int(Status.CANCELLED)  # which compare faster
+_BLOB = int(Encoding.BLOB)
 
 
 class Pump:
@@ -62,7 +63,7 @@ class Pump:
         self._ended = ended
         self.broken: RingpoolError | None = None
         self.arena: Arena | None = None  # set by who queues vectors, before the first
-        self.n_completed = self.n_failed = 0
+        self.n_completed = self.n_failed = self._n_results = 0
         self.parcels = Parcels(end.ring.segment.name, retains=end.retains)
         self.balance = Balance(end, self.ticket_of)
         self.staff = Staff(end, self.ticket_of, n_started, on_demand, memory_limit_bytes, on_exit)
@@ -173,6 +174,16 @@ class Pump:
     def in_flight(self) -> tuple[int, int]:
         """How many tasks wait outside the ring, and how many are in it."""
         return len(self._backlog), self._in_ring
+
+    @property
+    def items_in_flight(self) -> tuple[int, int]:
+        """The same, each item of a vector for itself."""
+        in_ring = [ticket for ticket in self._tickets if ticket is not None]
+        queued, published = (
+            sum(1 if ticket.part is None else ticket.part.n for ticket in tickets)
+            for tickets in (self._backlog.tickets(), in_ring)
+        )
+        return queued, published
 
     def is_running(self, ticket: Ticket) -> bool:
         """Whether some worker is at this task; a hint."""
@@ -378,6 +389,7 @@ class Pump:
         if chunk is None:
             return None
         part.chunk = chunk
+        part.seal()
         span = part.span(chunk)
         arena.write(span, part.items)
         self._n_vectors += 1
@@ -406,10 +418,12 @@ class Pump:
             return
         if ticket.task.blob and not self.end.retains:
             self.parcels.discard_payload(ticket.task)
-        if record.status == _OK:
-            self.n_completed += 1
-        elif record.status != _CANCELLED:
-            self.n_failed += 1
+        self._n_results += 1
+        if ticket.part is None or not ticket.sink.counts_items:
+            if record.status == _OK:
+                self.n_completed += 1
+            elif record.status != _CANCELLED:
+                self.n_failed += 1
         try:
             if ticket.part is not None:
                 self._deliver_vector(ticket, entry, record)
@@ -432,6 +446,8 @@ class Pump:
             arena.give(part.chunk)
             part.chunk = None
             self._n_vectors -= 1
+        if record.status == _DIED:
+            self.staff.n_retried += sum(each.part is not None and each.part.deaths > 0 for each in again)
         self._requeue(again)
 
     def _after_delivery(self) -> None:
@@ -469,9 +485,8 @@ class Pump:
         now = time.monotonic()
         elapsed_s = now - self._rated_at
         if elapsed_s > 0.01:
-            total = self.n_completed + self.n_failed
-            self._rate_per_s += ((total - self._rated_total) / elapsed_s - self._rate_per_s) / 2
-            self._rated_total, self._rated_at = total, now
+            self._rate_per_s += ((self._n_results - self._rated_total) / elapsed_s - self._rate_per_s) / 2
+            self._rated_total, self._rated_at = self._n_results, now
         return self._rate_per_s
 
     def _recover(self, death: Death) -> None:

@@ -40,7 +40,9 @@ class Sink(Protocol):
 
 
 class VectorSink(Sink, Protocol):
-    """A sink that takes vectors too."""
+    """A sink that takes vectors too. ``counts_items``: it counts what has ended, item by item."""
+
+    counts_items: bool
 
     def deliver_vector(self, ticket: Ticket, record: ResultRecord, arena: Arena, blob: str) -> list[Ticket]:
         """A vector has come back, its outcomes in ``arena``, or one of them in ``blob``. What is to be run again of it,
@@ -48,7 +50,7 @@ class VectorSink(Sink, Protocol):
         """
         ...
 
-    def deliver_early(self, ticket: Ticket, arena: Arena, spent_ns: int) -> bool:
+    def deliver_early(self, ticket: Ticket, arena: Arena, spent_ns: int, worker: int) -> bool:
         """A vector has been under way for long: take what there is of its outcomes; whether there was anything new."""
         ...
 
@@ -84,6 +86,9 @@ class Part(msgspec.Struct, eq=False):
     def of(self, first: int, end: int, deaths: int = 0) -> Part:
         """A part of it, not in the ring."""
         return Part(self.items, self.encoding, self.index, first, end, self.splits, deaths)
+
+    def seal(self) -> None:
+        """It goes into the ring: nothing is added any more."""
 
 
 class Ticket(msgspec.Struct, eq=False):

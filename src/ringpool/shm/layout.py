@@ -95,7 +95,8 @@ Little-endian; every word is 8 bytes and aligned. N slots, W workers (at most 64
     0x08   Q    limit            items from here on are not this task's any more; 0: that is being decided
     0x10   Q    prefix           Prefix: how the first outcomes stand
     0x18   Q    prefix_items     how many of them do, before the stream; all ones: all, so far
-    0x40        items, then outcomes, each on a multiple of 8
+    0x40        items, then outcomes, each on a multiple of 8; at the end of the chunk, last item first, what each file
+                took, 8 bytes of ns
 
     entry = seq:36 | attempt:6 | slot:22
 
@@ -230,6 +231,7 @@ class ItemsEncoding(IntEnum):
     PICKLED = 1  # a msgpack array of a pickle for each
     PLAIN_STARRED = 2  # the same two, each item a sequence of positional arguments
     PICKLED_STARRED = 3
+    FILES = 4  # a msgpack array of paths, as bytes, for a file task's function; each is timed
 
 
 class Prefix(IntEnum):

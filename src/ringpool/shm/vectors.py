@@ -46,6 +46,7 @@ _ITEM_MASK = (1 << 32) - 1
 _CHUNK_WORDS = CHUNK_BYTES >> 3
 _OUTCOME_BYTES = layout.OUTCOME.size
 _PACKABLE = frozenset((bool, str, bytes, int, float, NoneType))
+_ERRORS = (OutcomeKind.ERROR, OutcomeKind.ERROR_BLOB)
 _YIELDS_BEFORE_SLEEP = 100
 RESTORES = 16  # in a vector: about 10 us, and a vector is milliseconds of work
 _write_head = layout.VECTOR.pack_into
@@ -99,9 +100,19 @@ def pack_span(span: Span) -> bytes:
     return layout.SPAN.pack(*span)
 
 
-def room_for_items(n: int) -> int:
+def room_for_items(n: int, *, timed: bool = False) -> int:
     """How many bytes the items may take of a chunk in which ``n`` of them run: half, or less where outcomes need it."""
-    return min(CHUNK_BYTES // 2, CHUNK_BYTES - VECTOR_ITEMS_AT - 8 - 8 * n - 2 * _OUTCOME_BYTES)
+    words = 2 * n if timed else n
+    return min(CHUNK_BYTES // 2, CHUNK_BYTES - VECTOR_ITEMS_AT - 8 - 8 * words - 2 * _OUTCOME_BYTES)
+
+
+def is_timed(span: Span) -> bool:
+    """Whether it is written what each item takes."""
+    return span.encoding == layout.ItemsEncoding.FILES
+
+
+def _times_bytes(span: Span) -> int:
+    return 8 * (span.end - span.first) if is_timed(span) else 0
 
 
 def _name(segment: str) -> str:
@@ -145,7 +156,7 @@ class Chunks:
         outcomes of them.
         """
         n, at = span.end - span.first, span.chunk * CHUNK_BYTES + VECTOR_ITEMS_AT
-        room = CHUNK_BYTES - outcomes_at(span) - 2 * _OUTCOME_BYTES
+        room = CHUNK_BYTES - outcomes_at(span) - 2 * _OUTCOME_BYTES - _times_bytes(span)
         if n < 0 or room < 8 * n or at >= len(self.mapping):
             raise SegmentFormatError(self.segment, "a vector is not within its chunk")
         return self.mapping[at : at + span.items_bytes]
@@ -163,10 +174,10 @@ class Chunks:
         """Call ``call`` with the items of ``span``, and write each outcome; at most ``quota`` of them. How many it did.
 
         ``encode(value, room)`` and ``encode_error`` give kind and bytes of an outcome for the stream, at most ``room``
-        bytes; they must not raise. ``restore``: called ``RESTORES`` times on the way, and before each item where there
-        are no more than that. Fewer are done where it returns False, a part was taken away, or the chunk is full. In a
-        fork of the worker that returns from ``call`` the views are released: it raises ``ValueError``. Raises
-        ``SegmentFormatError`` where there are fewer items than the span says.
+        bytes; they must not raise. ``restore``: called ``RESTORES`` times on the way, and between any two items where
+        there are no more than that, or they are files. Fewer are done where it returns False, a part was taken away, or
+        the chunk is full. In a fork of the worker that returns from ``call`` the views are released: it raises
+        ``ValueError``. Raises ``SegmentFormatError`` where there are fewer items than the span says.
         """
         if span.end > len(items):
             raise SegmentFormatError(self.segment, f"a vector has {len(items)} items, and says {span.end}")
@@ -176,16 +187,16 @@ class Chunks:
         progress, limit, prefix_items = head + layout.V_PROGRESS, head + layout.V_LIMIT, head + layout.V_PREFIX_ITEMS
         mapping, packed_at = self.mapping, (head << 3) + outcomes_at(span)
         plain_at = (packed_at >> 3) - first
-        chunk_end = (span.chunk + 1) * CHUNK_BYTES
+        chunk_end = (span.chunk + 1) * CHUNK_BYTES - _times_bytes(span)
         prefix: type | None = None  # of the outcomes so far; no value has type None
         packed_end, packed = packed_at, 0  # the latter: what ``progress`` says of it
         tail = 0  # of the stream, once there is one
         stop = min(end, first + max(quota, 0))
-        restore_at = first + 1
+        restore_at, restore_every = first + 1, 1 if is_timed(span) else max(1, (end - first) // RESTORES)
         for i in range(first, stop):
             words[progress] = packed | i
             if i == restore_at:
-                restore_at += max(1, (end - first) // RESTORES)
+                restore_at += restore_every
                 if not restore():
                     return i - first
             if words[limit] <= i and not self._may_run(limit, i):  # read after the store above: see the module
@@ -235,6 +246,22 @@ class Chunks:
                 break
         words[progress] = packed | stop
         return stop - first
+
+    def timed(self, span: Span, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """``call``, for the items of ``span`` in their order: what each takes is written, see ``times``."""
+        words, clock = self.words, time.monotonic_ns
+        at = (span.chunk + 1) * _CHUNK_WORDS
+
+        def timed_call(item: Any) -> Any:
+            nonlocal at
+            at -= 1
+            began_ns = clock()
+            try:
+                return call(item)
+            finally:
+                words[at] = clock() - began_ns
+
+        return timed_call
 
     def _may_run(self, limit: int, i: int) -> bool:
         """Whether item ``i`` is still this worker's, once the publisher has decided it."""
@@ -304,6 +331,11 @@ class Chunks:
         at = self._end_of_stream(at, taken.n - first, end)
         return values, self.mapping[at : self._end_of_stream(at, n - max(taken.n, plain), end)]
 
+    def times(self, span: Span, first: int, end: int) -> list[int]:
+        """What the items [first, end) of those that are done took, ns, the last of them first; where they are timed."""
+        at = (span.chunk + 1) * _CHUNK_WORDS
+        return self.words[at - end : at - first].tolist() if is_timed(span) else []
+
     def _unpacked(self, n: int, first: int, end: int) -> list[Any]:
         if not n:
             return []
@@ -343,6 +375,11 @@ def _packed(value: object, room: int) -> bytes | None:
 def outcomes_at(span: Span) -> int:
     """Where the outcomes of a vector begin, in its chunk: a byte offset, a multiple of 8."""
     return VECTOR_ITEMS_AT + span.items_bytes + 7 & ~7
+
+
+def errors_in(outcomes: bytes) -> int:
+    """How many of a stream's outcomes are exceptions."""
+    return sum(kind in _ERRORS for kind, _ in stream(outcomes)) if outcomes else 0
 
 
 def stream(outcomes: bytes) -> list[tuple[int, memoryview]]:

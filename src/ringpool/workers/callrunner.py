@@ -13,7 +13,7 @@ from ringpool.shm.layout import Encoding, Form, OutcomeKind, Status
 from ringpool.shm.segment import Segment
 from ringpool.workers import calls, values
 from ringpool.workers.confinement import Confinement
-from ringpool.workers.posting import Post
+from ringpool.workers.posting import Encode, Post
 
 FUNCTIONS_MAX = 256  # unpickled at a time
 LOAD_NS = 60_000_000_000  # what importing a function or its arguments may take before that counts as the task's time
@@ -55,10 +55,10 @@ class CallRunner:
         if found is not None or not function_id:
             return found
         self._grant(time.monotonic_ns() + LOAD_NS)
-        _, body, _ = blobs.read(blobs.function_name(self._segment, function_id))
+        encoding, body, _ = blobs.read(blobs.function_name(self._segment, function_id))
         while len(self._functions) >= FUNCTIONS_MAX:
             del self._functions[next(iter(self._functions))]
-        found = self._functions[function_id] = calls.rebuild(body)
+        found = self._functions[function_id] = calls.rebuild(body) if encoding == _PICKLE else _file_function(body)
         self._grant(time.monotonic_ns())
         return found
 
@@ -100,7 +100,10 @@ class CallRunner:
                 chunks = self._chunks = vectors.Chunks.attach(self._segment)
             span = vectors.unpack_span(payload)
             items, call = calls.decode_items(function, span.encoding, chunks.items(span))
-            encoder = _Outcomes(self._post, entry)
+            encode = calls.encode_result
+            if vectors.is_timed(span):
+                call, encode = chunks.timed(span, call), values.encode_result
+            encoder = _Outcomes(self._post, entry, encode)
             n = chunks.run(span, items, call, encoder.value, encoder.error, quota, self._confinement.restore)
             end_ns = time.monotonic_ns()
             self._confinement.end_if_forked()
@@ -112,13 +115,22 @@ class CallRunner:
         return end_ns
 
 
+def _file_function(spec: bytes | memoryview) -> Callable[[bytes], Any]:
+    """What is to be called with the path of each file of a vector. Raises what resolving it raises."""
+    from ringpool.workers.filetasks import bind  # here: half of what a worker would import at its start
+
+    function = bind(spec)
+    call, source_type, parameters = function.call, function.source_type, function.parameters
+    return lambda path: call(source_type(path), **parameters)
+
+
 class _Outcomes:
     """Encodes the outcomes of one vector that are no plain words. Its methods do not raise."""
 
-    def __init__(self, post: Post, entry: int) -> None:
+    def __init__(self, post: Post, entry: int, encode: Encode) -> None:
         self._post = post
         self._entry = entry
-        self._n_blobs = 0
+        self._encode = encode
 
     def value(self, value: object, room: int) -> tuple[int, bytes]:
         """Kind and bytes of a value."""
@@ -126,7 +138,7 @@ class _Outcomes:
         if body is not None and len(body) <= room:
             return OutcomeKind.MSGPACK, body
         try:
-            encoded = calls.encode_result(value)
+            encoded = self._encode(value)
             if not encoded.buffers and len(encoded.body) <= room:
                 return _VALUE_KINDS[encoded.encoding], encoded.body
             values.write_blob(self._blob(), encoded)

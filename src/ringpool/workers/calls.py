@@ -195,7 +195,7 @@ def decode_items(
     """The items of a vector, and what is to be called with each of them: it unpickles an item that is pickled."""
     items: list[Any] = _unpack(body)
     match encoding:
-        case ItemsEncoding.PLAIN:
+        case ItemsEncoding.PLAIN | ItemsEncoding.FILES:
             return items, function
         case ItemsEncoding.PLAIN_STARRED:
             return items, lambda item: function(*item)

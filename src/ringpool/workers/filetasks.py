@@ -34,6 +34,20 @@ class BoundFunction(msgspec.Struct, frozen=True):
     durability: Durability
 
 
+def bind(body: bytes | memoryview) -> BoundFunction:
+    """The function of a spec. Raises ``UnknownFunctionError``, and what unpickling its parameters raises."""
+    spec = tasks.decode_spec(body)
+    call = tasks.resolve(spec.name)
+    signature = tasks.signature_of(call, spec.name)
+    return BoundFunction(
+        tasks.with_retries(call, spec.retry),
+        signature.source_type,
+        signature.target_type,
+        tasks.unpack_parameters(spec.parameters),
+        Durability(spec.durability),
+    )
+
+
 class FileRunner:
     """Runs the file tasks of one worker."""
 
@@ -47,7 +61,10 @@ class FileRunner:
     def run(self, entry: int, function_id: int, payload: bytes, blob: int, start_ns: int) -> int:
         """Run the task of ``entry`` and post its result: of whatever kind, one is posted. When that was done, ns."""
         try:
-            function = self._functions.get(function_id) or self._bind(function_id)
+            function = self._functions.get(function_id)
+            if function is None:
+                function = self._bind(function_id)
+                start_ns = time.monotonic_ns()  # what importing it took is no task's
             body: bytes | memoryview = payload
             if blob:
                 _, body, _ = blobs.read(blobs.payload_name(self._segment, blob))
@@ -68,16 +85,7 @@ class FileRunner:
 
     def _bind(self, function_id: int) -> BoundFunction:
         _, body, _ = blobs.read(blobs.function_name(self._segment, function_id))
-        spec = tasks.decode_spec(body)
-        call = tasks.resolve(spec.name)
-        signature = tasks.signature_of(call, spec.name)
-        bound = BoundFunction(
-            tasks.with_retries(call, spec.retry),
-            signature.source_type,
-            signature.target_type,
-            tasks.unpack_parameters(spec.parameters),
-            Durability(spec.durability),
-        )
+        bound = bind(body)
         while len(self._functions) >= FUNCTIONS_MAX:
             del self._functions[next(iter(self._functions))]
         self._functions[function_id] = bound

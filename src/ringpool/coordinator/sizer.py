@@ -1,0 +1,59 @@
+"""How many items go together in a vector, and how many are under way, by how long the last ones took."""
+
+from __future__ import annotations
+
+from ringpool.shm import vectors
+
+VECTOR_NS = 8_000_000  # work in a vector: so that what it costs is a hundredth of it
+UNDER_WAY_NS = 40_000_000  # work under way for each worker: longer than another thread may keep the pump from running
+UNDER_WAY_ITEMS_MAX = 32_768
+VECTOR_ITEMS_MAX = 4096
+GROWTH_MAX = 16  # from one size of vectors to the next: a first, short task may not be like the others
+REFILL_AT = 0.75  # of what may be under way: below that, more is sent
+
+
+class Sizer:
+    """How many items make a vector, by how long the last ones took and how large their results were.
+
+    ``fixed``: so many, whatever they take; None: by itself.
+    """
+
+    def __init__(self, fixed: int | None, n_workers: int) -> None:
+        self._fixed = fixed
+        self._n_workers = n_workers
+        self._ns = self._items = self._bytes = 0.0
+        self._n = 1
+
+    def observe(self, spent_ns: int, n: int, n_bytes: int) -> None:
+        """``n`` items have arrived that took so long, with so many bytes of results."""
+        if spent_ns:
+            self._ns = self._ns * 0.75 + spent_ns
+            self._items = self._items * 0.75 + n
+            self._bytes = self._bytes * 0.75 + n_bytes
+
+    @property
+    def has_seen_any(self) -> bool:
+        """Whether it is known how long they take."""
+        return self._items > 0
+
+    @property
+    def n(self) -> int:
+        """Items for the next vector."""
+        if self._fixed is not None:
+            return self._fixed
+        if self._items:
+            wanted = VECTOR_NS / (self._ns / self._items + 1)
+            if self._bytes:
+                wanted = min(wanted, vectors.CHUNK_BYTES / 3 / (self._bytes / self._items))
+            self._n = max(1, min(int(wanted), self._n * GROWTH_MAX, VECTOR_ITEMS_MAX))
+        return self._n
+
+    @property
+    def under_way_max(self) -> int:
+        """Items that may be under way."""
+        n = self.n
+        least = (2 * self._n_workers + 2) * n
+        if not self._items:
+            return least
+        wanted = int(self._n_workers * UNDER_WAY_NS / (self._ns / self._items + 1))
+        return max(least, min(wanted, UNDER_WAY_ITEMS_MAX))

@@ -1,0 +1,336 @@
+"""Short file tasks go together, and it shows nowhere: what one of them is, does or leaves is its own affair."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tests import task_functions as tasks
+from tests.coordinator.program import WATCHDOG_S, shared_memory_of, wait_until
+
+from ringpool import Coordinator, FileResult, FileTask
+from ringpool.coordinator.filerun import TOGETHER_PATH_BYTES_MAX
+from ringpool.coordinator.pool import Pool
+from ringpool.errors import (
+    CoordinatorClosedError,
+    RemoteError,
+    ResultTransportError,
+    SharedMemoryFullError,
+    UnknownFunctionError,
+    WorkerDiedError,
+)
+
+MakeFiles = Callable[[int], list[Path]]
+MANY = 3000
+ODD = 1500  # the one among many that is not like the others: by then, hundreds go together
+
+
+def odd_among_many(pool: Coordinator, paths: list[Path], act: str, **more: str) -> dict[Path, FileResult]:
+    return {result.path: result for result in pool.run_file_tasks(tasks.odd, paths, params={"act": act, "more": more})}
+
+
+@pytest.fixture
+def many(files: MakeFiles) -> list[Path]:
+    """Many files, one of which says that it is odd."""
+    paths = files(MANY)
+    paths[ODD].write_text("odd")
+    return paths
+
+
+def assert_others_are_well(results: dict[Path, FileResult], odd: Path) -> None:
+    assert len(results) == MANY
+    others = [result for path, result in results.items() if path != odd]
+    assert [r for r in others if not r.ok or r.value != r.path.name or r.attempts != 1] == []
+
+
+def test_short_tasks_go_together(pool: Coordinator, files: MakeFiles) -> None:
+    paths = files(MANY)
+    for _ in range(20):  # a machine that is busy with other things makes a first task look long
+        before = pool._pump._n_results
+        assert len(list(pool.run_file_tasks(tasks.size, paths))) == MANY
+        if pool._pump._n_results - before < MANY // 10:
+            break
+    else:
+        pytest.fail("they went one by one")
+
+
+def test_each_is_timed_by_itself(pool: Coordinator, many: list[Path]) -> None:
+    results = odd_among_many(pool, many, "sleep")
+    assert_others_are_well(results, many[ODD])
+    assert results[many[ODD]].duration_s >= 0.05
+    assert sum(result.duration_s > 0.04 for result in results.values()) < MANY // 100, "a busy machine may stop some"
+    assert all(result.duration_s > 0 for result in results.values())
+    assert {result.worker for result in results.values()} <= {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("act", "kind"),
+    [
+        ("raise", ValueError),
+        ("exit", SystemExit),
+        ("interrupt", KeyboardInterrupt),
+        ("return a lock", ResultTransportError),
+        ("raise what is huge", ValueError),
+        ("raise what cannot be pickled", RemoteError),
+    ],
+)
+def test_what_one_raises_is_its_own(pool: Coordinator, many: list[Path], act: str, kind: type[BaseException]) -> None:
+    before = pool.stats()
+    results = odd_among_many(pool, many, act)
+    assert_others_are_well(results, many[ODD])
+    odd = results[many[ODD]]
+    assert isinstance(odd.error, kind)
+    assert (odd.value, odd.attempts) == (None, 1)
+    if act == "raise":
+        assert "raise ValueError(src.name)" in str(odd.error.__cause__)
+    after = pool.stats()
+    assert (after.completed - before.completed, after.failed - before.failed) == (MANY - 1, 1)
+
+
+@pytest.mark.parametrize("n_bytes", [1, 1000, 60_000, 70_000, 5_000_000])
+def test_a_result_of_any_size_comes_back(pool: Coordinator, many: list[Path], n_bytes: int) -> None:
+    results = odd_among_many(pool, many, "return bytes", n=str(n_bytes))
+    assert_others_are_well(results, many[ODD])
+    assert results[many[ODD]].value == bytes(n_bytes)
+
+
+@pytest.mark.parametrize("act", ["chdir", "ignore signals"])
+def test_what_one_does_to_its_process_is_over_before_the_next(pool: Coordinator, many: list[Path], act: str) -> None:
+    before = pool.stats().worker_deaths
+    results = {r.path: r for r in pool.run_file_tasks(tasks.surroundings, many, params={"act": act})}
+    assert len({result.unwrap() for path, result in results.items() if path != many[ODD]}) == 1
+    assert pool.stats().worker_deaths == before
+
+
+def test_one_that_closes_all_descriptors_costs_nobody_anything(pool: Coordinator, many: list[Path]) -> None:
+    results = odd_among_many(pool, many, "close descriptors")
+    assert_others_are_well(results, many[ODD])
+    assert results[many[ODD]].ok
+
+
+@pytest.mark.parametrize("how", ["kill", "exit at once"])
+def test_one_that_kills_its_workers_is_tried_again_and_blamed_alone(
+    pool: Coordinator, many: list[Path], how: str
+) -> None:
+    before = pool.stats()
+    results = odd_among_many(pool, many, how)
+    assert_others_are_well(results, many[ODD])
+    odd = results[many[ODD]]
+    assert isinstance(odd.error, WorkerDiedError)
+    assert (odd.attempts, odd.error.deaths) == (3, 3)
+    assert str(many[ODD]) in str(odd.error)
+    assert pickle.loads(pickle.dumps(odd.error)).task == odd.error.task
+    after = pool.stats()
+    assert after.worker_deaths == before.worker_deaths + 3
+    assert after.retried == before.retried + 2
+    assert (after.completed - before.completed, after.failed - before.failed) == (MANY - 1, 1)
+
+
+def test_one_that_kills_its_worker_once_has_two_attempts(pool: Coordinator, many: list[Path], tmp_path: Path) -> None:
+    results = odd_among_many(pool, many, "kill once", mark=str(tmp_path / "mark"))
+    assert_others_are_well(results, many[ODD])
+    odd = results[many[ODD]]
+    assert (odd.value, odd.attempts) == (many[ODD].name, 2)
+
+
+def test_nobody_waits_for_a_slow_one(pool: Coordinator, many: list[Path], tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    paths = set(many)
+    for result in pool.run_file_tasks(tasks.odd, many, params={"act": "wait", "more": {"gate": str(gate)}}):
+        paths.remove(result.path)
+        if paths == {many[ODD]}:  # all others have come
+            gate.touch()
+    assert not paths
+
+
+# ---- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_input_that_blocks_does_not_hold_up_those_before_it(pool: Coordinator, files: MakeFiles) -> None:
+    """At any place in a long run, between any two inputs."""
+    paths = files(2000)
+    n_run = 0
+
+    def inputs() -> Iterator[Path]:
+        for i, path in enumerate(paths):
+            yield path
+            if i % 333 == 300:
+                so_far = paths[: i + 1]
+                wait_until(lambda some=so_far: all("run" in each.read_text() for each in some), "what was drawn")
+
+    for result in pool.run_file_tasks(tasks.append_line, inputs()):
+        assert result.ok
+        n_run += 1
+    assert n_run == len(paths)
+    assert {path.read_text() for path in paths} == {f"{path.name}run\n" for path in paths}, "each was run once"
+
+
+def test_results_that_are_there_do_not_wait_for_the_next_input(pool: Coordinator, files: MakeFiles) -> None:
+    paths = files(600)
+    taken = threading.Event()
+
+    def inputs() -> Iterator[Path]:
+        yield from paths[:-1]
+        assert taken.wait(WATCHDOG_S), "the results were not given out"
+        yield paths[-1]
+
+    results = pool.run_file_tasks(tasks.size, inputs(), window=300)
+    n = 0
+    for result in results:
+        assert result.ok
+        n += 1
+        if n == 300:
+            taken.set()
+    assert n == len(paths)
+
+
+def test_outputs_and_none_may_take_turns(pool: Coordinator, files: MakeFiles, tmp_path: Path) -> None:
+    paths = files(1000)
+    out = tmp_path / "out"
+    inputs = [FileTask(path, out / path.name) if i % 5 == 0 else path for i, path in enumerate(paths)]
+    results = {r.path: r for r in pool.run_file_tasks(tasks.copy_or_size, inputs)}
+    assert len(results) == len(paths)
+    for i, path in enumerate(paths):
+        assert results[path].ok
+        assert results[path].output == (out / path.name if i % 5 == 0 else None)
+    assert len(list(out.glob("0*"))) == 200
+
+
+def test_paths_of_all_kinds_and_lengths(pool: Coordinator, tmp_path: Path) -> None:
+    """Those that are longer than the kernel takes are errors of their own."""
+    longest = TOGETHER_PATH_BYTES_MAX
+    paths = [str(tmp_path / f"{i}{'x' * (i % 200)}") for i in range(500)]
+    paths += ["/" + "y" * n for n in (longest - 2, longest - 1, longest, 100_000)]
+    paths += [os.fsdecode(b"/\xff\xfe"), "/" + "\N{SNOWMAN}" * 80]
+    given = [*paths, *map(os.fsencode, paths), *map(Path, paths)] * 3
+    results = list(pool.run_file_tasks(tasks.text, given))
+    assert sorted(map(repr, (r.path for r in results))) == sorted(map(repr, given))
+    assert [r for r in results if not r.ok or r.value != os.fsdecode(r.path)] == []
+
+
+def test_an_input_that_is_no_path_is_the_end_after_the_results_before_it(pool: Coordinator, files: MakeFiles) -> None:
+    paths = files(1000)
+    run = pool.run_file_tasks(tasks.size, itertools.chain(paths, [3]))  # type: ignore[list-item]
+    assert sum(1 for _ in itertools.islice(run, 1000)) == 1000
+    with pytest.raises(TypeError, match="int"):
+        next(run)
+    assert list(run) == []
+
+
+def test_a_function_that_a_worker_cannot_have_is_the_error_of_each(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its module was there when the run began."""
+    module = tmp_path / "fleeting.py"
+    module.write_text("import os\n\ndef name(src):\n    return os.getpid()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with Coordinator(1) as own:
+        run = own.run_file_tasks("fleeting:name", [file] * 500)
+        first = next(run)
+        assert first.ok
+        os.kill(first.value, signal.SIGKILL)
+        module.unlink()
+        for cached in (tmp_path / "__pycache__").glob("*"):
+            cached.unlink()
+        errors = [result.error for result in run if not result.ok]
+        assert all(isinstance(error, UnknownFunctionError) for error in errors)
+        list(own.run_file_tasks(tasks.size, [file] * 500))
+
+
+# ---- the pool --------------------------------------------------------------------------------------------------------
+
+
+def test_one_by_one_means_one_by_one(files: MakeFiles) -> None:
+    with Coordinator(2, claims_max=1) as own:
+        assert sum(result.ok for result in own.run_file_tasks(tasks.size, files(1000))) == 1000
+        assert own._pump._n_results == 1000
+        assert own._pump.arena is None
+
+
+def test_without_room_for_vectors_each_goes_by_itself(files: MakeFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(pool: Pool) -> None:
+        raise SharedMemoryFullError(pool.name, "no room")
+
+    monkeypatch.setattr(Pool, "make_arena", full)
+    with Coordinator(2) as own:
+        assert sum(result.ok for result in own.run_file_tasks(tasks.size, files(1000))) == 1000
+
+
+def test_statistics_count_files(pool: Coordinator, many: list[Path], tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    before = pool.stats()
+    run = pool.run_file_tasks(tasks.wait_for_gate, many, params={"gate": str(gate)})
+    taker = threading.Thread(target=lambda: list(run))
+    gate.touch()
+    assert next(run).ok
+    gate.unlink()
+    taker.start()
+    wait_until(lambda: sum(pool.stats()[1:3]) > 0, "files under way")
+    gate.touch()
+    taker.join(WATCHDOG_S)
+    after = pool.stats()
+    assert after.completed - before.completed == MANY
+    assert (after.queued, after.in_ring) == (0, 0)
+
+
+def test_a_pool_that_is_closed_gives_what_it_has(files: MakeFiles) -> None:
+    own = Coordinator(2)
+    run = own.run_file_tasks(tasks.size, itertools.cycle(files(100)), window=1000)
+    assert all(result.ok for result in itertools.islice(run, 500))
+    own.close()
+    rest: list[FileResult] = []
+    with pytest.raises(CoordinatorClosedError):
+        rest.extend(run)
+    assert len(rest) <= 1000
+    assert all(result.ok for result in rest)
+
+
+def test_a_pool_whose_end_drops_all_is_one_error(files: MakeFiles) -> None:
+    own = Coordinator(2)
+    run = own.run_file_tasks(tasks.size, files(20_000))
+    assert next(run).ok
+    own.close(cancel=True)
+    with pytest.raises(CoordinatorClosedError):
+        list(run)
+    assert list(run) == []
+
+
+def test_what_was_left_is_freed(pool: Coordinator, files: MakeFiles) -> None:
+    """Runs that are left at any moment leave no chunk held, no blob, no function."""
+    paths = files(2000)
+    before = shared_memory_of(os.getpid())
+    for n in (1, 5, 50, 500, 1500):
+        run = pool.run_file_tasks(tasks.many_bytes, paths, params={"n": 3000})
+        for _ in itertools.islice(run, n):
+            pass
+        del run
+    arena = pool._pump.arena
+    assert arena is not None
+    n_chunks = len(arena.mapping) // (1 << 16)
+    wait_until(lambda: pool.stats().in_ring == 0 and len(arena._free) == n_chunks, "all chunks")
+    wait_until(
+        lambda: {name for name in shared_memory_of(os.getpid()) - before if not name.endswith(".v")} == set(), ""
+    )
+
+
+def test_runs_in_many_threads_do_not_mix(pool: Coordinator, files: MakeFiles) -> None:
+    paths = files(3000)
+    wrong: list[object] = []
+
+    def use(some: list[Path]) -> None:
+        found = sorted((r.path, r.value) for r in pool.run_file_tasks(tasks.name, some))
+        if found != [(path, path.name) for path in some]:
+            wrong.append(found)
+
+    threads = [threading.Thread(target=use, args=(paths[i::5],)) for i in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WATCHDOG_S)
+    assert not wrong
