@@ -69,8 +69,8 @@ VALIDATION_ROUNDS = 5
 
 
 class Locks(NamedTuple):
-    """Seconds: the lock held by a claim of one entry; what it takes to get it from another process; and what it costs to
-    wake one that sleeps.
+    """Seconds: the lock held by a claim; what it takes to get it from another process; and what it costs to wake one
+    that sleeps.
     """
 
     hold_s: float

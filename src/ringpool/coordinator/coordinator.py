@@ -185,7 +185,7 @@ class Coordinator:
             ticket_of,
             function.id,
             window=window,
-            at_hand=isinstance(inputs, list | tuple),
+            never_waits=isinstance(inputs, list | tuple),
             together=self._claims_max > 1,
         )
 

@@ -13,6 +13,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -74,7 +75,7 @@ class FileRun(Iterator[FileResult]):
     """The results of a run, as they come. Inputs are drawn while results are taken.
 
     ``drawn``: path and source of each input, or the ticket of one with an output. ``alone``: makes the ticket of one
-    without. ``at_hand``: an input never has to be waited for. ``together``: whether short tasks may go together.
+    without. ``never_waits``: an input never has to be waited for. ``together``: whether short tasks may go together.
     Leaving the loop early, ``close()``, or dropping it, cancels what has not started. An error of the input iterator is
     raised when all that was drawn before it has been given out. One thread at a time takes from it.
     """
@@ -90,7 +91,7 @@ class FileRun(Iterator[FileResult]):
         function_id: int,
         *,
         window: int | None,
-        at_hand: bool,
+        never_waits: bool,
         together: bool,
     ) -> None:
         self._pid = os.getpid()
@@ -100,15 +101,13 @@ class FileRun(Iterator[FileResult]):
         self._alone = alone
         self._vector = Task(function_id, b"", 0, Form.VECTOR)
         self._window = window
-        self._at_hand = at_hand
+        self._never_waits = never_waits
         self._together = together
         self._sizer = Sizer(None, pool.n_workers)
         self._ready: deque[_Found] = deque()
-        self._values: list[Any] = []  # of the piece at hand, the next one last
-        self._times: list[int] = []
-        self._worker, self._attempts = -1, 1
+        self._at_hand: list[FileResult] = []  # the next one last
         self._n_drawn = self._n_given = self._n_at_hand = self._under_way = 0
-        self._n_together = self._next_index = 0  # inputs without an output have an index: so many have been drawn, ...
+        self._n_together = 0  # the index of the next input without an output
         self._exhausted = False
         self._input_error: Exception | None = None
         self._closed = False
@@ -118,17 +117,9 @@ class FileRun(Iterator[FileResult]):
 
     def __next__(self) -> FileResult:
         try:
-            while not (values := self._values):
-                result = self._advance()
-                if result is not None:
-                    return result
-            value, index, times = values.pop(), self._next_index, self._times
-            self._next_index = index + 1
-            source = self._inbox.sources.pop(index)
-            duration_s = times.pop() / 1e9 if times else 0.0
-            if type(value) is Failure:
-                return FileResult(source, None, None, value.error, self._attempts, duration_s, self._worker)
-            return FileResult(source, None, value, None, self._attempts, duration_s, self._worker)
+            while not self._at_hand:
+                self._advance()
+            return self._at_hand.pop()
         except (KeyboardInterrupt, SystemExit):  # from a signal, between any two steps: what is under way is not known
             self.close()
             raise
@@ -148,20 +139,20 @@ class FileRun(Iterator[FileResult]):
             return
         self._closed = self._exhausted = self._inbox.closed = True
         self._ready.clear()
-        self._values.clear()
+        self._at_hand.clear()
         self._inbox.arrived.clear()
         self._under_way = 0  # who takes from a closed run gets nothing, and does not wait for it
         self._pool.pump.abandon(self._inbox)
 
     # ---- giving out
 
-    def _advance(self) -> FileResult | None:
-        """Wait for what comes next: a result by itself; or None, where there is another piece at hand."""
+    def _advance(self) -> None:
+        """Wait for what comes next, and have it at hand."""
         self._n_given += self._n_at_hand
         self._n_at_hand = 0
         while True:
             self._sort()
-            if not self._exhausted and (self._at_hand or not self._ready):
+            if not self._exhausted and (self._never_waits or not self._ready):
                 self._fill()
             if self._ready:
                 break
@@ -175,12 +166,8 @@ class FileRun(Iterator[FileResult]):
         if isinstance(found, BaseException):  # the pool has ended: one error, not one for each file
             self.close()
             raise found
-        if isinstance(found, tuple):
-            self._n_at_hand = 1
-            return self._result_of(*found)
-        self._n_at_hand = found.n
-        self._take(found)
-        return None
+        self._at_hand = self._results_of(found) if isinstance(found, Piece) else [self._result_of(*found)]
+        self._n_at_hand = len(self._at_hand)
 
     def _sort(self) -> None:
         """All that has arrived is ready to be given out."""
@@ -196,12 +183,23 @@ class FileRun(Iterator[FileResult]):
                 self._sizer.observe(record.duration_ns, 1, len(record.payload))
             self._ready.append(found)
 
-    def _take(self, piece: Piece) -> None:
-        """Have a piece at hand."""
+    def _results_of(self, piece: Piece) -> list[FileResult]:
+        """The results of a piece, the last one first."""
         piece.decode()
         piece.values.reverse()
-        self._values, self._times = piece.values, piece.times or []
-        self._next_index, self._worker, self._attempts = piece.index, _index_of(piece.worker), piece.attempts
+        worker, attempts, take_source = _index_of(piece.worker), piece.attempts, self._inbox.sources.pop
+        indexes = range(piece.index + piece.n - 1, piece.index - 1, -1)
+        outcomes = zip(indexes, piece.values, piece.times or repeat(0), strict=False)
+        if not piece.failed:
+            return [
+                FileResult(take_source(index), None, value, None, attempts, spent_ns / 1e9, worker)
+                for index, value, spent_ns in outcomes
+            ]
+        results: list[FileResult] = []
+        for index, value, spent_ns in outcomes:
+            value, error = (None, value.error) if type(value) is Failure else (value, None)
+            results.append(FileResult(take_source(index), None, value, error, attempts, spent_ns / 1e9, worker))
+        return results
 
     def _result_of(self, ticket: Ticket, record: ResultRecord) -> FileResult:
         if ticket.target is not None:
@@ -225,20 +223,19 @@ class FileRun(Iterator[FileResult]):
         inbox, queue, clock, wake = self._inbox, self._pool.pump.queue, time.monotonic, self._pool.pump.wake
         arrived, ready, sources = inbox.arrived, self._ready, inbox.sources
         part: FilePart | None = None
-        n_in_part = n_bytes = 0
+        n = n_in_part = n_bytes = 0
         began_s = woken_s = clock()
         not_told = FLUSH_ITEMS if not self._under_way else 0  # the first of all is told at once
         try:
             self._pool.check_open()
-            for _ in range(room):
-                drawn = next(self._drawn)
+            for drawn in islice(self._drawn, room):
                 if isinstance(drawn, Ticket):
                     queue(drawn)
                 elif together_max == 1 or len(drawn[0]) > TOGETHER_PATH_BYTES_MAX:
                     queue(self._alone(*drawn))
                 else:
                     path, index = drawn[0], self._n_together
-                    self._n_together += 1
+                    self._n_together = index + 1
                     sources[index] = drawn[1]
                     n_in_part += 1
                     n_bytes += len(path) + _PACKED_HEAD_BYTES
@@ -246,20 +243,21 @@ class FileRun(Iterator[FileResult]):
                         part = FilePart.begin(index, path)
                         n_in_part, n_bytes = 1, len(path) + 2 * _PACKED_HEAD_BYTES
                         queue(Ticket(self._vector, inbox, None, None, part=part))
-                self._n_drawn += 1
-                self._under_way += 1
+                n += 1
                 not_told += 1
                 now_s = clock()
                 if not_told > FLUSH_ITEMS or now_s - woken_s > FILL_S:
                     wake()
                     not_told, woken_s = 0, now_s
-                if (arrived or ready) and now_s - began_s > FILL_S:
-                    break
-        except StopIteration:
-            self._exhausted = True
+                    if (arrived or ready) and now_s - began_s > FILL_S:
+                        break
+            else:
+                self._exhausted = n < room
         except Exception as error:
             self._exhausted = True
             self._input_error = error
+        self._n_drawn += n
+        self._under_way += n
         if not_told:
             wake()
 
