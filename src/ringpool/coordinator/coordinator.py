@@ -159,7 +159,7 @@ class Coordinator:
 
         ``inputs`` are paths, or ``FileTask``s with their outputs; they are drawn as results are taken, at most
         ``window`` ahead (default: the slots of the ring, and while tasks are short 40 ms of work for each worker, at
-        most 16,384). Short tasks without outputs are sent together; whatever one of them does is its own affair.
+        most 8,192). Short tasks without outputs are sent together; whatever one of them does is its own affair.
         ``output`` gives the output of an input that comes without.
         An iterator that itself waits until results have been taken needs ``window=1``.
         A task that fails, after what ``retry`` allows, is a result with an ``error``; the run goes on. Function and

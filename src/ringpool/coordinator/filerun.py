@@ -3,7 +3,7 @@
 FileRun:  next() <- piece at hand <- ready <- inbox <--- pump       draws inputs only when asked for a result
                         inputs -> parts, tickets -------> pump
 
-Bounds: inputs drawn and not given out, at most ``window``, or 16,384 and 40 ms of work for each worker; before anything
+Bounds: inputs drawn and not given out, at most ``window``, or 8,192 and 40 ms of work for each worker; before anything
 is known of the tasks, a few for each worker.
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 FLUSH_ITEMS = 64
 FILL_S = 0.001  # how long inputs are drawn while results wait to be taken
-AHEAD_MAX = 16_384
+AHEAD_MAX = 8_192
 TOGETHER_MAX = 1024  # files in a vector
 TOGETHER_PATH_BYTES_MAX = 4096  # a longer one goes by itself; the kernel takes none
 _PACKED_HEAD_BYTES = 5  # at most, of a path among others
