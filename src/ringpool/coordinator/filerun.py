@@ -107,6 +107,7 @@ class FileRun(Iterator[FileResult]):
         self._ready: deque[_Found] = deque()
         self._at_hand: list[FileResult] = []  # the next one last
         self._n_drawn = self._n_given = self._n_at_hand = self._under_way = 0
+        self._refill_at = 0.0  # inputs ahead: so few, and more are drawn
         self._n_together = 0  # the index of the next input without an output
         self._exhausted = False
         self._input_error: Exception | None = None
@@ -152,7 +153,8 @@ class FileRun(Iterator[FileResult]):
         self._n_at_hand = 0
         while True:
             self._sort()
-            if not self._exhausted and (self._never_waits or not self._ready):
+            may_draw = not self._exhausted and (self._never_waits or not self._ready)
+            if may_draw and self._n_drawn - self._n_given <= self._refill_at:  # many at once, not one for each result
                 self._fill()
             if self._ready:
                 break
@@ -216,8 +218,8 @@ class FileRun(Iterator[FileResult]):
         Each is queued before the next is drawn, which may take its time.
         """
         most, together_max = self._most_ahead()
-        room = min(most - self._n_drawn + self._n_given, most - self._under_way)
-        if self._under_way > most * REFILL_AT or room <= 0:
+        self._refill_at, room = most * REFILL_AT, most - self._n_drawn + self._n_given
+        if room <= 0:  # they have become longer, and fewer may be ahead
             return
         room_bytes = vectors.room_for_items(together_max, timed=True)
         inbox, queue, clock, wake = self._inbox, self._pool.pump.queue, time.monotonic, self._pool.pump.wake
