@@ -107,7 +107,7 @@ class FileRun(Iterator[FileResult]):
         self._ready: deque[_Found] = deque()
         self._at_hand: list[FileResult] = []  # the next one last
         self._n_drawn = self._n_given = self._n_at_hand = self._under_way = 0
-        self._refill_at = 0.0  # inputs ahead: so few, and more are drawn
+        self._refill_at = 0  # inputs ahead: so few, and more are drawn
         self._n_together = 0  # the index of the next input without an output
         self._exhausted = False
         self._input_error: Exception | None = None
@@ -217,19 +217,19 @@ class FileRun(Iterator[FileResult]):
 
         Each is queued before the next is drawn, which may take its time.
         """
-        most, together_max = self._most_ahead()
-        self._refill_at, room = most * REFILL_AT, most - self._n_drawn + self._n_given
-        if room <= 0:  # they have become longer, and fewer may be ahead
-            return
-        room_bytes = vectors.room_for_items(together_max, timed=True)
+        not_told = n = n_in_part = n_bytes = 0
         inbox, queue, clock, wake = self._inbox, self._pool.pump.queue, time.monotonic, self._pool.pump.wake
         arrived, ready, sources = inbox.arrived, self._ready, inbox.sources
         part: FilePart | None = None
-        n = n_in_part = n_bytes = 0
         began_s = woken_s = clock()
-        not_told = FLUSH_ITEMS if not self._under_way else 0  # the first of all is told at once
         try:
             self._pool.check_open()
+            most, together_max = self._most_ahead()
+            room = most - self._n_drawn + self._n_given
+            if room <= 0:
+                return
+            room_bytes = vectors.room_for_items(together_max, timed=True)
+            not_told = FLUSH_ITEMS if not self._under_way else 0  # the first of all is told at once
             for drawn in islice(self._drawn, room):
                 if isinstance(drawn, Ticket):
                     queue(drawn)
@@ -264,11 +264,13 @@ class FileRun(Iterator[FileResult]):
             wake()
 
     def _most_ahead(self) -> tuple[int, int]:
-        """How many inputs may be drawn ahead of results, and how many of them may go together."""
+        """How many inputs may be drawn ahead of results, and how many of these may go together; and when to ask again."""
         sizer, n_vectors = self._sizer, 2 * self._pool.n_workers + 2
         most = self._window or max(self._pool.slots, min(sizer.under_way_max, AHEAD_MAX))
         if not sizer.has_seen_any:
-            return min(most, n_vectors), 1
+            most = self._refill_at = min(most, n_vectors)
+            return most, 1
+        self._refill_at = int(most * REFILL_AT)
         n = min(sizer.n, TOGETHER_MAX, most // n_vectors) if self._together else 1
         if n > 1 and self._pool.pump.arena is None:
             try:

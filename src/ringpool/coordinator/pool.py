@@ -195,8 +195,10 @@ class Pool:
         return Task(function, b"", blob, form)
 
     def make_arena(self) -> None:
-        """Have an arena, for vectors. Raises ``SharedMemoryFullError``."""
+        """Have an arena, for vectors. Raises ``SharedMemoryFullError``, or that the pool is closed."""
         with self.lock:
+            if self.closing:  # it may have removed its segment already
+                raise self._closed_error()
             if self.pump.arena is None:
                 self.pump.arena = Arena(self.name, CHUNKS_PER_WORKER * self.n_workers + CHUNKS_MORE)
 
@@ -276,7 +278,8 @@ class Pool:
                 signals.uninstall()
         finally:
             if not self._retains:
-                segment.unlink(self.name)
+                with self.lock:  # an arena that is being made is there now
+                    segment.unlink(self.name)
         with self.lock:
             if stopped and not self.closed:
                 self._end.close()
