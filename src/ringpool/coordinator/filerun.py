@@ -264,7 +264,7 @@ class FileRun(Iterator[FileResult]):
             wake()
 
     def _most_ahead(self) -> tuple[int, int]:
-        """How many inputs may be drawn ahead of results, and how many of these may go together; and when to ask again."""
+        """How many inputs may be drawn ahead of results, and how many of them may go together. When, is set as well."""
         sizer, n_vectors = self._sizer, 2 * self._pool.n_workers + 2
         most = self._window or max(self._pool.slots, min(sizer.under_way_max, AHEAD_MAX))
         if not sizer.has_seen_any:
