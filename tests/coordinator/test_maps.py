@@ -6,6 +6,7 @@ import itertools
 import os
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
@@ -173,6 +174,79 @@ def test_the_next_item_may_wait_until_the_one_before_has_been_run(
 
     results = getattr(executor, map_name)(partial(functions.note, str(path)), items(), buffersize=1)
     assert list(results) == list(range(120))
+
+
+@BOTH
+@pytest.mark.parametrize("buffersize", [None, 100])
+def test_what_was_drawn_is_run_while_the_next_item_is_waited_for(
+    executor: RingPoolExecutor, map_name: str, tmp_path: Path, buffersize: int | None
+) -> None:
+    """Items come in bursts, each when those of the bursts before it have been run."""
+    path = tmp_path / "notes"
+    n_items = 0
+
+    def items() -> Iterator[int]:
+        nonlocal n_items
+        for burst in (3, 1, 2, 5, 1, 30, 7, 64, 90, 1, 33):
+            for _ in range(burst):
+                n_items += 1
+                yield n_items
+            wait_until(lambda n=n_items: functions.n_noted(path) >= n, f"the run of {n_items} items")
+
+    results = getattr(executor, map_name)(partial(functions.note, str(path)), items(), buffersize=buffersize)
+    assert sorted(results) == list(range(1, n_items + 1))
+    assert functions.n_noted(path) == n_items, "each was run once"
+
+
+@BOTH
+def test_results_that_are_there_do_not_wait_for_an_item_that_takes_its_time(
+    executor: RingPoolExecutor, map_name: str, tmp_path: Path
+) -> None:
+    """Items come in bursts with pauses between them, and no burst before the results of the last but one were taken."""
+    path = tmp_path / "notes"
+    items: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    n_put, n_taken, failures = 0, 0, list[BaseException]()
+
+    def feed() -> None:
+        nonlocal n_put
+        try:
+            for burst in (3, 1, 2, 5, 1, 1, 30, 7, 64, 1, 90, 1, 33):
+                n_before = n_put
+                for n_put in range(n_before + 1, n_before + burst + 1):
+                    items.put(n_put)
+                wait_until(lambda n=n_put: functions.n_noted(path) >= n, f"the run of {n_put} items")
+                time.sleep(0.05)  # longer than an item takes
+                wait_until(lambda n=n_before: n_taken >= n, f"{n_before} results")
+        except BaseException as error:
+            failures.append(error)
+        items.put(None)
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    for _ in getattr(executor, map_name)(partial(functions.note, str(path)), iter(items.get, None)):
+        n_taken += 1
+    feeder.join(WATCHDOG_S)
+    assert not failures
+    assert n_taken == n_put
+
+
+@BOTH
+def test_an_item_that_cannot_be_sent_while_the_next_is_waited_for_is_its_own_error(
+    executor: RingPoolExecutor, map_name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "notes"
+
+    def items() -> Iterator[Any]:
+        yield from range(20)
+        yield threading.Lock()
+        yield from range(20, 40)
+        wait_until(lambda: functions.n_noted(path) >= 40, "the run of all others")
+
+    mapped = getattr(executor, map_name)(partial(functions.note, str(path)), items(), return_exceptions=True)
+    results = list(mapped)
+    assert sorted(result for result in results if isinstance(result, int)) == list(range(40))
+    [error] = [result for result in results if not isinstance(result, int)]
+    assert isinstance(error, TypeError)
 
 
 @BOTH

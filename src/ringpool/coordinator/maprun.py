@@ -37,6 +37,7 @@ HELD_ITEMS_MAX = 16_384
 HELD_BYTES_MAX = 1 << 26
 DRAW_S = 0.001  # an iterator that takes longer has its items sent before it is asked for more
 DRAW_GROUP_MAX = 32
+SLOW_S, SLOW_FOR = 0.02, 20  # one that has taken longer counts as slow, so many times as long as it took
 BUFFER_PARTS = 8  # a buffer whose size is given is filled again when so small a part of it is free
 FILL_S = 0.001  # how long items are drawn while results wait to be taken
 
@@ -92,6 +93,13 @@ class MapRun:
         self._exhausted = self._closed = self._begun = self._unbounded = False
         self._at_hand = at_hand
         self._turn = threading.Lock()  # of the caller who takes, or of the one who closes the pool
+        self._drawing: list[Any] | None = (
+            None  # what is being drawn, so far: it grows while its last item is waited for
+        )
+        self._is_drawing = threading.Lock()  # of who takes from ``_drawing``: the one who draws, or the pump
+        self._n_sent_meanwhile = 0  # of ``_drawing``, by the pump
+        self._draw_began_s = self._waited_s = self._slow_until_s = 0.0
+        self._n_quick = 0  # items that came without a wait
         self._ending: Ending | None = None  # of the thread that draws what is left, where nobody takes results
         self._input_error: Exception | None = None
         self._is_bound = False  # that thread failed before it had drawn anything: the items may be another thread's
@@ -99,6 +107,8 @@ class MapRun:
         if at_hand and options.buffersize is None:
             self.inbox.refill = self._fill_meanwhile
         pool.runs.add(self)
+        if not at_hand:
+            pool.pump.feeders.add(self)
 
     # ---- sending
 
@@ -111,8 +121,7 @@ class MapRun:
         while not self._exhausted and (n := self._room()) > 0:
             items = self._draw(n)
             if items:
-                index, self._n_drawn = self._n_drawn, self._n_drawn + len(items)
-                self._send(items, index)
+                self._send_next(items)
                 sent = True
             if sent and (not self._at_hand or time.monotonic() - began_s > FILL_S):  # to draw more may take long
                 self._pool.pump.wake()
@@ -154,9 +163,9 @@ class MapRun:
         return 0 if full and not self._unbounded else n
 
     def _draw(self, n: int) -> list[Any]:
-        """Up to ``n`` items; fewer where they take long to come."""
-        items: list[Any] = []
-        began_s = time.monotonic()
+        """Up to ``n`` items; fewer where they take long to come. Without those that were sent meanwhile."""
+        self._drawing = items = list[Any]()
+        self._draw_began_s = began_s = time.monotonic()
         try:
             while len(items) < n:
                 wanted = min(n, len(items) + self._group)
@@ -164,14 +173,63 @@ class MapRun:
                 if len(items) < wanted:
                     self._exhausted = True
                     break
-                if time.monotonic() - began_s > DRAW_S and self._group_max == DRAW_GROUP_MAX:
-                    self._group = 1
+                if not self._at_hand and time.monotonic() - began_s > DRAW_S:
                     break
-                self._group = min(self._group_max, 2 * self._group)
+                self._n_quick += self._group
+                if self._n_quick >= DRAW_GROUP_MAX and (self._at_hand or began_s > self._slow_until_s):
+                    self._group = min(self._group_max, 2 * self._group)
         except Exception as error:  # raised again when what was drawn before it has been given out
             self._exhausted = True
             self._input_error = error
-        return items
+        except BaseException:  # Ctrl-C
+            self._drawing = None
+            raise
+        if not self._at_hand:
+            self._judge(time.monotonic(), began_s)
+        with self._is_drawing:
+            self._drawing = None
+            n_sent, self._n_sent_meanwhile = self._n_sent_meanwhile, 0
+        return items[n_sent:]
+
+    def _judge(self, now_s: float, began_s: float) -> None:
+        """An iterator that has taken its time is asked for one item; one that took long, for a while one by one."""
+        waited_s = now_s - began_s
+        if waited_s > DRAW_S:
+            self._group = 1
+        if waited_s > SLOW_S and (waited_s >= self._waited_s or now_s > self._slow_until_s):
+            self._n_quick = 0
+            self._waited_s, self._slow_until_s = waited_s, now_s + SLOW_FOR * waited_s
+
+    def send_drawn(self) -> None:
+        """In the pump's thread: items that were drawn do not wait for the next one, where that takes its time."""
+        drawing = self._drawing
+        if not drawing or self._closed or time.monotonic() - self._draw_began_s < DRAW_S:
+            return
+        if self._is_drawing.acquire(blocking=False):
+            try:
+                if self._drawing is drawing:
+                    items = drawing[self._n_sent_meanwhile :]
+                    self._n_sent_meanwhile += len(items)
+                    self._send_next(items)
+            finally:
+                self._is_drawing.release()
+
+    def _send_next(self, items: list[Any]) -> None:
+        if items:
+            index, self._n_drawn = self._n_drawn, self._n_drawn + len(items)
+            self._send(items, index)
+
+    @property
+    def holds_items(self) -> bool:
+        """Whether items were drawn, and wait for the next one. A hint, for the pump's thread."""
+        return bool(self._drawing)
+
+    @property
+    def _waits_long(self) -> bool:
+        """Whether drawing has lately taken longer than an item does: then results that are there are given out first.
+        Otherwise more is drawn first, or the workers might run out of items.
+        """
+        return time.monotonic() < self._slow_until_s and self._waited_s > self._sizer.mean_ns / 1e9
 
     def _send(self, items: list[Any], index: int) -> None:
         if len(items) == 1:
@@ -241,7 +299,8 @@ class MapRun:
                 if n_given >= refill or len(outcomes) == 1:
                     self._n_given += n_given
                     n_given = 0
-                    self.fill()
+                    if not self._waits_long:
+                        self.fill()
             if type(outcomes[-1]) is not Failure:
                 yield outcomes.pop()
             elif self._options.return_exceptions:
@@ -258,7 +317,8 @@ class MapRun:
                 if piece is not None:
                     if self._options.buffersize is None:
                         self._n_given += piece.n
-                        self.fill()
+                        if not self._waits_long:
+                            self.fill()
                     piece.decode()
                     return piece
                 self.fill()
@@ -297,6 +357,7 @@ class MapRun:
         self.inbox.discards = True
         if self._exhausted:
             self._pool.runs.discard(self)
+            self._pool.pump.feeders.discard(self)
             self._report()
             return
         self._ending = ending = Ending()
@@ -360,6 +421,7 @@ class MapRun:
         if self.inbox.discards and not cancel:
             self._report()
         self._pool.runs.discard(self)
+        self._pool.pump.feeders.discard(self)
 
     def _send_rest(self) -> None:
         """Draw and send until the items are at their end."""
@@ -382,4 +444,5 @@ class MapRun:
         self.inbox.arrived.clear()
         self._held.clear()
         self._pool.runs.discard(self)
+        self._pool.pump.feeders.discard(self)
         self._pool.pump.abandon(self.inbox)

@@ -35,6 +35,7 @@ from ringpool.shm.vectors import Arena, pack_span
 
 if TYPE_CHECKING:
     from ringpool.coordinator.inbox import Inbox
+    from ringpool.coordinator.maprun import MapRun
 
 IDLE_WAIT_S = 0.1
 STOP_TIMEOUT_S = 1.0
@@ -67,6 +68,7 @@ class Pump:
         self.parcels = Parcels(end.ring.segment.name, retains=end.retains)
         self.balance = Balance(end, self.ticket_of)
         self.staff = Staff(end, self.ticket_of, n_started, on_demand, memory_limit_bytes, on_exit)
+        self.feeders: set[MapRun] = set()  # maps whose items may have to be waited for
         self._n_vectors = 0  # in the ring
         self._out_of_chunks = False  # the first in the backlog is a vector, and waits for a chunk
         self._is_deep = False  # there are priorities, and enough is in the ring
@@ -297,6 +299,8 @@ class Pump:
             self._fail_all(error)  # what came in between: later ones are told by ``wake``
 
     def _turn(self) -> None:
+        for feeder in self.feeders.copy():
+            feeder.send_drawn()
         self._moved = self._publish()
         if self.end.has_results and self.end.collect(self._deliver):
             self._after_delivery()
@@ -476,7 +480,8 @@ class Pump:
             wait_s = COLLECT_EVERY_S if look_s is None else min(COLLECT_EVERY_S, look_s)
             self.end.wait(wait_s, max(1, self._in_ring // 2), wait_s)
         else:
-            wait_s = SPLIT_LOOK_S if self._n_vectors else TAKE_BACK_AFTER_S if self._in_ring > 1 else IDLE_WAIT_S
+            is_look_due = self._n_vectors or any(feeder.holds_items for feeder in self.feeders.copy())
+            wait_s = SPLIT_LOOK_S if is_look_due else TAKE_BACK_AFTER_S if self._in_ring > 1 else IDLE_WAIT_S
             self.end.wait(wait_s if look_s is None else min(wait_s, look_s), 1, 0)
         self._sleeping = False
 

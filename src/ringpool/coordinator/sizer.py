@@ -37,12 +37,17 @@ class Sizer:
         return self._items > 0
 
     @property
+    def mean_ns(self) -> float:
+        """What one takes, 0 where nothing is known."""
+        return self._ns / self._items if self._items else 0.0
+
+    @property
     def n(self) -> int:
         """Items for the next vector."""
         if self._fixed is not None:
             return self._fixed
         if self._items:
-            wanted = VECTOR_NS / (self._ns / self._items + 1)
+            wanted = VECTOR_NS / (self.mean_ns + 1)
             if self._bytes:
                 wanted = min(wanted, vectors.CHUNK_BYTES / 3 / (self._bytes / self._items))
             self._n = max(1, min(int(wanted), self._n * GROWTH_MAX, VECTOR_ITEMS_MAX))
@@ -55,5 +60,5 @@ class Sizer:
         least = (2 * self._n_workers + 2) * n
         if not self._items:
             return least
-        wanted = int(self._n_workers * UNDER_WAY_NS / (self._ns / self._items + 1))
+        wanted = int(self._n_workers * UNDER_WAY_NS / (self.mean_ns + 1))
         return max(least, min(wanted, UNDER_WAY_ITEMS_MAX))
