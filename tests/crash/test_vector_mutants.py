@@ -17,8 +17,12 @@ SAMPLE = {
     "what is left after a death is forgotten where its item is tried again",
     "outcomes are looked at after their chunk was given back",
     "the head of one more outcome has no room",
+    "outcomes are written over the times of files",
+    "a part is sealed, and nobody is told",
+    "it is counted what is in a part before it is said that it is sealed",
+    "who comes while a part is sealed does not wait for its end",
 }
-SAMPLE_HUNTS = {"again"}
+SAMPLE_HUNTS = {"again", "times", "filled"}
 
 
 @pytest.mark.parametrize("mutant", [*MUTANTS, *UNCERTAIN], ids=lambda mutant: mutant.name)

@@ -34,9 +34,9 @@ LENGTHS = (15, 4, 3, 6)
 # ---- alone -----------------------------------------------------------------------------------------------------------
 
 
-def kill(at: int, retries: int, stop_at: int = -1, *, files: bool = False) -> bool:
+def kill(at: int, retries: int, stop_at: int = -1, lengths: tuple[int, ...] = LENGTHS, *, files: bool = False) -> bool:
     """A worker is killed before bytecode ``at``, another one runs what is left. Whether there was such a bytecode."""
-    with VectorWorld(LENGTHS, retries=retries, stop_at=stop_at, files=files) as world:
+    with VectorWorld(lengths, retries=retries, stop_at=stop_at, files=files) as world:
         worker = world.start_worker(0, at)
         killed = world.serve(worker)
         if killed:

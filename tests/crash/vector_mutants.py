@@ -10,6 +10,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator
 
+from tests.coordinator import test_fileparts
 from tests.crash import mutants, test_vectors_crash
 from tests.crash.mutants import Change, Mutant
 from tests.crash.vector_duel import N_RUN, N_SPLIT, Duel
@@ -18,9 +19,9 @@ from tests.shm.test_vectors import Stand
 
 from ringpool.shm import owner, segment
 
-VECTORS, PIECES, BALANCE, PUMP = (
+VECTORS, PIECES, BALANCE, PUMP, FILES = (
     "vectors.py",
-    *(f"../coordinator/{file}" for file in ("pieces.py", "balance.py", "pump.py")),
+    *(f"../coordinator/{file}" for file in ("pieces.py", "balance.py", "pump.py", "fileinbox.py")),
 )
 STORE = "            words[progress] = packed | i\n"
 CALL = "                value = call(items[i])\n"
@@ -229,6 +230,38 @@ MUTANTS = [
         (Change(PIECES, "[-1][0] >= OutcomeKind.BLOB", "[-1][0] > OutcomeKind.ERROR_BLOB"),),
     ),
     Mutant(
+        "outcomes are written over the times of files",
+        "times",
+        (
+            Change(
+                VECTORS,
+                "        chunk_end = (span.chunk + 1) * CHUNK_BYTES - _times_bytes(span)\n",
+                "        chunk_end = (span.chunk + 1) * CHUNK_BYTES\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "a part is sealed, and nobody is told",
+        "filled",
+        (Change(FILES, "        self.sealing = True\n", ""),),
+    ),
+    Mutant(
+        "it is counted what is in a part before it is said that it is sealed",
+        "filled",
+        (
+            Change(
+                FILES,
+                "        self.sealing = True\n        self.end = len(self.loose)\n",
+                "        n = len(self.loose)\n        self.sealing = True\n        self.end = n\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "who comes while a part is sealed does not wait for its end",
+        "filled",
+        (Change(FILES, "        while self.end == OPEN:\n", "        while False:\n"),),
+    ),
+    Mutant(
         "a fork that comes back encodes its result",
         "forks",
         (Change(VECTORS, "            words[progress] = packed | i  # in a fork", "            # in a fork"),),
@@ -279,6 +312,17 @@ def _room() -> None:
         test_vectors.test_results_are_written_up_to_the_last_byte_of_a_chunk_and_one_more_is_sent_elsewhere(stand)
 
 
+def _times() -> None:
+    with _stand() as stand:
+        test_vectors.test_outcomes_that_fill_a_chunk_leave_the_times_of_files(stand, 1024, 1 << 64)
+
+
+def _filled() -> None:
+    for meet in (test_fileparts.meet_in_add, test_fileparts.meet_in_seal):
+        for at in range(1, meet(1 << 30) + 1):
+            meet(at)
+
+
 def _forks() -> None:
     with _stand() as stand:
         test_vectors.test_a_fork_that_comes_back_from_a_call_writes_nothing(stand, [1, "text"], "more")
@@ -288,10 +332,14 @@ def _forks() -> None:
 HUNTS: dict[str, Callable[[], object]] = {
     "worker": _worker,
     "again": lambda: [test_vectors_crash.die_in(deadly, 2) for deadly in (0, 6)],
-    "undisturbed": lambda: test_vectors_crash.test_outcomes_of_all_kinds_arrive_as_they_are(),
+    "undisturbed": lambda: [
+        test_vectors_crash.test_outcomes_of_all_kinds_arrive_as_they_are(files) for files in (False, True)
+    ],
     "in part": _in_part,
     "meeting": _meeting,
     "room": _room,
+    "times": _times,
+    "filled": _filled,
     "forks": _forks,
 }
 

@@ -22,10 +22,20 @@ _VALUE_KINDS = {int(Encoding.MSGPACK): int(OutcomeKind.MSGPACK), _PICKLE: int(Ou
 
 
 class CallRunner:
-    """Runs the calls of one worker. ``grant``: from when on the time of the task being run counts, ns."""
+    """Runs the calls of one worker. ``grant``: from when on the time of the task being run counts, ns.
+    ``file_function``: what is to be called with the path of each file of a vector, by the id of its function.
+    """
 
-    def __init__(self, segment: Segment, post: Post, confinement: Confinement, grant: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        post: Post,
+        confinement: Confinement,
+        grant: Callable[[int], None],
+        file_function: Callable[[int], Callable[[bytes], Any]],
+    ) -> None:
         self._n_extra = 0
+        self._file_function = file_function
         self._grant = grant
         self._segment = segment.name
         self._post = post
@@ -55,10 +65,10 @@ class CallRunner:
         if found is not None or not function_id:
             return found
         self._grant(time.monotonic_ns() + LOAD_NS)
-        encoding, body, _ = blobs.read(blobs.function_name(self._segment, function_id))
+        _, body, _ = blobs.read(blobs.function_name(self._segment, function_id))
         while len(self._functions) >= FUNCTIONS_MAX:
             del self._functions[next(iter(self._functions))]
-        found = self._functions[function_id] = calls.rebuild(body) if encoding == _PICKLE else _file_function(body)
+        found = self._functions[function_id] = calls.rebuild(body)
         self._grant(time.monotonic_ns())
         return found
 
@@ -93,15 +103,16 @@ class CallRunner:
         What keeps the vector as a whole from being run is posted as the task's error: it is the error of each item.
         """
         try:
-            function = self._function(function_id)
+            span = vectors.unpack_span(payload)
+            is_timed = vectors.is_timed(span)
+            function = self._file_function(function_id) if is_timed else self._function(function_id)
             assert function is not None
             chunks = self._chunks
             if chunks is None:
                 chunks = self._chunks = vectors.Chunks.attach(self._segment)
-            span = vectors.unpack_span(payload)
             items, call = calls.decode_items(function, span.encoding, chunks.items(span))
             encode = calls.encode_result
-            if vectors.is_timed(span):
+            if is_timed:
                 call, encode = chunks.timed(span, call), values.encode_result
             encoder = _Outcomes(self._post, entry, encode)
             n = chunks.run(span, items, call, encoder.value, encoder.error, quota, self._confinement.restore)
@@ -113,15 +124,6 @@ class CallRunner:
             end_ns = time.monotonic_ns()
             self._post.error(entry, error, end_ns - start_ns)
         return end_ns
-
-
-def _file_function(spec: bytes | memoryview) -> Callable[[bytes], Any]:
-    """What is to be called with the path of each file of a vector. Raises what resolving it raises."""
-    from ringpool.workers.filetasks import bind  # here: half of what a worker would import at its start
-
-    function = bind(spec)
-    call, source_type, parameters = function.call, function.source_type, function.parameters
-    return lambda path: call(source_type(path), **parameters)
 
 
 class _Outcomes:

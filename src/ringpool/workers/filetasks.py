@@ -34,20 +34,6 @@ class BoundFunction(msgspec.Struct, frozen=True):
     durability: Durability
 
 
-def bind(body: bytes | memoryview) -> BoundFunction:
-    """The function of a spec. Raises ``UnknownFunctionError``, and what unpickling its parameters raises."""
-    spec = tasks.decode_spec(body)
-    call = tasks.resolve(spec.name)
-    signature = tasks.signature_of(call, spec.name)
-    return BoundFunction(
-        tasks.with_retries(call, spec.retry),
-        signature.source_type,
-        signature.target_type,
-        tasks.unpack_parameters(spec.parameters),
-        Durability(spec.durability),
-    )
-
-
 class FileRunner:
     """Runs the file tasks of one worker."""
 
@@ -83,9 +69,26 @@ class FileRunner:
             self._post.error(entry, error, end_ns - start_ns)
         return end_ns
 
+    def caller(self, function_id: int) -> Callable[[bytes], Any]:
+        """What is to be called with the path of each file of a vector. Raises ``UnknownFunctionError``, and what
+        unpickling the parameters raises.
+        """
+        function = self._functions.get(function_id) or self._bind(function_id)
+        call, source_type, parameters = function.call, function.source_type, function.parameters
+        return lambda path: call(source_type(path), **parameters)
+
     def _bind(self, function_id: int) -> BoundFunction:
         _, body, _ = blobs.read(blobs.function_name(self._segment, function_id))
-        bound = bind(body)
+        spec = tasks.decode_spec(body)
+        call = tasks.resolve(spec.name)
+        signature = tasks.signature_of(call, spec.name)
+        bound = BoundFunction(
+            tasks.with_retries(call, spec.retry),
+            signature.source_type,
+            signature.target_type,
+            tasks.unpack_parameters(spec.parameters),
+            Durability(spec.durability),
+        )
         while len(self._functions) >= FUNCTIONS_MAX:
             del self._functions[next(iter(self._functions))]
         self._functions[function_id] = bound

@@ -21,7 +21,8 @@ import os
 import sys
 import time
 import traceback
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -127,7 +128,7 @@ class Worker:
         self.post = Post(self.segment, self.results, confinement)
         self.files: FileRunner | None = None
         self.jobs: JobRunner | None = None
-        self.calls = CallRunner(self.segment, self.post, confinement, self.end.grant)
+        self.calls = CallRunner(self.segment, self.post, confinement, self.end.grant, self._file_function)
         self.n_tasks = self.busy_ns = 0
         self._n_of_claim = 0  # tasks run of the claim at hand
         self._weighed_ns = 0
@@ -192,6 +193,9 @@ class Worker:
 
         self.files = FileRunner(self.segment, self.post, self.confinement)
         return self.files
+
+    def _file_function(self, function_id: int) -> Callable[[bytes], Any]:
+        return (self.files or self._make_files()).caller(function_id)
 
     def _make_jobs(self) -> JobRunner:
         from ringpool.workers.jobtasks import JobRunner
