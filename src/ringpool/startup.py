@@ -23,7 +23,13 @@ finally:
     signal.pthread_sigmask(signal.SIG_SETMASK, _mask_before)
 
 in_fork_server = False
+imports_main_ahead = False  # in a fork server, for the workers
+is_unguarded = False  # it has come to the making of a pool then
 homes_used: set[str] = set()  # modules of which the program has had public names
+
+
+class Unguarded(BaseException):
+    """Ends the import of a main module, ahead of workers, that makes a pool; not for it to catch."""
 
 
 def is_for_workers() -> bool:

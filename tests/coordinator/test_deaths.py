@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import textwrap
 import threading
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, wait
@@ -490,6 +491,89 @@ def test_a_main_module_that_raises_in_workers_ends_in_one_clear_error(run_progra
     assert program.finish() == 1
     assert "CrashLoopError" in program.err.splitlines()[-1]
     assert "not here" in program.err, "why"
+    program.assert_no_process_is_left()
+    assert shared_memory_of(program.pid) == set()
+
+
+# Tells a fork server which file the main module is, as newer releases of Python do: older ones forget it.
+TOLD = """
+from multiprocessing import spawn
+
+def tell(name, prepare=spawn.get_preparation_data):
+    told = prepare(name)
+    return told | {"main_path": told.get("init_main_from_path")}
+
+spawn.get_preparation_data = tell
+with open("imports", "a") as imports:
+    print(__name__, file=imports)
+"""
+
+
+def test_a_main_module_is_imported_once_for_all_workers(run_program: RunProgram, tmp_path: Path) -> None:
+    program = run_program(
+        """
+        with Coordinator(2) as pool:
+            assert all(r.ok for r in pool.run_file_tasks(tasks.size, [__file__] * 3))
+            while len(pool.worker_pids) < 2:
+                select.select([], [], [], 0.01)
+            victim = pool.worker_pids[0]
+            os.kill(victim, signal.SIGKILL)
+            while victim in pool.worker_pids or len(pool.worker_pids) < 2:
+                select.select([], [], [], 0.01)
+        """,
+        top=TOLD,
+    )
+    assert program.finish() == 0, program.err
+    assert (program.file.parent / "imports").read_text().split() == ["__main__", "__mp_main__"]
+    program.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("preload", [[], ["__main__"], ["json", "__main__"]])
+@pytest.mark.parametrize("catches", ["Exception", "BaseException"])
+def test_a_main_module_without_a_guard_does_not_end_the_fork_server_that_imports_it(
+    run_program: RunProgram, preload: list[str], catches: str
+) -> None:
+    program = run_program(
+        f"""
+        if {preload}:
+            multiprocessing.set_forkserver_preload({preload})
+        try:
+            with Coordinator(2) as pool:
+                list(pool.run_file_tasks(tasks.size, [__file__] * 3))
+        except {catches} as error:
+            if __name__ == "__main__":
+                say("caught", type(error).__name__)
+        """,
+        top=f"import multiprocessing\n{TOLD}",
+        guarded=False,
+    )
+    assert program.finish() == 0, program.err
+    assert program.out.splitlines() == ["caught MainModuleError"]
+    assert program.err == ""
+    program.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    ("how", "why"), [("raise RuntimeError('not here')", "not here"), ("sys.exit(3)", "exit status")]
+)
+def test_a_main_module_that_ends_early_does_not_end_the_fork_server_that_imports_it(
+    run_program: RunProgram, how: str, why: str
+) -> None:
+    program = run_program(
+        """
+        with Coordinator(2) as pool:
+            print(pool.submit_file_task(tasks.size, __file__).result())
+        """,
+        top=f"""
+        {textwrap.indent(TOLD, " " * 8).strip()}
+        if __name__ != "__main__":
+            {how}
+        """,
+    )
+    assert program.finish() == 1
+    assert "CrashLoopError" in program.err.splitlines()[-1]
+    assert why in program.err
+    assert "cannot be started" not in program.err, "a fork server has ended"
     program.assert_no_process_is_left()
     assert shared_memory_of(program.pid) == set()
 

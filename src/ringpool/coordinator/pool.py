@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable
 from multiprocessing.context import BaseContext
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 from ringpool import startup
 from ringpool.coordinator import serveraddress, signals
@@ -53,7 +53,8 @@ ABORT_TIMEOUT_S = 1.0
 STOP_TIMEOUT_S = 5.0
 SPINS = 500  # looks for work before a worker sleeps: about 250 us in all, during which whoever needs the core has it
 CHUNKS_PER_WORKER, CHUNKS_MORE = 4, 24
-_PRELOAD = ["__main__", "ringpool.workers.ahead", "ringpool.workers.process"]
+_AHEAD = "ringpool.workers.ahead"  # imports the main module too, where it can
+_PRELOAD = [_AHEAD, "ringpool.workers.process"]
 
 _open: set[Pool] = set()  # not weak: one that its program has lost sight of is closed at exit as well
 
@@ -289,10 +290,13 @@ class Pool:
 
 def require_no_main_import() -> None:
     """End a worker that is still importing the program's main module: its coordinator says why, once. Another process
-    of ``multiprocessing`` that does so gets ``MainModuleError``.
+    of ``multiprocessing`` that does so gets ``MainModuleError``; a fork server leaves that module to the workers.
     """
     if not startup.is_importing_main():
         return
+    if startup.imports_main_ahead:
+        startup.is_unguarded = True
+        raise startup.Unguarded
     if multiprocessing.current_process().name.startswith(WORKER_NAME):
         flush()
         os._exit(EXIT_UNGUARDED)
@@ -350,17 +354,18 @@ def _context(chosen: str | BaseContext | ModuleType | None) -> BaseContext:
         from multiprocessing import forkserver
 
         server = forkserver._forkserver  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage, reportUnknownMemberType, reportUnknownVariableType]
-        if getattr(server, "_preload_modules", None) == [
-            "__main__"
-        ]:  # the default: the program has not asked for its own
+        preload = cast("list[str]", getattr(server, "_preload_modules", []))
+        if preload == ["__main__"]:  # the default: the program has not asked for its own
             context.set_forkserver_preload(_preload())
+        elif "__main__" in preload:
+            context.set_forkserver_preload([_AHEAD, *(name for name in preload if name != "__main__")])
     return context
 
 
 def _preload() -> list[str]:
-    """What the fork server imports, so that workers need not: what this program has of our room of workers. In most
-    versions of Python it does not import the main module, which will import in each worker what it has imported here;
-    of that, we answer for our own modules. Typed at a prompt, or given by -c, it will not be imported.
+    """What the fork server imports, so that workers need not: what this program has of our room of workers. Where it
+    cannot import the main module, each worker will, and of what that has imported here, we answer for our own modules.
+    Typed at a prompt, or given by -c, it will not be imported.
     """
     main = sys.modules["__main__"]
     is_imported = getattr(main, "__spec__", None) is not None or getattr(main, "__file__", None) is not None

@@ -1,5 +1,9 @@
 """What a fork server imports before anything else of ringpool: all that it imports then is for workers.
 
+It imports the program's main module first, where the fork server knows its file. Newer releases of Python 3.13 and 3.14
+do so themselves where ``__main__`` is to be preloaded, but an error of it is the end of the server, and of each that is
+started in its place. Here such a main module is left to the workers, who say what is wrong, as Python 3.15 does.
+
 A fork that fails (EAGAIN, where ``ulimit -u`` or a container's ``pids.max`` is reached) ends the server of
 ``multiprocessing``, and all workers with it. Here it costs the one who asked: he reads the end of his pipe. The server
 goes on after ECONNABORTED, which it takes for a client that left.
@@ -11,11 +15,12 @@ import contextlib
 import errno
 import os
 import sys
+from multiprocessing import process, spawn
 from types import FrameType
+from typing import Any
 
 from ringpool import startup
 
-startup.in_fork_server = True
 _OF_A_REQUEST = {"child_r", "child_w", "fds"}  # in multiprocessing.forkserver.main, Python 3.11 to 3.13
 _fork = os.fork
 
@@ -44,4 +49,32 @@ def _hang_up(server: FrameType) -> bool:
     return True
 
 
+def _main_path() -> str | None:
+    """The file of the program's main module, where the fork server that imports this was told of it."""
+    frame: FrameType | None = sys._getframe()  # pyright: ignore[reportPrivateUsage]  (only it knows)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "multiprocessing.forkserver" and "main_path" in frame.f_locals:
+            return frame.f_locals["main_path"]
+        frame = frame.f_back
+    return None
+
+
+def _import_main(path: str) -> None:
+    before = sys.modules["__main__"]
+    this: Any = process.current_process()
+    startup.imports_main_ahead = this._inheriting = True
+    try:
+        spawn.import_main_path(path)
+    except (Exception, SystemExit, startup.Unguarded):
+        pass  # workers import it again, each for itself, and say it
+    finally:
+        startup.imports_main_ahead = False
+        del this._inheriting
+        if startup.is_unguarded:  # even where it has caught that
+            sys.modules["__main__"] = sys.modules["__mp_main__"] = before
+
+
+if (path := _main_path()) is not None:
+    _import_main(path)
+startup.in_fork_server = True
 os.fork = _fork_or_hang_up
