@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests import task_functions as tasks
@@ -33,6 +34,16 @@ ODD = 1500  # the one among many that is not like the others: by then, hundreds 
 
 def odd_among_many(pool: Coordinator, paths: list[Path], act: str, **more: str) -> dict[Path, FileResult]:
     return {result.path: result for result in pool.run_file_tasks(tasks.odd, paths, params={"act": act, "more": more})}
+
+
+def in_a_thread(body: Callable[[], Any]) -> Any:
+    """What ``body`` returns; the test fails where it never does."""
+    returned: list[Any] = []
+    thread = threading.Thread(target=lambda: returned.append(body()), daemon=True)
+    thread.start()
+    thread.join(WATCHDOG_S)
+    assert returned, "it waits for ever"
+    return returned[0]
 
 
 @pytest.fixture
@@ -188,6 +199,81 @@ def test_results_that_are_there_do_not_wait_for_the_next_input(pool: Coordinator
         if n == 300:
             taken.set()
     assert n == len(paths)
+
+
+@pytest.mark.parametrize("n", [3, 500])
+def test_what_the_inputs_raise_leaves_those_before_it(pool: Coordinator, files: MakeFiles, n: int) -> None:
+    """Whatever it is: a ``CancelledError`` of asyncio, or what ends a test, is no ``Exception``."""
+    paths = files(n)
+
+    class LeaveError(BaseException):
+        pass
+
+    def inputs() -> Iterator[Path]:
+        yield from paths
+        raise LeaveError
+
+    run = pool.run_file_tasks(tasks.size, inputs(), window=2000)
+    results: list[FileResult] = []
+    with pytest.raises(LeaveError):
+        results.extend(run)
+    results += in_a_thread(lambda: list(run))
+    assert sorted(result.path for result in results) == paths
+
+
+@pytest.mark.parametrize("where", ["inputs", "results"])
+def test_a_run_that_another_thread_closes_is_at_its_end(
+    pool: Coordinator, files: MakeFiles, tmp_path: Path, where: str
+) -> None:
+    paths, gate, drawing, go_on = files(500), tmp_path / "gate", threading.Event(), threading.Event()
+    n_drawn = 0
+
+    def inputs() -> Iterator[Path]:
+        nonlocal n_drawn
+        for path in itertools.cycle(paths):
+            if where == "inputs" and n_drawn == 5:
+                drawing.set()
+                assert go_on.wait(WATCHDOG_S)
+            n_drawn += 1
+            yield path
+
+    run = pool.run_file_tasks(tasks.wait_for_gate, inputs(), params={"gate": str(gate)})
+    taken: list[FileResult] = []
+    taker = threading.Thread(target=lambda: taken.extend(run), daemon=True)
+    taker.start()
+    wait_until(lambda: drawing.is_set() or (where == "results" and sum(pool.stats()[1:3]) == 6), "a taker that waits")
+    run.close()
+    go_on.set()
+    taker.join(WATCHDOG_S)
+    gate.touch()
+    assert not taker.is_alive()
+    assert taken == []
+    assert n_drawn <= 6
+    wait_until(lambda: pool.stats()[1:3] == (0, 0), "what ran")
+
+
+def test_inputs_that_take_results_are_told_and_keep_nobody_waiting(pool: Coordinator, files: MakeFiles) -> None:
+    """What one may not do: an iterator cannot be drawn from while it is drawn from."""
+    paths = files(100)
+
+    def inputs() -> Iterator[Path]:
+        for i, path in enumerate(paths):
+            if i == 50:
+                next(run)
+            yield path
+
+    run = pool.run_file_tasks(tasks.size, inputs())
+    taken: list[FileResult] = []
+
+    def take() -> type[BaseException] | None:
+        try:
+            taken.extend(run)
+        except BaseException as error:
+            return type(error)
+        return None
+
+    assert in_a_thread(take) is ValueError
+    assert len(taken) >= 49
 
 
 def test_outputs_and_none_may_take_turns(pool: Coordinator, files: MakeFiles, tmp_path: Path) -> None:

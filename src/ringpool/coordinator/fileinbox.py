@@ -85,6 +85,13 @@ class FileInbox(MapInbox):
         """The result of the task with this output is taken: the memory of outputs is bounded by the window."""
         self._targets.pop(target, None)
 
+    def wait(self, timeout_s: float = -1) -> bool:
+        """Wait until something has arrived, or the run was closed by another thread; whether something has."""
+        while not self.arrived and not self.closed:
+            if not self._news.acquire(timeout=timeout_s):
+                break
+        return bool(self.arrived)
+
     def deliver(self, ticket: Ticket, record: ResultRecord) -> None:
         """A task has a result: it is decoded where it is taken, not here."""
         if self.closed:

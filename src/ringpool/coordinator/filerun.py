@@ -106,7 +106,7 @@ class FileRun(Iterator[FileResult]):
         self._sizer = Sizer(None, pool.n_workers)
         self._ready: deque[_Found] = deque()
         self._at_hand: list[FileResult] = []  # the next one last
-        self._n_drawn = self._n_given = self._n_at_hand = self._under_way = 0
+        self._n_drawn = self._n_arrived = self._n_given = self._n_at_hand = 0
         self._refill_at = 0  # inputs ahead: so few, and more are drawn
         self._n_together = 0  # the index of the next input without an output
         self._exhausted = False
@@ -142,8 +142,8 @@ class FileRun(Iterator[FileResult]):
         self._ready.clear()
         self._at_hand.clear()
         self._inbox.arrived.clear()
-        self._under_way = 0  # who takes from a closed run gets nothing, and does not wait for it
         self._pool.pump.abandon(self._inbox)
+        self._inbox.settle()  # who takes from a closed run gets nothing, and does not wait for it
 
     # ---- giving out
 
@@ -158,7 +158,7 @@ class FileRun(Iterator[FileResult]):
                 self._fill()
             if self._ready:
                 break
-            if self._under_way:
+            if self._n_drawn != self._n_arrived and not self._closed:
                 self._inbox.wait()
             elif self._exhausted:
                 self.close()
@@ -177,11 +177,11 @@ class FileRun(Iterator[FileResult]):
         while arrived:
             found: _Found = arrived.popleft()
             if isinstance(found, Piece):
-                self._under_way -= found.n
+                self._n_arrived += found.n
                 self._sizer.observe(found.spent_ns, found.n, found.n_bytes)
             elif isinstance(found, tuple):
                 _, record = found
-                self._under_way -= 1
+                self._n_arrived += 1
                 self._sizer.observe(record.duration_ns, 1, len(record.payload))
             self._ready.append(found)
 
@@ -217,7 +217,8 @@ class FileRun(Iterator[FileResult]):
 
         Each is queued before the next is drawn, which may take its time.
         """
-        not_told = n = n_in_part = n_bytes = 0
+        not_told = n_in_part = n_bytes = 0
+        n_drawn = self._n_drawn
         inbox, queue, clock, wake = self._inbox, self._pool.pump.queue, time.monotonic, self._pool.pump.wake
         arrived, ready, sources = inbox.arrived, self._ready, inbox.sources
         part: FilePart | None = None
@@ -225,12 +226,15 @@ class FileRun(Iterator[FileResult]):
         try:
             self._pool.check_open()
             most, together_max = self._most_ahead()
-            room = most - self._n_drawn + self._n_given
+            room = most - n_drawn + self._n_given
             if room <= 0:
                 return
             room_bytes = vectors.room_for_items(together_max, timed=True)
-            not_told = FLUSH_ITEMS if not self._under_way else 0  # the first of all is told at once
+            not_told = FLUSH_ITEMS if n_drawn == self._n_arrived else 0  # the first of all is told at once
+            last = n_drawn + room
             for drawn in islice(self._drawn, room):
+                if inbox.closed:  # meanwhile, by another thread or by the inputs themselves
+                    break
                 if isinstance(drawn, Ticket):
                     queue(drawn)
                 elif together_max == 1 or len(drawn[0]) > TOGETHER_PATH_BYTES_MAX:
@@ -245,7 +249,7 @@ class FileRun(Iterator[FileResult]):
                         part = FilePart.begin(index, path)
                         n_in_part, n_bytes = 1, len(path) + 2 * _PACKED_HEAD_BYTES
                         queue(Ticket(self._vector, inbox, None, None, part=part))
-                n += 1
+                self._n_drawn = n_drawn = n_drawn + 1  # at once: drawing the next one may raise what it likes
                 not_told += 1
                 now_s = clock()
                 if not_told > FLUSH_ITEMS or now_s - woken_s > FILL_S:
@@ -254,17 +258,16 @@ class FileRun(Iterator[FileResult]):
                     if (arrived or ready) and now_s - began_s > FILL_S:
                         break
             else:
-                self._exhausted = n < room
+                self._exhausted = self._exhausted or n_drawn < last
         except Exception as error:
             self._exhausted = True
             self._input_error = error
-        self._n_drawn += n
-        self._under_way += n
-        if not_told:
-            wake()
+        finally:
+            if not_told:
+                wake()
 
     def _most_ahead(self) -> tuple[int, int]:
-        """How many inputs may be drawn ahead of results, and how many of them may go together. When, is set as well."""
+        """How many inputs may be ahead of results, how many of these may go together; and when to ask again."""
         sizer, n_vectors = self._sizer, 2 * self._pool.n_workers + 2
         most = self._window or max(self._pool.slots, min(sizer.under_way_max, AHEAD_MAX))
         if not sizer.has_seen_any:
