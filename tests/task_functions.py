@@ -162,6 +162,29 @@ class TaskRefusedError(RingpoolError):
     pass
 
 
+class Rebuilt:
+    """Pickles, and something happens where it is rebuilt."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def __reduce__(self) -> Any:
+        return happen, (self.how,)
+
+
+def happen(how: str) -> str:
+    match how:
+        case "memory":
+            raise MemoryError
+        case "exit":
+            sys.exit(3)
+        case "terminated":  # it comes from elsewhere, at this moment
+            os.kill(os.getpid(), signal.SIGTERM)
+        case _:
+            raise AssertionError(how)
+    return how
+
+
 def fail(src: Path, *, how: str) -> None:
     match how:
         case "value":
@@ -301,6 +324,8 @@ def odd(src: Path, *, act: str, more: dict[str, str]) -> Any:
             return threading.Lock()
         case "return bytes":
             return bytes(int(more["n"]))
+        case "return what is rebuilt":
+            return Rebuilt(more["how"])
         case "close descriptors":
             os.closerange(0, 4096)
         case "kill":

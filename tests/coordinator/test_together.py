@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 from tests import task_functions as tasks
-from tests.coordinator.program import WATCHDOG_S, shared_memory_of, wait_until
+from tests.coordinator.program import WATCHDOG_S, Program, shared_memory_of, wait_until
 
 from ringpool import Coordinator, FileResult, FileTask
 from ringpool.coordinator.filerun import TOGETHER_PATH_BYTES_MAX
 from ringpool.coordinator.pool import Pool
+from ringpool.coordinator.tickets import Ticket
 from ringpool.errors import (
     CoordinatorClosedError,
     RemoteError,
@@ -109,6 +110,31 @@ def test_a_result_of_any_size_comes_back(pool: Coordinator, many: list[Path], n_
     results = odd_among_many(pool, many, "return bytes", n=str(n_bytes))
     assert_others_are_well(results, many[ODD])
     assert results[many[ODD]].value == bytes(n_bytes)
+
+
+@pytest.mark.parametrize("how", ["memory", "exit"])
+def test_one_that_cannot_be_rebuilt_costs_nobody_a_result(pool: Coordinator, many: list[Path], how: str) -> None:
+    results = odd_among_many(pool, many, "return what is rebuilt", how=how)
+    assert_others_are_well(results, many[ODD])
+    assert isinstance(results[many[ODD]].error, ResultTransportError)
+
+
+def test_a_signal_that_ends_the_program_is_no_result(run_program: Callable[..., Program]) -> None:
+    """It comes while one among many results is rebuilt."""
+    body = """
+        paths = [Path(f"{i:04}") for i in range(3000)]
+        for path in paths:
+            path.write_text("odd" if path.name == "1500" else "")
+        parameters = {"act": "return what is rebuilt", "more": {"how": "terminated"}}
+        with Coordinator(2) as c:
+            for result in c.run_file_tasks(tasks.odd, paths, params=parameters):
+                assert result.ok, result
+        say("never")
+        """
+    program = run_program(body)
+    assert program.finish() == 128 + signal.SIGTERM, program.err
+    assert "never" not in program.out
+    program.assert_nothing_is_left()
 
 
 @pytest.mark.parametrize("act", ["chdir", "ignore signals"])
@@ -375,6 +401,23 @@ def test_a_pool_that_is_closed_gives_what_it_has(files: MakeFiles) -> None:
         rest.extend(run)
     assert len(rest) <= 1000
     assert all(result.ok for result in rest)
+
+
+def test_what_comes_back_is_never_out_of_sight(files: MakeFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a pool that closes waits for it: it is queued again before it has left the ring."""
+    with Coordinator(1) as own:
+        pump, seen = own._pump, []
+        requeue = pump._requeue
+
+        def watched(tickets: list[Ticket]) -> None:
+            if tickets:
+                seen.append(pump._is_idle())
+            requeue(tickets)
+
+        monkeypatch.setattr(pump, "_requeue", watched)
+        assert all(result.ok for result in own.run_file_tasks(tasks.many_bytes, files(300), params={"n": 70_000}))
+    assert seen
+    assert not any(seen)
 
 
 def test_a_pool_whose_end_drops_all_is_one_error(files: MakeFiles) -> None:

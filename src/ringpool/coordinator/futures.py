@@ -47,7 +47,7 @@ def outcome_of(ticket: Ticket, record: ResultRecord) -> tuple[Any, BaseException
         else:
             value = values.decode(record.encoding, record.payload) if record.payload else None
     except BaseException as error:  # unpickling may run anything, sys.exit too
-        if _is_from_signal(error):
+        if is_from_signal(error):
             raise
         return None, values.undecodable(error, "unknown")
     if record.status == _OK:
@@ -55,7 +55,7 @@ def outcome_of(ticket: Ticket, record: ResultRecord) -> tuple[Any, BaseException
     return None, error_of(ticket, record.status, value)
 
 
-def _is_from_signal(error: BaseException) -> bool:
+def is_from_signal(error: BaseException) -> bool:
     """Whether it is no doing of the value's: Ctrl-C, or a signal that ends the program, may come anywhere."""
     if threading.current_thread() is not threading.main_thread():
         return False

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from ringpool.coordinator.futures import death_of, outcome_of
+from ringpool.coordinator.futures import death_of, is_from_signal, outcome_of
 from ringpool.coordinator.inbox import Inbox
 from ringpool.coordinator.tickets import Part, Ticket
 from ringpool.errors import RemoteError, SegmentFormatError
@@ -65,9 +65,9 @@ class Piece(msgspec.Struct, eq=False):
         for kind, body in vectors.stream(self.outcomes) if self.outcomes else ():
             try:
                 self.values.append(self._decode(kind, body))
-            except (KeyboardInterrupt, MemoryError):
-                raise
             except BaseException as error:  # unpickling may run anything, sys.exit too
+                if is_from_signal(error):
+                    raise
                 self.values.append(Failure(values.undecodable(error, "unknown")))
             self.failed = self.failed or type(self.values[-1]) is Failure
         self.outcomes = b""

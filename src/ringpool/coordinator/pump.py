@@ -414,12 +414,14 @@ class Pump:
         if self.end.retains:
             self.parcels.retain(ticket.task, entry, is_parcel=record.encoding == _BLOB)
         self._tickets[slot] = None
-        self._in_ring -= 1
         if ticket.timeout_s is not None:
             self.staff.limits.release()
         if ticket.spared and record.status == _CANCELLED and not self._cancels_all and ticket.sink.unspoiled(ticket):
             self._requeue([ticket])
+            self._in_ring -= 1  # after that, here and for vectors: see ``_publish``
             return
+        if ticket.part is None:
+            self._in_ring -= 1
         if ticket.task.blob and not self.end.retains:
             self.parcels.discard_payload(ticket.task)
         self._n_results += 1
@@ -444,15 +446,17 @@ class Pump:
         assert part is not None
         assert part.chunk is not None
         assert arena is not None
+        again: list[Ticket] = []
         try:
             again = ticket.sink.deliver_vector(ticket, record, arena, self.parcels.name_of_result(entry))
         finally:
             arena.give(part.chunk)
             part.chunk = None
             self._n_vectors -= 1
+            self._requeue(again)
+            self._in_ring -= 1
         if record.status == _DIED:
             self.staff.n_retried += sum(each.part is not None and each.part.deaths > 0 for each in again)
-        self._requeue(again)
 
     def _after_delivery(self) -> None:
         touched, self._touched = self._touched, set()  # a sink may queue more, and where the pool has ended, that fails
