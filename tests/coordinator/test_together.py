@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,24 @@ def test_nobody_waits_for_a_slow_one(pool: Coordinator, many: list[Path], tmp_pa
         if paths == {many[ODD]}:  # all others have come
             gate.touch()
     assert not paths
+
+
+def test_nobody_waits_for_a_slow_one_while_more_come(pool: Coordinator, many: list[Path], tmp_path: Path) -> None:
+    """So that the other worker is never idle."""
+    gate, behind, in_time = tmp_path / "gate", set(many[ODD + 1 :]), []
+
+    def inputs() -> Iterator[Path]:
+        yield from many
+        end_s = time.monotonic() + WATCHDOG_S / 2
+        while behind and time.monotonic() < end_s:
+            yield many[0]
+        in_time.append(not behind)
+
+    for result in pool.run_file_tasks(tasks.odd, inputs(), params={"act": "wait", "more": {"gate": str(gate)}}):
+        behind.discard(result.path)
+        if not behind:  # as good as at once, or when no more come
+            gate.touch()
+    assert in_time == [True]
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """No task waits behind a slow neighbour: what a worker has claimed and not begun goes to others.
 
     a claim of several tasks that has not moved for 20 ms      its unstarted tasks go back to the ring
+    a vector of files that has been at one of them for 20 ms   those behind that one go to the front of the queue
     a vector of many items, while some worker is idle          the items that it has not come to are shared out
     a vector that has been under way for 20 ms                 the outcomes that it has so far are handed over
 
@@ -30,6 +31,7 @@ class Balance:
         self._end = end
         self._ticket_of = ticket_of
         self._claims: list[int] = [0] * end.ring.workers
+        self._items: dict[int, tuple[int, int]] = {}  # by worker: a vector's sequence, and the file that it was at
         self._watched_at = time.monotonic()
 
     def watch_claims(self) -> bool:
@@ -68,6 +70,30 @@ class Balance:
                 sinks.append(ticket.sink)
         return sinks
 
+    def relieve_vectors(self, arena: Arena) -> list[Ticket]:
+        """What waits in a vector behind a file that takes long, as new tickets; to be called when claims were watched.
+
+        Not only when somebody is idle: that may be never, while more files come. Of a map they stay, where whoever
+        takes its results in order waits for the long one anyway.
+        """
+        items: dict[int, tuple[int, int]] = {}
+        taken: list[Ticket] = []
+        for worker, ticket, _ in self._running_vectors():
+            part = ticket.part
+            assert part is not None
+            assert part.chunk is not None
+            if not ticket.sink.counts_items or self._end.ring.workers == 1:
+                continue
+            at = ticket.sequence, arena.progress(part.span(part.chunk))
+            if self._items.get(worker) == at and at[1] + 1 < part.end:
+                rest = _cut(arena, part, lambda _n: 0)
+                if rest is not None:
+                    self.n_taken_back += 1
+                    taken.append(_ticket_of(ticket, rest))
+            items[worker] = at
+        self._items = items
+        return taken
+
     def _running_vectors(self) -> Iterator[tuple[int, Ticket, int]]:
         """Workers, the vectors that they are at, and since when (CLOCK_MONOTONIC, ns)."""
         ring = self._end.ring
@@ -90,7 +116,7 @@ class Balance:
             part = self._split(arena, ticket.part, now_ns - began_ns, n_idle) if ticket.part.splits else None
             if part is not None:
                 self.n_taken_back += part.n
-                taken.append(Ticket(ticket.task, ticket.sink, ticket.source, None, priority=ticket.priority, part=part))
+                taken.append(_ticket_of(ticket, part))
         return taken
 
     @staticmethod
@@ -101,9 +127,20 @@ class Balance:
         n_left = part.n - n_done - 1
         if n_left < 1 or elapsed_ns / (n_done + 1) * n_left < SPLIT_WORTH_NS:
             return None
-        end = arena.split(span, lambda n: n // (n_idle + 1))
-        if end >= part.end:
-            return None
-        taken = part.of(end, part.end)
-        part.end = end
-        return taken
+        return _cut(arena, part, lambda n: n // (n_idle + 1))
+
+
+def _cut(arena: Arena, part: Part, share: Callable[[int], int]) -> Part | None:
+    """What is taken from the worker that runs ``part``: it keeps ``share(n)`` of the ``n`` that it has not come to."""
+    assert part.chunk is not None
+    end = arena.split(part.span(part.chunk), share)
+    if end >= part.end:
+        return None
+    taken = part.of(end, part.end)
+    part.end = end
+    return taken
+
+
+def _ticket_of(ticket: Ticket, part: Part) -> Ticket:
+    """A ticket for what was taken of another's part."""
+    return Ticket(ticket.task, ticket.sink, ticket.source, None, priority=ticket.priority, part=part)

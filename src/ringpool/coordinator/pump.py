@@ -319,6 +319,7 @@ class Pump:
                 if is_time:
                     self._touched.update(self.balance.deliver_overdue(self.arena))
                     self._after_delivery()
+                    self._requeue(self.balance.relieve_vectors(self.arena))
                 if not self._backlog:
                     self._split_vectors(self.arena)
             self.staff.hire()
