@@ -86,6 +86,10 @@ def append_line(src: Path) -> None:
 # ---- waiting ones ----------------------------------------------------------------------------------------------------
 
 
+def nap(src: Path, *, seconds: float) -> None:
+    select.select([], [], [], seconds)
+
+
 def hold(src: Path, *, gate: str, begun: str) -> int:
     """Says that it has begun, with its pid, and ends when the gate appears."""
     announce(begun)

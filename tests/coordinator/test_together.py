@@ -138,6 +138,18 @@ def test_a_signal_that_ends_the_program_is_no_result(run_program: Callable[..., 
     program.assert_nothing_is_left()
 
 
+@pytest.mark.parametrize(("function", "n"), [(tasks.many_bytes, 70_000), (tasks.ramp, 1000)])
+def test_results_that_would_each_end_a_vector_go_one_by_one(
+    pool: Coordinator, files: MakeFiles, monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], n: int
+) -> None:
+    """What is left of a vector is sent again: that costs more than each of them for itself."""
+    vectors: list[object] = []
+    place = pool._pump._place
+    monkeypatch.setattr(pool._pump, "_place", lambda ticket: vectors.append(ticket) or place(ticket))
+    assert all(result.ok for result in pool.run_file_tasks(function, files(200), params={"n": n}))
+    assert len(vectors) < 20
+
+
 @pytest.mark.parametrize("act", ["chdir", "ignore signals"])
 def test_what_one_does_to_its_process_is_over_before_the_next(pool: Coordinator, many: list[Path], act: str) -> None:
     before = pool.stats().worker_deaths
@@ -430,13 +442,40 @@ def test_what_comes_back_is_never_out_of_sight(files: MakeFiles, monkeypatch: py
 
         def watched(tickets: list[Ticket]) -> None:
             if tickets:
-                seen.append(pump._is_idle())
+                others = sum(ticket is not None for ticket in pump._tickets)
+                seen.append(pump._in_ring > others)
             requeue(tickets)
 
         monkeypatch.setattr(pump, "_requeue", watched)
-        assert all(result.ok for result in own.run_file_tasks(tasks.many_bytes, files(300), params={"n": 70_000}))
+        paths = files(1000)
+        for path in paths[100::100]:
+            path.write_text("odd")
+        parameters = {"act": "return bytes", "more": {"n": "70000"}}  # with which a vector ends
+        assert all(result.ok for result in own.run_file_tasks(tasks.odd, paths, params=parameters))
     assert seen
-    assert not any(seen)
+    assert all(seen)
+
+
+def test_the_pump_does_not_sleep_on_free_chunks(files: MakeFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that wait for a chunk are sent as soon as there is one again."""
+    with Coordinator(2) as own:
+        pump, was_out_of_chunks, sleeps_on = own._pump, [], []
+        take, wait = pump._take, pump.end.wait
+
+        def watched_take(n: int) -> Any:
+            taken = take(n)
+            was_out_of_chunks.append(pump._out_of_chunks)
+            return taken
+
+        def watched_wait(*arguments: Any) -> None:
+            sleeps_on.append(pump._out_of_chunks and pump.arena is not None and bool(pump.arena._free))
+            wait(*arguments)
+
+        monkeypatch.setattr(pump, "_take", watched_take)
+        monkeypatch.setattr(pump.end, "wait", watched_wait)
+        assert all(result.ok for result in own.run_file_tasks(tasks.nap, files(1000), params={"seconds": 0.0005}))
+    assert any(was_out_of_chunks)
+    assert not any(sleeps_on)
 
 
 def test_a_pool_whose_end_drops_all_is_one_error(files: MakeFiles) -> None:

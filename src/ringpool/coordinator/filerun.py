@@ -21,7 +21,7 @@ import msgspec
 from ringpool.coordinator.fileinbox import FileInbox, FilePart
 from ringpool.coordinator.futures import outcome_of
 from ringpool.coordinator.pieces import Failure, Piece
-from ringpool.coordinator.sizer import REFILL_AT, Sizer
+from ringpool.coordinator.sizer import REFILL_AT, RESULT_BYTES, Sizer
 from ringpool.coordinator.tickets import Ticket
 from ringpool.errors import SharedMemoryFullError
 from ringpool.shm import layout, vectors
@@ -178,11 +178,13 @@ class FileRun(Iterator[FileResult]):
             found: _Found = arrived.popleft()
             if isinstance(found, Piece):
                 self._n_arrived += found.n
-                self._sizer.observe(found.spent_ns, found.n, found.n_bytes)
+                self._sizer.observe(found.spent_ns, found.n, found.n_bytes, found.blob is not None)
             elif isinstance(found, tuple):
-                _, record = found
+                ticket, record = found
                 self._n_arrived += 1
-                self._sizer.observe(record.duration_ns, 1, len(record.payload))
+                n_bytes = record.blob_bytes or len(record.payload)
+                is_ending = n_bytes > RESULT_BYTES or _has_buffers(ticket)
+                self._sizer.observe(record.duration_ns, 1, 0 if is_ending else n_bytes, is_ending)
             self._ready.append(found)
 
     def _results_of(self, piece: Piece) -> list[FileResult]:
@@ -281,6 +283,15 @@ class FileRun(Iterator[FileResult]):
             except SharedMemoryFullError:  # it works without
                 self._together, n = False, 1
         return most, max(1, n)
+
+
+def _has_buffers(ticket: Ticket) -> bool:
+    """Whether its result has buffers of its own, which take a blob also in a vector."""
+    match ticket.result_blob:
+        case (_, _, buffers):
+            return bool(buffers)
+        case _:  # no blob, its name, or an error
+            return False
 
 
 def _index_of(worker: int) -> int:

@@ -453,6 +453,7 @@ class Pump:
         finally:
             arena.give(part.chunk)
             part.chunk = None
+            self._out_of_chunks = False
             self._n_vectors -= 1
             self._requeue(again)
             self._in_ring -= 1

@@ -9,6 +9,9 @@ UNDER_WAY_NS = 40_000_000  # work under way for each worker: longer than another
 UNDER_WAY_ITEMS_MAX = 32_768
 VECTOR_ITEMS_MAX = 4096
 GROWTH_MAX = 16  # from one size of vectors to the next: a first, short task may not be like the others
+RESULT_BYTES = vectors.CHUNK_BYTES // 3  # in a vector
+SHARE_ITEMS = 32  # over about so many the share is taken ...
+SHARE_MAX = 1 / 8  # ... of those with which vectors end: above that, what is left of vectors costs more than they save
 REFILL_AT = 0.75  # of what may be under way: below that, more is sent
 
 
@@ -23,10 +26,15 @@ class Sizer:
         self._n_workers = n_workers
         self._ns = self._items = self._bytes = 0.0
         self._n = 1
+        self._share_ending = 0.0
 
-    def observe(self, spent_ns: int, n: int, n_bytes: int) -> None:
-        """``n`` items have arrived that took so long, with so many bytes of results."""
+    def observe(self, spent_ns: int, n: int, n_bytes: int, n_ending: int = 0) -> None:
+        """``n`` items have arrived that took so long, with so many bytes of results. ``n_ending``: how many of the
+        results do not fit into a vector, which ends with such a one; what is left of it is sent again.
+        """
         if spent_ns:
+            weight = min(1.0, n / SHARE_ITEMS) if self._items else 1.0
+            self._share_ending += (n_ending / n - self._share_ending) * weight
             self._ns = self._ns * 0.75 + spent_ns
             self._items = self._items * 0.75 + n
             self._bytes = self._bytes * 0.75 + n_bytes
@@ -49,7 +57,9 @@ class Sizer:
         if self._items:
             wanted = VECTOR_NS / (self.mean_ns + 1)
             if self._bytes:
-                wanted = min(wanted, vectors.CHUNK_BYTES / 3 / (self._bytes / self._items))
+                wanted = min(wanted, RESULT_BYTES / (self._bytes / self._items))
+            if self._share_ending:
+                wanted = min(wanted, 1 / self._share_ending) if self._share_ending < SHARE_MAX else 1
             self._n = max(1, min(int(wanted), self._n * GROWTH_MAX, VECTOR_ITEMS_MAX))
         return self._n
 
