@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -421,6 +422,46 @@ def test_statistics_count_files(pool: Coordinator, many: list[Path], tmp_path: P
     after = pool.stats()
     assert after.completed - before.completed == MANY
     assert (after.queued, after.in_ring) == (0, 0)
+
+
+def test_statistics_count_what_a_run_that_was_left_has_run(pool: Coordinator, many: list[Path]) -> None:
+    list(pool.run_file_tasks(tasks.append_line, many))
+    before = pool.stats()
+    run = pool.run_file_tasks(tasks.append_line, many)
+    for _ in itertools.islice(run, MANY // 2):
+        pass
+    run.close()
+    wait_until(lambda: pool.stats()[1:3] == (0, 0), "what runs")
+    n_run = sum(path.read_text().count("run") for path in many) - MANY
+    after = pool.stats()
+    assert (after.completed - before.completed, after.failed - before.failed) == (n_run, 0)
+
+
+def test_statistics_tell_files_that_are_done_from_those_that_are_not(
+    pool: Coordinator, many: list[Path], tmp_path: Path
+) -> None:
+    """Also in a vector whose worker is at a slow one."""
+    gate, before = tmp_path / "gate", pool.stats()
+    parameters = {"act": "wait", "more": {"gate": str(gate)}}
+    results = pool.run_file_tasks(tasks.odd, many, params=parameters)
+    for _ in itertools.islice(results, MANY - 1):
+        pass
+    wait_until(lambda: pool.stats()[1:4] == (0, 1, before.completed + MANY - 1), "all but one")
+    gate.touch()
+    assert next(results).path == many[ODD]
+
+
+def test_what_was_not_begun_has_not_failed(files: MakeFiles) -> None:
+    own = Coordinator(2)
+    run = own.run_file_tasks(tasks.size, files(20_000))
+    results = list(itertools.islice(run, 500))
+    own.close(cancel=True)
+    with pytest.raises(CoordinatorClosedError):
+        results.extend(run)
+    n_cancelled = sum(isinstance(result.error, CancelledError) for result in results)
+    after = own.stats()
+    assert after.failed == 0
+    assert after.completed == len(results) - n_cancelled
 
 
 def test_a_pool_that_is_closed_gives_what_it_has(files: MakeFiles) -> None:

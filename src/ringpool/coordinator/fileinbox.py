@@ -6,25 +6,28 @@ FileRun -------> ticket of a file with an output, or of a long task ----> FileIn
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ringpool.coordinator.pieces import MapInbox, Piece
 from ringpool.coordinator.tickets import Part, Ticket
-from ringpool.errors import CoordinatorClosedError, OutputCollisionError
+from ringpool.errors import CoordinatorClosedError, OutputCollisionError, SegmentFormatError
 from ringpool.shm import vectors
-from ringpool.shm.layout import ItemsEncoding
+from ringpool.shm.layout import ItemsEncoding, Status
 from ringpool.shm.results import ResultRecord
+from ringpool.shm.vectors import Arena
 
 if TYPE_CHECKING:
     from ringpool.coordinator.pump import Pump
 
 OPEN = 1 << 31  # the end of a part that may still be added to
-_FILES = int(ItemsEncoding.FILES)
+_FILES, _CANCELLED = int(ItemsEncoding.FILES), int(Status.CANCELLED)
 _pack: Callable[[list[bytes]], bytes] = msgspec.msgpack.Encoder().encode
 
 
@@ -99,12 +102,29 @@ class FileInbox(MapInbox):
         else:
             self.arrived.append((ticket, record))
 
+    def deliver_vector(self, ticket: Ticket, record: ResultRecord, arena: Arena, blob: str) -> list[Ticket]:
+        """Take the outcomes; what was not run comes back. Of a run that was left, they are counted all the same."""
+        part = ticket.part
+        if self.closed and part is not None and part.chunk is not None and record.status != _CANCELLED:
+            span = part.span(part.chunk)
+            done = arena.done(span)
+            with contextlib.suppress(SegmentFormatError):
+                if done.n > part.taken.n:
+                    self._count(self._piece(part, span, arena, done, record.duration_ns, record.worker))
+        return super().deliver_vector(ticket, record, arena, blob)
+
     def put(self, piece: Piece) -> None:
         """Outcomes have arrived, and are decoded where they are taken."""
+        self._count(piece)
+        self.arrived.append(piece)
+
+    def _count(self, piece: Piece) -> None:
+        """In the statistics; what was not begun, because the pool closes, in neither number."""
+        if piece.failed and isinstance(piece.values[0].error, CancelledError):
+            return
         n_failed = piece.n if piece.failed else vectors.errors_in(piece.outcomes)
         self._pump.n_failed += n_failed
         self._pump.n_completed += piece.n - n_failed
-        self.arrived.append(piece)
 
     def fail(self, ticket: Ticket, error: BaseException) -> None:
         """The pool has ended, or an outcome cannot be taken: one error, not one for each file."""

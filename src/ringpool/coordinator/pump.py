@@ -179,10 +179,10 @@ class Pump:
 
     @property
     def items_in_flight(self) -> tuple[int, int]:
-        """The same, each item of a vector for itself."""
+        """The same, each item of a vector for itself, without those whose outcomes were delivered early."""
         in_ring = [ticket for ticket in self._tickets if ticket is not None]
         queued, published = (
-            sum(1 if ticket.part is None else ticket.part.n for ticket in tickets)
+            sum(1 if ticket.part is None else ticket.part.n - ticket.part.taken.n for ticket in tickets)
             for tickets in (self._backlog.tickets(), in_ring)
         )
         return queued, published
