@@ -15,8 +15,9 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -35,6 +36,17 @@ def wait_for(path: str | Path) -> None:
 
 
 # ---- plain ones ------------------------------------------------------------------------------------------------------
+
+
+class Counted:
+    """As a parameter: see ``instances``."""
+
+    living: ClassVar[weakref.WeakSet[Counted]] = weakref.WeakSet()
+
+    def __new__(cls) -> Counted:
+        self = super().__new__(cls)
+        cls.living.add(self)
+        return self
 
 
 def size(src: Path) -> int:
@@ -59,6 +71,11 @@ def anything(src: Path, **parameters: Any) -> dict[str, Any]:
 
 def echo(src: Path, *, value: Any = None) -> Any:
     return value
+
+
+def instances(src: Path, *, counted: Counted, run: int) -> int:
+    """How many parameters of that kind there are in this process."""
+    return len(Counted.living)
 
 
 def many_bytes(src: Path, *, n: int) -> bytes:

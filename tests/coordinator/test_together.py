@@ -219,6 +219,15 @@ def test_nobody_waits_for_a_slow_one_while_more_come(pool: Coordinator, many: li
     assert in_time == [True]
 
 
+def test_a_worker_has_the_parameters_of_a_run_once(pool: Coordinator, files: MakeFiles) -> None:
+    """Whether its files go one by one or together; and those of few runs that are over."""
+    paths = files(200)
+    for run in range(40):
+        parameters = {"counted": tasks.Counted(), "run": run}
+        results = list(pool.run_file_tasks(tasks.instances, paths, params=parameters))
+    assert max(result.unwrap() for result in results) <= 33
+
+
 # ---- inputs ----------------------------------------------------------------------------------------------------------
 
 

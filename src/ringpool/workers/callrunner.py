@@ -107,6 +107,8 @@ class CallRunner:
             is_timed = vectors.is_timed(span)
             function = self._file_function(function_id) if is_timed else self._function(function_id)
             assert function is not None
+            if is_timed:
+                start_ns = time.monotonic_ns()  # what importing it took is no file's time
             chunks = self._chunks
             if chunks is None:
                 chunks = self._chunks = vectors.Chunks.attach(self._segment)
