@@ -459,7 +459,7 @@ def test_an_interrupt_kills_the_command(src: bytes) -> None:
 
 
 def test_packing_files_is_what_a_loop_in_the_shell_does(pool: Coordinator, tmp_path: Path) -> None:
-    sources = sorted(Path(os.__file__).parent.glob("a*.py"))
+    sources = sorted(Path(os.__file__).parent.glob("[ab]*.py"))
     packed, expected = tmp_path / "packed", tmp_path / "expected"
     expected.mkdir()
     loop = 'for file; do gzip -9c "$file" > "$OUT/${file##*/}.gz"; done'
