@@ -6,6 +6,7 @@ import os
 import signal
 import textwrap
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, wait
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.coordinator.program import (
 
 from ringpool import Coordinator, WorkerDiedError
 from ringpool.coordinator.futures import TaskFuture
+from ringpool.coordinator.supervisor import KILL_TIMEOUT_S
 
 MakeFiles = Callable[[int], list[Path]]
 RunProgram = Callable[..., Program]
@@ -576,6 +578,31 @@ def test_a_main_module_that_ends_early_does_not_end_the_fork_server_that_imports
     assert "cannot be started" not in program.err, "a fork server has ended"
     program.assert_no_process_is_left()
     assert shared_memory_of(program.pid) == set()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_program_ends_while_the_fork_server_imports_its_main_module(run_program: RunProgram, number: int) -> None:
+    """And so does the server."""
+    program = run_program(
+        """
+        with Coordinator(2) as pool:
+            list(pool.run_file_tasks(tasks.size, [__file__] * 3))
+        """,
+        top=f"""
+        {textwrap.indent(TOLD, " " * 8).strip()}
+        if __name__ != "__main__":
+            wait()
+        """,
+    )
+    imports = program.file.parent / "imports"
+    wait_until(lambda: imports.exists() and "__mp_main__" in imports.read_text(), "the server's import")
+    began_s = time.monotonic()
+    program.signal(number, group=False)
+    assert program.finish() in (-number, 128 + number)
+    program.assert_no_process_is_left()
+    assert time.monotonic() - began_s < KILL_TIMEOUT_S
+    if number != signal.SIGKILL:
+        program.assert_nothing_is_left()
 
 
 def test_a_crash_loop_fails_what_waits_and_what_comes(run_program: RunProgram) -> None:

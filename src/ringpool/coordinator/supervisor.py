@@ -213,6 +213,7 @@ class Supervisor:
         self._to_start: deque[int] = deque(range(n))
         self._stopping = False
         self._killing = False
+        self._starting = False  # which may take long, where a fork server imports the main module first
         self._poll = select.poll()
         self._wake_read, self._wake_write = os.pipe()
         self._wake_lock = threading.Lock()  # of the pipe's write end
@@ -258,7 +259,8 @@ class Supervisor:
             if not self._killing:
                 _say(f"workers {self.pids} have not ended {timeout_s:g} s after they were told to, and are killed")
             self.kill_all()
-            self._ending.wait(KILL_TIMEOUT_S)
+            if not self._starting:
+                self._ending.wait(KILL_TIMEOUT_S)
 
     def _wake(self) -> None:
         if not self._wake_lock.acquire(timeout=WAKE_TIMEOUT_S):  # a signal handler has come to one who has it
@@ -326,6 +328,7 @@ class Supervisor:
         ).Process(  # every context has it; typeshed's base class has not
             target=main, args=(arguments, guard, setup), name=f"{WORKER_NAME}{index}"
         )
+        self._starting = True
         try:
             with _presentable_main(), _interrupts_held_back(self._context):
                 process.start()
@@ -334,6 +337,8 @@ class Supervisor:
             guard.close()
             self._cannot_start(index, error)
             return
+        finally:
+            self._starting = False
         try:
             pidfd = os.pidfd_open(process.pid or 0)
         except OSError:  # it ended and was reaped already, or there is no descriptor left to watch it by

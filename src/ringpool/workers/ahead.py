@@ -2,7 +2,8 @@
 
 It imports the program's main module first, where the fork server knows its file. Newer releases of Python 3.13 and 3.14
 do so themselves where ``__main__`` is to be preloaded, but an error of it is the end of the server, and of each that is
-started in its place. Here such a main module is left to the workers, who say what is wrong, as Python 3.15 does.
+started in its place. Here such a main module is left to the workers, who say what is wrong, as Python 3.15 does. Nor
+does a server outlive the program because a main module takes long.
 
 A fork that fails (EAGAIN, where ``ulimit -u`` or a container's ``pids.max`` is reached) ends the server of
 ``multiprocessing``, and all workers with it. Here it costs the one who asked: he reads the end of his pipe. The server
@@ -20,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 from ringpool import startup
+from ringpool.workers.confinement import end_with_parent
 
 _OF_A_REQUEST = {"child_r", "child_w", "fds"}  # in multiprocessing.forkserver.main, Python 3.11 to 3.13
 _fork = os.fork
@@ -63,11 +65,13 @@ def _import_main(path: str) -> None:
     before = sys.modules["__main__"]
     this: Any = process.current_process()
     startup.imports_main_ahead = this._inheriting = True
+    end_with_parent()  # whose thread waits for this
     try:
         spawn.import_main_path(path)
     except (Exception, SystemExit, startup.Unguarded):
         pass  # workers import it again, each for itself, and say it
     finally:
+        end_with_parent(0)
         startup.imports_main_ahead = False
         del this._inheriting
         if startup.is_unguarded:  # even where it has caught that

@@ -34,6 +34,11 @@ def name_process(name: str) -> None:
     _libc.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """From now on the kernel sends this process that signal when the thread that made it ends; 0: none."""
+    _libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
 class Confinement:
     """The bonds of the calling process; ``guard``: the read end of its guard pipe.
 
@@ -41,7 +46,7 @@ class Confinement:
     """
 
     def __init__(self, guard: int) -> None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        end_with_parent()
         with contextlib.suppress(PermissionError):  # it leads its session already
             os.setsid()
         self._reset_signals()
