@@ -6,7 +6,6 @@ import os
 import signal
 import textwrap
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, wait
 from pathlib import Path
@@ -25,7 +24,6 @@ from tests.coordinator.program import (
 
 from ringpool import Coordinator, WorkerDiedError
 from ringpool.coordinator.futures import TaskFuture
-from ringpool.coordinator.supervisor import KILL_TIMEOUT_S
 
 MakeFiles = Callable[[int], list[Path]]
 RunProgram = Callable[..., Program]
@@ -596,11 +594,9 @@ def test_a_program_ends_while_the_fork_server_imports_its_main_module(run_progra
     )
     imports = program.file.parent / "imports"
     wait_until(lambda: imports.exists() and "__mp_main__" in imports.read_text(), "the server's import")
-    began_s = time.monotonic()
     program.signal(number, group=False)
     assert program.finish() in (-number, 128 + number)
     program.assert_no_process_is_left()
-    assert time.monotonic() - began_s < KILL_TIMEOUT_S
     if number != signal.SIGKILL:
         program.assert_nothing_is_left()
 
