@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import pickle
@@ -414,6 +415,40 @@ def test_without_room_for_vectors_each_goes_by_itself(files: MakeFiles, monkeypa
     monkeypatch.setattr(Pool, "make_arena", full)
     with Coordinator(2) as own:
         assert sum(result.ok for result in own.run_file_tasks(tasks.size, files(1000))) == 1000
+
+
+def test_ctrl_c_while_the_arena_is_made_spoils_no_later_run(files: MakeFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, fallocate, pressed = files(1000), os.posix_fallocate, []
+
+    def press(*arguments: int) -> None:
+        fallocate(*arguments)
+        if not pressed and arguments[2] > 1 << 20:
+            pressed.append(True)
+            raise KeyboardInterrupt
+
+    with Coordinator(2) as own:
+        monkeypatch.setattr(os, "posix_fallocate", press)
+        for _ in range(20):  # a machine that is busy with other things makes them look long
+            with contextlib.suppress(KeyboardInterrupt):
+                list(own.run_file_tasks(tasks.size, paths))
+            if pressed:
+                break
+        assert pressed
+        assert sum(result.ok for result in own.run_file_tasks(tasks.size, paths)) == 1000
+
+
+def test_results_that_are_there_do_not_wait_for_the_next_output(pool: Coordinator, files: MakeFiles) -> None:
+    paths = files(40)
+    are_there: list[bool] = []
+
+    def output(_: Path) -> None:
+        are_there.append(bool(run._ready))
+
+    run = pool.run_file_tasks(tasks.copy_or_size, paths, output=output, window=20)
+    for _ in run:
+        wait_until(lambda: pool.stats()[1:3] == (0, 0), "all that were drawn")
+    assert len(are_there) == 40
+    assert not any(are_there)
 
 
 def test_statistics_count_files(pool: Coordinator, many: list[Path], tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ class Coordinator:
             ticket_of,
             function.id,
             window=window,
-            never_waits=isinstance(inputs, list | tuple),
+            never_waits=type(inputs) in (list, tuple) and output is None,  # both may be code that takes its time
             together=self._claims_max > 1,
         )
 

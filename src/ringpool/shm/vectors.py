@@ -398,6 +398,8 @@ class Arena(Chunks):
     """The arena of ``segment``, made by its publisher, who alone gives out its ``n`` chunks. One thread uses it."""
 
     def __init__(self, segment: str, n: int) -> None:
+        with contextlib.suppress(posix_ipc.ExistentialError):  # left by an attempt that Ctrl-C has cut short
+            posix_ipc.unlink_shared_memory(_name(segment))
         file = posix_ipc.SharedMemory(_name(segment), posix_ipc.O_CREX, mode=0o600)
         try:
             os.posix_fallocate(file.fd, 0, n * CHUNK_BYTES)  # ENOSPC now, not a SIGBUS later
