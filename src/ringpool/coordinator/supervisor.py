@@ -80,6 +80,24 @@ def _require_descriptors(any_open: int) -> None:
             os.close(descriptor)
 
 
+def _end_new_server() -> bool:
+    """End the fork server, if it has no process yet, because it is still importing; whether it was so.
+
+    The interpreter may wait for it at exit: the resource tracker ends when all have who were given its pipe, and some
+    releases of Python 3.13 wait for that without a limit.
+    """
+    server: Any = getattr(forkserver, "_forkserver", None)
+    pid: int = getattr(server, "_forkserver_pid", None) or 0
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as children:
+            if children.read():
+                return False
+        os.kill(pid, signal.SIGKILL)
+    except OSError:  # it has ended; or this kernel does not tell
+        return False
+    return True
+
+
 class _Guards:
     """The write ends that this process holds. A fork of it must not keep them, or the kernel would not close them."""
 
@@ -259,7 +277,7 @@ class Supervisor:
             if not self._killing:
                 _say(f"workers {self.pids} have not ended {timeout_s:g} s after they were told to, and are killed")
             self.kill_all()
-            if not self._starting:
+            if not (self._starting and self._context.get_start_method() == "forkserver") or _end_new_server():
                 self._ending.wait(KILL_TIMEOUT_S)
 
     def _wake(self) -> None:
@@ -352,7 +370,7 @@ class Supervisor:
 
     def _cannot_start(self, index: int, error: Exception) -> None:
         why = f"{type(error).__name__}: {error}"
-        if why != self._start_failed_by:  # it is tried again and again, for as long as others are at work
+        if not self._killing and why != self._start_failed_by:  # it is tried again, for as long as others are at work
             self._start_failed_by = why
             _say(f"worker {index} cannot be started: {why}")
         self._start_at_s = time.monotonic() + self._start_retry_s  # EMFILE, EAGAIN and their like may pass
