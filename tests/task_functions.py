@@ -366,13 +366,16 @@ def odd(src: Path, *, act: str, more: dict[str, str]) -> Any:
 
 def surroundings(src: Path, *, act: str) -> str:
     """Working directory and signal handlers as they are found; where ``src`` says that it is odd, they are changed."""
-    found = f"{os.getcwd()} {signal.getsignal(signal.SIGTERM)}"
+    timer = "a timer" if any(signal.getitimer(signal.ITIMER_REAL)) else "no timer"
+    found = f"{os.getcwd()} {signal.getsignal(signal.SIGTERM)} {timer}"
     if src.read_text() == "odd":
         match act:
             case "chdir":
                 os.chdir("/")
             case "ignore signals":
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            case "set a timer":
+                signal.alarm(60)
             case _:
                 raise AssertionError(act)
     return found

@@ -178,7 +178,7 @@ def test_results_taken_after_close_are_those_that_were_there(file: Path) -> None
     own = Coordinator(1)
     run = own.run_file_tasks(tasks.many_bytes, [file] * 10, params={"n": 5000})
     first = next(run)
-    wait_until(lambda: own.stats().completed == 10, "all results")
+    wait_until(lambda: own.stats()[1:3] == (0, 0), "the results of what was drawn")  # on a busy machine, not all 10
     own.close()
     assert len(first.unwrap()) == 5000
     try:

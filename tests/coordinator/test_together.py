@@ -153,7 +153,7 @@ def test_results_that_would_each_end_a_vector_go_one_by_one(
     assert len(vectors) < 20
 
 
-@pytest.mark.parametrize("act", ["chdir", "ignore signals"])
+@pytest.mark.parametrize("act", ["chdir", "ignore signals", "set a timer"])
 def test_what_one_does_to_its_process_is_over_before_the_next(pool: Coordinator, many: list[Path], act: str) -> None:
     before = pool.stats().worker_deaths
     results = {r.path: r for r in pool.run_file_tasks(tasks.surroundings, many, params={"act": act})}

@@ -113,11 +113,12 @@ class CallRunner:
             if chunks is None:
                 chunks = self._chunks = vectors.Chunks.attach(self._segment)
             items, call = calls.decode_items(function, span.encoding, chunks.items(span))
-            encode = calls.encode_result
+            encode, restore = calls.encode_result, self._confinement.restore
             if is_timed:
                 call, encode = chunks.timed(span, call), values.encode_result
+                restore = self._confinement.renew
             encoder = _Outcomes(self._post, entry, encode)
-            n = chunks.run(span, items, call, encoder.value, encoder.error, quota, self._confinement.restore)
+            n = chunks.run(span, items, call, encoder.value, encoder.error, quota, restore)
             end_ns = time.monotonic_ns()
             self._confinement.end_if_forked()
             self._n_extra += n - 1

@@ -118,6 +118,11 @@ class Confinement:
         if signal.getitimer(signal.ITIMER_REAL)[0]:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
+    def renew(self) -> bool:
+        """``disarm`` and ``restore``."""
+        self.disarm()
+        return self.restore()
+
     def restore(self) -> bool:
         """Put back signal handlers and working directory; whether the process still has its descriptors."""
         if list(map(_get_handler, _RESTORED)) != self._handlers:
