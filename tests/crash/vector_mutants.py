@@ -138,7 +138,7 @@ MUTANTS = [
     Mutant(
         "a chunk is given back when a part of its vector was taken",
         "in part",
-        (Change(BALANCE, "        part.end = end\n", "        part.end = end\n        arena.give(part.chunk)\n"),),
+        (Change(BALANCE, "    part.end = end\n", "    part.end = end\n    arena.give(part.chunk)\n"),),
     ),
     Mutant(
         "a chunk keeps the head of its last vector",
@@ -182,7 +182,7 @@ MUTANTS = [
     Mutant(
         "the publisher forgets what it has taken",
         "in part",
-        (Change(BALANCE, "        part.end = end\n", ""),),
+        (Change(BALANCE, "    part.end = end\n", ""),),
     ),
     Mutant(
         "the head of one more outcome has no room",
