@@ -468,6 +468,25 @@ def copy(src: Path, dst: Path) -> int:
     return dst.write_bytes(src.read_bytes())
 
 
+def copy_counting_staged(src: Path, dst: Path) -> int:
+    """How many outputs of others are staged beside its own; a marked input is an adventure."""
+    content = src.read_text()
+    n_staged = sum(path.name.startswith(".rp-") for path in dst.parent.iterdir())
+    dst.write_text(content)
+    if content == "nap":
+        select.select([], [], [], 0.03)
+    elif content == "block":
+        (dst.parent / src.name).mkdir()
+    elif content == "fail once":
+        src.write_text("failed once")
+        raise OSError("not yet")
+    elif content == "die":
+        with Path(src.parent, "..", "log").open("ab") as log:
+            log.write(b"%d\n" % n_staged)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return n_staged
+
+
 def copy_or_size(src: Path, dst: Path | None = None) -> int:
     return src.stat().st_size if dst is None else dst.write_bytes(src.read_bytes())
 

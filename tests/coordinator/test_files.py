@@ -13,7 +13,7 @@ import pytest
 from tests import task_functions as tasks
 from tests.coordinator.program import WATCHDOG_S, wait_until
 
-from ringpool import Coordinator, FileTask, WorkerDiedError
+from ringpool import Coordinator, FileResult, FileTask, RetryPolicy, WorkerDiedError
 from ringpool.errors import (
     AtomicWriteError,
     OutputCollisionError,
@@ -45,6 +45,21 @@ def test_an_output_appears_under_its_name_and_nothing_else(file: Path, place: Pa
         assert own.submit_file_task(tasks.copy, file, place / "copy").result(WATCHDOG_S) == 5
     assert (place / "copy").read_bytes() == b"hello"
     assert names_in(place) == ["copy"]
+
+
+@pytest.mark.parametrize("durability", ["none", "atomic", "data", "full"])
+def test_outputs_in_groups_appear_under_their_names_and_nothing_else(
+    files: MakeFiles, place: Path, durability: str
+) -> None:
+    paths = files(150)
+    with Coordinator(2, durability=durability) as own:
+        run = own.run_file_tasks(
+            tasks.copy, paths, output=lambda src: place / src.name[-1] / src.name, group_commit=True
+        )
+        for result in run:
+            assert result.ok
+            assert result.output.read_text() == result.path.name, "a result comes when its output is in place"
+    assert sorted(path.name for path in place.glob("?/*")) == [path.name for path in paths]
 
 
 def test_every_input_of_a_run_has_its_output(pool: Coordinator, files: MakeFiles, place: Path) -> None:
@@ -303,16 +318,79 @@ def test_an_output_pattern_that_raises_ends_the_run_after_what_was_drawn(
         next(run)
 
 
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+
+def seen_staged(
+    files: MakeFiles, place: Path, marked: dict[int, str], *, group_commit: bool = True, **more: Any
+) -> dict[str, FileResult]:
+    """The results of ``copy_counting_staged`` over 300 files, by one worker; some ``marked`` with what they do."""
+    paths = files(300)
+    for number, content in marked.items():
+        paths[number].write_text(content)
+    with Coordinator(1, durability="atomic", attempts_max=1) as own:
+        run = own.run_file_tasks(
+            tasks.copy_counting_staged, paths, output=lambda src: place / src.name, group_commit=group_commit, **more
+        )
+        results = {result.path.name: result for result in run}
+    assert sorted(results) == [path.name for path in paths]
+    for name, result in results.items():
+        if result.ok:
+            assert result.attempts == 1
+            assert (place / name).read_text() == (place.parent.parent / "inputs" / name).read_text()
+    assert not [name for name in names_in(place) if name.startswith(".")]
+    return results
+
+
+def test_outputs_of_short_tasks_wait_for_each_other_where_that_is_wanted(files: MakeFiles, place: Path) -> None:
+    assert max(result.value for result in seen_staged(files, place, {}).values()) > 5
+
+
+def test_no_output_waits_for_another_where_that_is_not_wanted(files: MakeFiles, place: Path) -> None:
+    assert {result.value for result in seen_staged(files, place, {}, group_commit=False).values()} == {0}
+
+
+def test_no_output_waits_for_tasks_that_are_known_to_be_long(files: MakeFiles, place: Path) -> None:
+    """After two of them in a row the mean says so, whatever came before."""
+    results = seen_staged(files, place, dict.fromkeys(range(100, 130), "nap"))
+    assert [results[f"{number:05}"].value for number in range(102, 130)] == [0] * 28
+
+
+def test_a_death_costs_none_of_those_whose_outputs_are_staged(files: MakeFiles, place: Path, tmp_path: Path) -> None:
+    results = seen_staged(files, place, dict.fromkeys(range(50, 300, 50), "die"))
+    failed = {name: result.error for name, result in results.items() if not result.ok}
+    assert sorted(failed) == [f"{number:05}" for number in range(50, 300, 50)]
+    assert all(isinstance(error, WorkerDiedError) for error in failed.values())
+    assert max(map(int, (tmp_path / "log").read_text().split())) > 0, "some died with others' outputs staged"
+
+
+def test_an_output_that_cannot_be_put_in_place_fails_alone(files: MakeFiles, place: Path) -> None:
+    results = seen_staged(files, place, {120: "block", 121: "block"})
+    failed = {name: result.error for name, result in results.items() if not result.ok}
+    assert sorted(failed) == ["00120", "00121"]
+    assert all(isinstance(error, AtomicWriteError) for error in failed.values())
+    assert names_in(place / "00120") == []
+
+
+def test_no_output_waits_while_a_call_is_to_be_tried_again(files: MakeFiles, place: Path) -> None:
+    retry = RetryPolicy(max_attempts=2, delay_s=0.01)
+    results = seen_staged(files, place, dict.fromkeys(range(50, 300, 25), "fail once"), retry=retry)
+    again = [results[f"{number:05}"].value for number in range(50, 300, 25)]
+    assert again == [1] * 10, "its own, that its first call has left"
+
+
 # ---- under fire ------------------------------------------------------------------------------------------------------
 
 
-def test_outputs_are_whole_although_workers_are_killed(files: MakeFiles, place: Path) -> None:
+@pytest.mark.parametrize("group_commit", [False, True])
+def test_outputs_are_whole_although_workers_are_killed(files: MakeFiles, place: Path, group_commit: bool) -> None:
     paths = files(400)
     for path in paths:
         path.write_text(path.name * 20_000)
     results = []
     with Coordinator(2, attempts_max=20) as pool:  # results come in crowds: one task may meet several kills
-        for result in pool.run_file_tasks(tasks.copy, paths, output=lambda src: place / src.name):
+        run = pool.run_file_tasks(tasks.copy, paths, output=lambda src: place / src.name, group_commit=group_commit)
+        for result in run:
             results.append(result)
             if len(results) % 40 == 0:
                 for pid in pool.worker_pids[:1]:

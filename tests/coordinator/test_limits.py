@@ -177,7 +177,7 @@ def test_a_worker_stands_while_it_is_judged(stage: Stage) -> None:
     assert states[-1] == "T"
 
 
-@pytest.mark.parametrize("status", [Status.COMMITTING, Status.OK, Status.ERROR, Status.CANCELLED])
+@pytest.mark.parametrize("status", [Status.STAGED, Status.OK, Status.ERROR, Status.CANCELLED])
 def test_a_task_that_has_its_result_by_the_time_its_worker_stands_is_not_over(stage: Stage, status: Status) -> None:
     [entry] = stage.claim()
     stage.begin(entry)
@@ -230,7 +230,7 @@ def test_the_next_attempt_of_a_task_is_not_the_one_that_overran(stage: Stage) ->
 def test_a_commit_is_waited_for_however_long_it_takes(stage: Stage) -> None:
     [entry] = stage.claim()
     stage.begin(entry)
-    stage.post(entry, Status.COMMITTING)
+    stage.post(entry, Status.STAGED)
     assert stage.watch(1000 * HOUR) is None
     assert stage.limits.n_spared == 0, "it is not even stopped"
 

@@ -25,7 +25,7 @@ class Case(NamedTuple):
 
     def words(self) -> dict[str, str]:
         """What the table calls them."""
-        results = {Status.EMPTY: "empty", Status.COMMITTING: "committing", Status.STAGED: "staged"}
+        results = {Status.EMPTY: "empty", Status.STAGED: "staged"}
         return {
             "list": self.where.name.lower(),
             "holder": "alive" if self.alive else "dead",
@@ -107,19 +107,18 @@ def test_what_the_living_hold_is_left_alone(case: Case) -> None:
 
 
 def test_a_finished_task_is_never_run_again() -> None:
-    unfinished = {Status.EMPTY, Status.COMMITTING}
     again = {case.result for case in CASES if case.decision() in (Action.REQUEUE, Action.RETRY)}
-    assert again == unfinished
+    assert again == {Status.EMPTY}
 
 
 def test_a_task_whose_output_may_be_in_place_is_never_run_again() -> None:
     for case in CASES:
-        if case.result is Status.COMMITTING and case.disk is not Disk.STAGED:
-            assert case.decision() in (Action.LEAVE, Action.FINISH, Action.DOUBT), case
+        if case.result is Status.STAGED:
+            assert case.decision() in (Action.LEAVE, Action.COMMIT, Action.DOUBT), case
 
 
 @pytest.mark.parametrize(
-    ("action", "status"), [(Action.FINISH, Status.OK), (Action.FAIL, Status.DIED), (Action.DOUBT, Status.IN_DOUBT)]
+    ("action", "status"), [(Action.COMMIT, Status.OK), (Action.FAIL, Status.DIED), (Action.DOUBT, Status.IN_DOUBT)]
 )
 def test_what_the_coordinator_posts_for_the_dead_is_a_legal_step(action: Action, status: Status) -> None:
     found = {case.result for case in CASES if case.decision() is action}

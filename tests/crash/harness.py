@@ -385,7 +385,7 @@ class World:
             )
             if action is Action.COMMIT and disk is Disk.STAGED:
                 self.effect(claim.entry)
-            if action in (Action.FINISH, Action.COMMIT):
+            if action is Action.COMMIT:
                 end.post_for_dead(claim.entry, Status.OK)
             elif action is Action.FAIL:
                 end.post_for_dead(claim.entry, Status.DIED)

@@ -83,7 +83,7 @@ MUTANTS = [
     Mutant(
         "the result says OK before the effect stands",
         "worker",
-        (Change("results.py", "Status.COMMITTING << layout.STATUS_SHIFT", "Status.OK << layout.STATUS_SHIFT"),),
+        (Change("results.py", "Status.STAGED << layout.STATUS_SHIFT", "Status.OK << layout.STATUS_SHIFT"),),
     ),
     Mutant(
         "recovery does not look at results",

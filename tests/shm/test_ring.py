@@ -245,7 +245,7 @@ class RingMachine(RuleBasedStateMachine):
 
     @rule(
         number=st.integers(0, 2),
-        status=st.sampled_from([Status.OK, Status.ERROR, Status.COMMITTING]),
+        status=st.sampled_from([Status.OK, Status.ERROR, Status.STAGED]),
         length=st.sampled_from([0, 1, 100, INLINE_BYTES]),
         duration_ns=st.integers(0, 2**64 - 1),
         blob_bytes=st.sampled_from([0, 1 << 40]),
@@ -257,7 +257,7 @@ class RingMachine(RuleBasedStateMachine):
         entry = worker.running
         assert entry is not None
         payload = bytes([layout.sequence_of(entry) & 0xFF]) * length
-        if status is Status.COMMITTING:
+        if status is Status.STAGED:
             worker.results.stage(entry, Encoding.MSGPACK, payload, duration_ns, blob_bytes, 2**63 + 7, 2**64 - 1)
             assert self.coordinator.results.staged_file(entry) == (2**63 + 7, 2**64 - 1)
         else:
@@ -344,7 +344,7 @@ class RingMachine(RuleBasedStateMachine):
             self.results.pop(entry, None)
         else:
             done.append(entry)
-        if action is Action.FINISH:
+        if action is Action.COMMIT:
             self.coordinator.post_for_dead(entry, Status.OK)
             self.results[entry] = _with_status(self.results[entry], Status.OK)
         elif action in (Action.FAIL, Action.DOUBT):
@@ -382,7 +382,7 @@ class RingMachine(RuleBasedStateMachine):
             status = self.results[entry].status if entry in self.results else Status.EMPTY
             assert self.coordinator.ring.status(entry) == status
             assert self.coordinator.results.deaths(entry) == self.deaths[layout.sequence_of(entry)]
-        assert all(self.results[entry].status != Status.COMMITTING for entry in self.done)
+        assert all(self.results[entry].status != Status.STAGED for entry in self.done)
 
     @invariant()
     def nobody_sleeps_over_work(self) -> None:

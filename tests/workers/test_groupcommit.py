@@ -249,6 +249,21 @@ def test_one_that_fails_does_not_hold_up_the_others(tmp_path: Path) -> None:
     assert str(target) in str(tasks[1].error)
 
 
+def test_an_older_output_is_not_taken_for_one_whose_file_a_stranger_has_removed(tmp_path: Path) -> None:
+    staging_path, tasks = prepare(tmp_path, 2, 1)
+    write_staged(tasks)
+    for task in tasks:
+        [output] = task.outputs
+        found = os.stat(output.staged)
+        task.outputs = [output._replace(device=found.st_dev, inode=found.st_ino)]
+        os.replace(output.staged, output.target) if task.entry else os.unlink(output.staged)
+    staging = Staging([os.fsencode(staging_path)])
+    staging.commit(tasks, Durability.ATOMIC)
+    staging.close()
+    assert isinstance(tasks[0].error, RingpoolError), "the old content stands there"
+    assert tasks[1].error is None, "it was put in its place before"
+
+
 def test_a_directory_that_was_removed_meanwhile_is_made_again(tmp_path: Path) -> None:
     staging_path, tasks = prepare(tmp_path, 3, 3)
     write_staged(tasks)

@@ -154,13 +154,17 @@ class Coordinator:
         params: Mapping[str, Any] | None = None,
         window: int | None = None,
         retry: RetryPolicy | None = None,
+        group_commit: bool = False,
     ) -> FileRun:
         """Run ``fn`` over ``inputs``; an iterator of ``FileResult``s, in the order in which they end.
 
         ``inputs`` are paths, or ``FileTask``s with their outputs; they are drawn as results are taken, at most
         ``window`` ahead (default: the slots of the ring, and while tasks are short 40 ms of work for each worker, at
         most 8,192). Short tasks without outputs are sent together; whatever one of them does is its own affair.
-        ``output`` gives the output of an input that comes without.
+        ``output`` gives the output of an input that comes without. Each is put in its place as soon as its task has
+        ended; with ``group_commit`` those of short tasks together, up to 64 of a worker's, which is several times as
+        fast where they are synced to disk. Then a result comes only when its group is in place: where a task hangs, it
+        keeps those waiting that were before it in its worker's group.
         An iterator that itself waits until results have been taken needs ``window=1``.
         A task that fails, after what ``retry`` allows, is a result with an ``error``; the run goes on. Function and
         parameters are checked here, at once; that two tasks under way have one output is an ``OutputCollisionError``
@@ -172,7 +176,7 @@ class Coordinator:
             raise TypeError(f"inputs must be an iterable of paths, not one path ({inputs!r}); put it into a list")
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, not {window}")
-        function = self._function(fn, params or {}, retry)
+        function = self._function(fn, params or {}, retry, group_commit=group_commit)
         inbox = FileInbox(self._pump, lambda: self._release(function), self._attempts_max - 1)
 
         def ticket_of(path: bytes, src: Any, dst: Any = None, target: bytes | None = None) -> Ticket:
@@ -251,14 +255,19 @@ class Coordinator:
     # ---- details
 
     def _function(
-        self, fn: tasks.TaskFunction | str, shared: Mapping[str, Any], retry: RetryPolicy | None
+        self,
+        fn: tasks.TaskFunction | str,
+        shared: Mapping[str, Any],
+        retry: RetryPolicy | None,
+        *,
+        group_commit: bool = False,
     ) -> _Function:
         """Register a function with what all its tasks share; ``_release`` it after the last of them."""
         name, signature = tasks.describe(fn)
         require_importable(name, self._pool.context)
         packed = tasks.pack_parameters(name, tasks.validate(name, signature, shared))
         policy = tasks.pack_policy(name, retry)
-        spec = tasks.encode_spec(tasks.FunctionSpec(name, packed, self._durability, policy))
+        spec = tasks.encode_spec(tasks.FunctionSpec(name, packed, self._durability, policy, group_commit))
         with self._pool.lock:
             found = self._functions.get(spec)
             if found is None:

@@ -1,6 +1,6 @@
 """What a dead worker leaves: its claims, settled by the table of ``recovery``.
 
-    death --> claims --> decide each --+-- DELIVER, FINISH, FAIL, DOUBT --> done     (posted for the dead where needed)
+    death --> claims --> decide each --+-- DELIVER, FAIL, DOUBT ---------> done     (posted for the dead where needed)
                                        +-- COMMIT -- put in place --------> done
                                        +-- REQUEUE ----------------------> retry, as it was
                                        +-- RETRY ------------------------> retry, next attempt, one more death
@@ -83,9 +83,7 @@ class Estates:
             if action is Action.RETRY:
                 blamed.append(claim.entry)
                 continue
-            if action is Action.FINISH:
-                self._end.post_for_dead(claim.entry, Status.OK)
-            elif action is Action.FAIL:
+            if action is Action.FAIL:
                 facts: tuple[Any, ...] = (death.signal, death.exitcode, death.pid, claim.deaths + 1)
                 if condemned is not None and claim.entry == condemned.entry:
                     facts += (condemned.reason, condemned.limit, condemned.peak_rss_bytes)
@@ -117,11 +115,8 @@ class Estates:
         return None
 
     def _decide(self, claim: ClaimedTask, *, for_memory: bool) -> Action:
-        disk = Disk.UNKNOWN
-        if claim.status is Status.COMMITTING:
-            disk = self._staged().side(claim.entry)
-        elif claim.status is Status.STAGED:
-            disk = self._staged_jobs().side(claim.entry)
+        staged = self._staged_of(claim.entry) if claim.status is Status.STAGED else None
+        disk = Disk.UNKNOWN if staged is None else staged.side(claim.entry)
         return recovery.decide(
             Where.CLAIMED,
             alive=False,
@@ -144,32 +139,34 @@ class Estates:
 
     def _tidy(self, claim: ClaimedTask, action: Action) -> None:
         """Remove what the dead attempt left: its staged output, and its half-written result."""
-        form = self._end.results.read_task(claim.entry)[3]
-        if form == Form.FILE and action is not Action.DOUBT:
-            self._staged().discard(claim.entry)
-        if form == Form.JOB and action is not Action.DOUBT:
-            self._staged_jobs().discard(claim.entry)
+        staged = self._staged_of(claim.entry)
+        if staged is not None and action is not Action.DOUBT:
+            staged.discard(claim.entry)
         ticket = self._ticket_of(claim.entry)
-        if action is not Action.FINISH and (ticket is None or ticket.part is None):  # a vector's is one of its outcomes
+        if ticket is None or ticket.part is None:  # a vector's is one of its outcomes
             sequence, attempt = layout.sequence_of(claim.entry), layout.attempt_of(claim.entry)
             blobs.unlink(blobs.result_name(self._segment, sequence, attempt))
 
     def _commit(self, entries: list[int]) -> None:
         """Put in place what a dead worker had staged, and give each task its result."""
-        for task in self._staged_jobs().commit(entries) if entries else ():
+        staged = self._staged_of(entries[0]) if entries else None  # one ring has job tasks, or others
+        for task in staged.commit(entries) if staged is not None else ():
             self._end.results.retract(task.entry)
             words = f"{type(task.error).__name__}: {task.error}".encode(errors="replace")[:ERROR_WORDS_BYTES]
             self._end.post_for_dead(task.entry, Status.ERROR, msgspec.msgpack.encode(words.decode(errors="ignore")))
 
-    def _staged_jobs(self) -> StagedJobs:
-        from ringpool.coordinator.stagedjobs import StagedJobs
+    def _staged_of(self, entry: int) -> StagedOutputs | StagedJobs | None:
+        """Who knows what is staged of ``entry``; None where a task of its form stages nothing."""
+        form = self._end.results.read_task(entry)[3]
+        if form == Form.FILE:
+            from ringpool.coordinator.staged import StagedOutputs  # here, as below: see there
 
-        return StagedJobs(self._end)
+            return StagedOutputs(self._end)
+        if form == Form.JOB:
+            from ringpool.coordinator.stagedjobs import StagedJobs
 
-    def _staged(self) -> StagedOutputs:
-        from ringpool.coordinator.staged import StagedOutputs  # here: see there
-
-        return StagedOutputs(self._end)
+            return StagedJobs(self._end)
+        return None
 
     def _is_missed_by_others(self, death: Death) -> bool:
         """Whether there was no process even, and others are at work: the limit that kept it from being made may pass,

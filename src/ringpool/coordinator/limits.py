@@ -13,8 +13,8 @@ what its words say then: they are stored by its main thread, and that stands sti
    network file system). From D it goes, by way of its pending SIGSTOP, into the stop, with no instruction in between.
 2. *Whose*: pid and start time come from the worker's words, and are compared again at each look at the process.
 3. It may stand in the midst of a section, with the ring's mutex. So nothing here takes that; 100 ms bound the wait.
-4. *Over*: the ``running`` word names the entry, the worker's claim holds it, and it has no result. COMMITTING is one:
-   the work is done, and a kill would leave it in doubt. A commit that hangs is waited for, without end.
+4. *Over*: the ``running`` word names the entry, the worker's claim holds it, and it has no result. STAGED is one:
+   the work is done. A commit that hangs is waited for, without end.
 5. A worker that somebody else has stopped is judged as it stands, and not continued. Its time runs on.
 
 The time of a task is that between its start, as its worker tells it, and its result: the call, and handing over what it

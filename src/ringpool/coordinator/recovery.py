@@ -11,16 +11,12 @@
     claimed   dead     empty        no       -         -         REQUEUE    never started: same attempt, no blame
     claimed   dead     empty        yes      -         may       RETRY      next attempt, one more death
     claimed   dead     empty        yes      -         too many  FAIL       WorkerDiedError
-    claimed   dead     committing   -        target    -         FINISH     the output is in its place: it is done
-    claimed   dead     committing   -        staged    may       RETRY      the output is not in its place
-    claimed   dead     committing   -        staged    too many  FAIL
-    claimed   dead     committing   -        unknown   -         DOUBT      TaskInDoubtError: never run it again
     claimed   dead     staged       -        target    -         COMMIT     what is whole is put in place, once more or
     claimed   dead     staged       -        staged    -         COMMIT     for the first time: it is done
-    claimed   dead     staged       -        unknown   -         DOUBT
+    claimed   dead     staged       -        unknown   -         DOUBT      TaskInDoubtError: never run it again
 
 ``result`` is that of this attempt only. ``deaths``: whether the task may be tried again after this death. A task that
-is committing was started, whatever the worker's ``running`` word says.
+is staged was started, whatever the worker's ``running`` word says.
 """
 
 from __future__ import annotations
@@ -56,25 +52,18 @@ class Action(Enum):
     REQUEUE = auto()
     RETRY = auto()
     FAIL = auto()
-    FINISH = auto()
     COMMIT = auto()
     DOUBT = auto()
 
 
 def decide(where: Where, *, alive: bool, result: Status, started: bool, disk: Disk, may_retry: bool) -> Action:
-    """The table above. ``disk`` counts only while ``result`` is COMMITTING or STAGED."""
+    """The table above. ``disk`` counts only while ``result`` is STAGED."""
     if where is not Where.CLAIMED or alive:
         return Action.LEAVE
     match result:
         case Status.EMPTY:
             if not started:
                 return Action.REQUEUE
-            return Action.RETRY if may_retry else Action.FAIL
-        case Status.COMMITTING:
-            if disk is Disk.TARGET:
-                return Action.FINISH
-            if disk is Disk.UNKNOWN:
-                return Action.DOUBT
             return Action.RETRY if may_retry else Action.FAIL
         case Status.STAGED:
             return Action.DOUBT if disk is Disk.UNKNOWN else Action.COMMIT

@@ -1,4 +1,4 @@
-"""What a dead worker had staged of the outputs of its file tasks.
+"""What a dead worker had staged of the outputs of its file tasks: put in place, because it was whole.
 
 Apart, because calls stage nothing: an executor need not import what this takes. Whoever queues file tasks imports it
 before: where a program ends by Ctrl-C, and an import then makes a ``namedtuple``, Python 3.11 forgets what it ended by.
@@ -6,13 +6,19 @@ before: where a program ends by Ctrl-C, and an import then makes a ``namedtuple`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ringpool.coordinator.recovery import Disk
+from ringpool.errors import AtomicWriteError
 from ringpool.shm import blobs
 from ringpool.shm.dispatch import CoordinatorEnd
+from ringpool.shm.layout import Status
 from ringpool.workers import tasks
 from ringpool.workers.files import output
+from ringpool.workers.files.durability import Durability
 from ringpool.workers.files.target import resolve_target
 from ringpool.workers.filetasks import staged_path
+from ringpool.workers.groupcommit import StagedOutput, StagedTask, StagingBeside, discard
 
 
 class StagedOutputs:
@@ -24,17 +30,40 @@ class StagedOutputs:
         self._token = end.ring.segment.header.uuid.hex()[:16]
 
     def side(self, entry: int) -> Disk:
-        """Where the output is that was being committed."""
-        target = self._target(entry)
-        assert target is not None
-        device, inode = self._end.results.staged_file(entry)
-        return Disk[output.which_side(staged_path(self._token, entry, target), target, dev=device, ino=inode).name]
+        """Where the output is that was staged."""
+        one = self._output(entry)
+        return Disk[output.which_side(one.staged, one.target, dev=one.device, ino=one.inode).name]
 
     def discard(self, entry: int) -> None:
         """Remove what is staged, if there is anything."""
         target = self._target(entry)
         if target is not None:
             output.discard_staged(staged_path(self._token, entry, target))
+
+    def commit(self, entries: Sequence[int]) -> list[StagedTask]:
+        """Put the outputs of ``entries`` in their places, and post them; those that could not be, with their errors.
+
+        Durably, whatever was wanted: the run that wanted less may be over, and a death is rare.
+        """
+        staging, staged = StagingBeside(), [StagedTask(entry, (self._output(entry),)) for entry in entries]
+        for task in staged:
+            try:
+                staging.expect(task.outputs[0].target)
+            except AtomicWriteError as error:
+                task.error = error
+                discard(task)
+        staging.commit([task for task in staged if task.error is None], Durability.FULL)
+        for task in staged:
+            if task.error is None:
+                self._end.post_for_dead(task.entry, Status.OK)
+        return [task for task in staged if task.error is not None]
+
+    def _output(self, entry: int) -> StagedOutput:
+        """It may have other links: nobody knows any more."""
+        target = self._target(entry)
+        assert target is not None
+        device, inode = self._end.results.staged_file(entry)
+        return StagedOutput(staged_path(self._token, entry, target), target, True, device, inode)
 
     def _target(self, entry: int) -> bytes | None:
         """Where the output of ``entry`` belongs, symlinks followed as its worker has followed them."""

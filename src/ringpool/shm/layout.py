@@ -84,8 +84,8 @@ Little-endian; every word is 8 bytes and aligned. N slots, W workers (at most 64
     0x10   Q    blob_bytes       size of the result's blob, 0: none
     0x18   I    worker           index
     0x1c   I    encoding         Encoding of the payload
-    0x20   Q    device           of the staged output, while status is COMMITTING
-    0x28   Q    inode            of the staged output
+    0x20   Q    device           of a file task's staged output, while status is STAGED
+    0x28   Q    inode            of the same
     0x30   1040s payload
 
     VECTOR          the head of a chunk of the arena: a task of many items, see ``vectors``. Written by the publisher
@@ -183,20 +183,18 @@ class Status(IntEnum):
     """How far a task's result is; the legal steps are in ``STATUS_STEPS``."""
 
     EMPTY = 0  # none, or that of another attempt
-    COMMITTING = 1  # the payload is there, and the output is being put in its place
     OK = 2
     ERROR = 3  # the payload is an exception
     CANCELLED = 4  # never started
     DIED = 5  # written by the coordinator: its worker died, once too often
-    IN_DOUBT = 6  # written by the coordinator: its worker died while committing, and nobody knows
+    IN_DOUBT = 6  # written by the coordinator: its worker died with it staged, and nobody knows what became of that
     STAGED = (
         7  # the payload is there, and the outputs, whole, under names of their own: whoever comes puts them in place
     )
 
 
 STATUS_STEPS: dict[Status, frozenset[Status]] = {
-    Status.EMPTY: frozenset({Status.COMMITTING, Status.STAGED, Status.OK, Status.ERROR, Status.CANCELLED, Status.DIED}),
-    Status.COMMITTING: frozenset({Status.OK, Status.ERROR, Status.DIED, Status.IN_DOUBT, Status.EMPTY}),
+    Status.EMPTY: frozenset({Status.STAGED, Status.OK, Status.ERROR, Status.CANCELLED, Status.DIED}),
     Status.OK: frozenset({Status.EMPTY}),
     Status.ERROR: frozenset({Status.EMPTY}),
     Status.CANCELLED: frozenset({Status.EMPTY}),

@@ -1,8 +1,8 @@
 """Task and result records: what one slot holds.
 
-    worker:       read_task -> run -> [stage: payload, then word COMMITTING] -> post: payload, then word OK, ERROR, ...
+    worker:       read_task -> run -> [stage: payload, then word STAGED] -> post: payload, then word OK, ERROR, ...
                                       [post: payload, then word STAGED] -> finish: OK | retract: as before
-    coordinator:  after the worker's proven death only: overwrite (DIED, IN_DOUBT), finish (COMMITTING, STAGED -> OK)
+    coordinator:  after the worker's proven death only: overwrite (DIED, IN_DOUBT), finish (STAGED -> OK)
 
 The word is stored last, and is the task's own commit: without it nothing has happened, with it the task is done,
 whoever dies next. The payload may be written in any order before it, because nobody reads it before the word stands.
@@ -100,16 +100,16 @@ class Results:
     def stage(
         self, entry: int, encoding: int, payload: bytes, duration_ns: int, blob_bytes: int, device: int, inode: int
     ) -> None:
-        """Announce that the output, file ``inode`` of ``device``, is being put in its place: status COMMITTING."""
+        """The output, file ``inode`` of ``device``, is whole, under a name of its own: status STAGED."""
         assert len(payload) <= INLINE_BYTES
         at = self._results + (entry & layout.SLOT_MASK) * RECORD_BYTES
         _write_staged(self._mapping, at + 8, duration_ns, blob_bytes, self.index, encoding, device, inode)
         self._mapping[at + PAYLOAD_AT : at + PAYLOAD_AT + len(payload)] = payload
-        word = entry & layout.IDENTITY_MASK | Status.COMMITTING << layout.STATUS_SHIFT | len(payload)
+        word = entry & layout.IDENTITY_MASK | Status.STAGED << layout.STATUS_SHIFT | len(payload)
         self._words[at >> 3] = word
 
     def finish(self, entry: int) -> None:
-        """COMMITTING or STAGED becomes OK: the output is in its place."""
+        """STAGED becomes OK: the output is in its place."""
         at = self._results + (entry & layout.SLOT_MASK) * RECORD_BYTES >> 3
         self._words[at] = self._words[at] & ~layout.STATUS_MASK | Status.OK << layout.STATUS_SHIFT
 

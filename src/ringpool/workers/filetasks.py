@@ -1,11 +1,13 @@
 """File tasks, in a worker: resolve the function, run it, commit its output.
 
 without an output   call -> post
-with one            call(src, staged) -> stage: COMMITTING -> rename, under the target's lock -> OK
+with one            call(src, staged) -> STAGED --commit--> in its place: OK
+                    alone, or where that is wanted with others, see ``group``
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +20,12 @@ from ringpool.workers import tasks, values
 from ringpool.workers.confinement import Confinement
 from ringpool.workers.files import naming, output
 from ringpool.workers.files.durability import Durability
-from ringpool.workers.files.locks import call_locked
+from ringpool.workers.group import Group
+from ringpool.workers.groupcommit import StagedOutput, StagedTask, StagingBeside
 from ringpool.workers.posting import Post
 
 FUNCTIONS_MAX = 32  # bound at a time, with their parameters
+_SYNCED = (Durability.DATA, Durability.FULL)
 
 
 class BoundFunction(msgspec.Struct, frozen=True):
@@ -32,20 +36,24 @@ class BoundFunction(msgspec.Struct, frozen=True):
     target_type: Callable[[bytes], Any]
     parameters: dict[str, Any]
     durability: Durability
+    group_commit: bool
 
 
 class FileRunner:
-    """Runs the file tasks of one worker."""
+    """Runs the file tasks of one worker; what they stage goes into ``group``."""
 
-    def __init__(self, segment: Segment, post: Post, confinement: Confinement) -> None:
+    def __init__(self, segment: Segment, post: Post, confinement: Confinement, group: Group) -> None:
         self._segment = segment.name
         self._token = segment.header.uuid.hex()[:16]
         self._post = post
         self._confinement = confinement
         self._functions: dict[int, BoundFunction] = {}
+        self._group = group
+        self._staging = StagingBeside()
 
     def run(self, entry: int, function_id: int, payload: bytes, blob: int, start_ns: int) -> int:
-        """Run the task of ``entry`` and post its result: of whatever kind, one is posted. When that was done, ns."""
+        """Run the task of ``entry``; post its result, of whatever kind, or stage it. When that was done, ns."""
+        self._group.before_task()
         try:
             function = self._functions.get(function_id)
             if function is None:
@@ -67,6 +75,7 @@ class FileRunner:
         except BaseException as error:  # a task may raise what it likes, SystemExit and KeyboardInterrupt too
             end_ns = time.monotonic_ns()
             self._post.error(entry, error, end_ns - start_ns)
+        self._group.observe(end_ns - start_ns)
         return end_ns
 
     def caller(self, function_id: int) -> Callable[[bytes], Any]:
@@ -83,11 +92,12 @@ class FileRunner:
         call = tasks.resolve(spec.name)
         signature = tasks.signature_of(call, spec.name)
         bound = BoundFunction(
-            tasks.with_retries(call, spec.retry),
+            tasks.with_retries(self._committing(call), spec.retry) if spec.retry else call,
             signature.source_type,
             signature.target_type,
             tasks.unpack_parameters(spec.parameters),
             Durability(spec.durability),
+            spec.group_commit,
         )
         while len(self._functions) >= FUNCTIONS_MAX:
             del self._functions[next(iter(self._functions))]
@@ -97,31 +107,46 @@ class FileRunner:
     def _run_with_output(
         self, entry: int, function: BoundFunction, task: tasks.FilePayload, parameters: dict[str, Any], start_ns: int
     ) -> int:
-        """Run, stage, and under the target's lock: COMMITTING, rename, OK. A death leaves all or nothing."""
+        """Run, and stage. A death leaves all or nothing."""
         assert task.target is not None
-        post, results = self._post, self._post.results
+        post = self._post
         target = output.prepare_target(task.target, function.durability)
+        if function.durability in _SYNCED:
+            self._staging.expect(target)
         staged = staged_path(self._token, entry, target)
         try:
             value = function.call(function.source_type(task.source), function.target_type(staged), **parameters)
             encoded = values.encode_result(value)
-            file = output.finish_staged(staged, target, function.durability)
+            file = output.finish_staged(staged, target)
             end_ns = time.monotonic_ns()
             self._confinement.end_if_forked()
             body, encoding, blob_bytes = post.place(entry, encoded)
-
-            def commit() -> None:
-                results.stage(entry, encoding, body, end_ns - start_ns, blob_bytes, file.dev, file.ino)
-                output.publish_staged(staged, target, function.durability, is_linked=file.n_links > 1)
-                results.finish(entry)
-
-            call_locked(target, None, commit)
+            post.results.stage(entry, encoding, body, end_ns - start_ns, blob_bytes, file.dev, file.ino)
         except BaseException:
             self._confinement.end_if_forked()
             output.discard_staged(staged)
             blobs.unlink(post.blob(entry))  # its name is the error's now
+            if not self._group:
+                self._staging.close()
             raise
+        one = StagedOutput(staged, target, file.n_links > 1, file.dev, file.ino)
+        self._group.add(StagedTask(entry, (one,)), self._staging, function.durability)
+        if not function.group_commit:
+            self._group.commit()
         return end_ns
+
+    def _committing(self, call: tasks.TaskFunction) -> tasks.TaskFunction:
+        """``call``; where it raises, what is staged does not wait for the delay of its retry."""
+
+        @functools.wraps(call)
+        def committing(*arguments: Any, **parameters: Any) -> Any:
+            try:
+                return call(*arguments, **parameters)
+            except Exception:
+                self._group.commit()
+                raise
+
+        return committing
 
 
 def staged_path(token: str, entry: int, target: bytes) -> bytes:

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import errno
 import functools
+import math
 import os
+import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -30,20 +32,25 @@ from ringpool.workers.files.durability import Durability, close_quietly, make_di
 from ringpool.workers.files.locks import call_locked, root_of
 from ringpool.workers.files.oslayer import calls
 from ringpool.workers.files.output import discard_staged
-from ringpool.workers.files.target import failed
+from ringpool.workers.files.target import failed, lstat
 
 DIRECTORIES_KNOWN_MAX = 4096
+LOCK_BASES_S = 0.1  # how long it is taken for granted which lock files serve a directory, while outputs keep coming
 NAME_TAIL_BYTES = 160  # of an output's name that its staged name ends in: tools choose formats by suffixes
 CHARACTER_BYTES_MAX = 4
 _CONTINUATIONS = bytes(range(0x80, 0xC0))  # what any byte of a character but the first is in UTF-8
 
 
 class StagedOutput(NamedTuple):
-    """One output: where it is, where it belongs, and whether its file has other names (rename(2) may do nothing)."""
+    """One output: where it is, where it belongs, whether its file has other names (rename(2) may do nothing); device
+    and inode of that file, where they are known.
+    """
 
     staged: bytes
     target: bytes
     is_linked: bool = False
+    device: int = 0
+    inode: int = 0
 
 
 class StagedTask(msgspec.Struct, eq=False, gc=False):
@@ -141,7 +148,10 @@ class Staging:
 
     def _rename_one(self, output: StagedOutput) -> None:
         target = output.target
-        base = self._lock_base(target[: target.rfind(b"/")] or b"/")
+        try:
+            base = self._lock_base(target[: target.rfind(b"/")] or b"/")
+        except OSError as error:
+            raise failed(target, "lock", error) from error
         call_locked(target, base, functools.partial(_put_in_place, output))
 
     def _lock_base(self, directory: bytes) -> bytes:
@@ -199,14 +209,64 @@ class Staging:
                     _fail(those, error)
 
 
+class StagingBeside(Staging):
+    """For outputs that are staged in the directories where they will be: what may be synced together is on one device.
+
+    Nothing is open between two commits: a file system that nobody writes to can be unmounted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(())
+        self._devices: dict[int, _Place] = {}
+        self._looked_up_s = -math.inf
+
+    def expect(self, target: bytes) -> None:
+        """An output will be written beside ``target``, and is to be synced. Raises ``AtomicWriteError``."""
+        directory = os.path.dirname(target) or b"."
+        try:
+            device = calls.stat(directory).st_dev
+            if device not in self._devices:
+                self._devices[device] = _Place(directory)
+        except OSError as error:
+            raise failed(target, "open its directory", error) from error
+
+    def commit(
+        self, tasks: Sequence[StagedTask], durability: Durability, new_directories: Iterable[bytes] = ()
+    ) -> None:
+        """As there. Whose lock files serve a directory is looked up anew after a tenth of a second: one may appear."""
+        now_s = time.monotonic()
+        if now_s - self._looked_up_s > LOCK_BASES_S:
+            self._lock_bases.clear()
+            self._looked_up_s = now_s
+        try:
+            super().commit(tasks, durability, new_directories)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close what was opened for the tasks at hand."""
+        while self._devices:
+            close_quietly(self._devices.popitem()[1].fd)
+
+    def _place_of(self, output: StagedOutput) -> _Place:
+        return self._devices[output.device]
+
+
 def _put_in_place(output: StagedOutput) -> None:
     try:
         calls.rename(output.staged, output.target)  # the commit point
     except OSError as error:
-        if error.errno != errno.ENOENT or os.path.lexists(output.staged) or not os.path.lexists(output.target):
+        if error.errno != errno.ENOENT or not _is_in_place(output):
             raise failed(output.target, "rename", error) from error
     if output.is_linked:
         discard_staged(output.staged)
+
+
+def _is_in_place(output: StagedOutput) -> bool:
+    """Whether it was renamed before, by one who died; and not removed by a stranger, while an older output stands."""
+    found = lstat(output.target)
+    is_it = found is not None and (not output.inode or (found.st_dev, found.st_ino) == (output.device, output.inode))
+    return is_it and not os.path.lexists(output.staged)
 
 
 def _sound(tasks: Iterable[StagedTask]) -> Iterable[StagedTask]:
@@ -251,7 +311,10 @@ def _sync_directory(directory: bytes) -> None:
     try:
         fd = calls.open(directory or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise failed(directory, "open the directory", error) from error
+        reason = error.strerror or str(error)
+        raise DurabilityError(
+            os.fsdecode(directory), "opening the directory, after the rename", error.errno or errno.EIO, reason
+        ) from error
     try:
         sync(fd, directory, "fsync of the directory, after the rename")
     finally:

@@ -5,9 +5,7 @@
                          +--------------------+ at most 3 times, then InputChangedError
 
 A task without an output is done when it has returned. With one, its outputs are put in their places together with those
-of others, see ``groupcommit``: when the claim ends, when 64 are staged, and before any task is started unless recent
-ones took under 5 ms, because while user code runs, nobody commits. A death in between loses nothing: whoever comes
-finishes what is STAGED.
+of others, see ``group``.
 """
 
 from __future__ import annotations
@@ -32,15 +30,14 @@ from ringpool.workers.confinement import Confinement
 from ringpool.workers.files import output
 from ringpool.workers.files.durability import Durability, make_directories
 from ringpool.workers.files.target import refused
-from ringpool.workers.groupcommit import StagedOutput, StagedTask, Staging, discard, staged_name
+from ringpool.workers.group import Group
+from ringpool.workers.groupcommit import StagedOutput, StagedTask, Staging, staged_name
 from ringpool.workers.posting import Post
 
 COMMAND = "ringpool.workers.commands:run_command"
 CHANGES_MAX = 3  # how often a task is run whose input changes meanwhile
 DIRECTORIES_KNOWN_MAX = 4096
 WEIGH_EVERY_NS = 1_000_000  # how often a worker looks at its peak RSS, which costs more than some tasks
-GROUP_TASKS_MAX = layout.CLAIMS_MAX
-GROUP_SHORT_NS = 5_000_000  # tasks that take longer are not begun while others are staged
 _OK, _STAGED, _MSGPACK = int(Status.OK), int(Status.STAGED), int(Encoding.MSGPACK)
 
 
@@ -141,22 +138,19 @@ class _Bound(msgspec.Struct):
 
 
 class JobRunner:
-    """Runs the tasks of jobs in one worker."""
+    """Runs the tasks of jobs in one worker; what they stage goes into ``group``."""
 
-    def __init__(self, segment: Segment, post: Post, confinement: Confinement) -> None:
+    def __init__(self, segment: Segment, post: Post, confinement: Confinement, group: Group) -> None:
         self._segment = segment.name
         self._post = post
         self._confinement = confinement
         self._functions: dict[int, _Bound] = {}
-        self._group: list[StagedTask] = []
-        self._group_of: _Bound | None = None
-        self._mean_ns = 0.0
+        self._group = group
         self._peak_rss = self._weighed_ns = 0
 
     def run(self, entry: int, function_id: int, payload: bytes, blob: int, start_ns: int) -> int:
         """Run the task of ``entry``; post its result, or stage it. When that was done, ns."""
-        if self._group and (self._mean_ns > GROUP_SHORT_NS or len(self._group) >= GROUP_TASKS_MAX):
-            self.commit()
+        self._group.before_task()
         try:
             bound = self._functions.get(function_id)
             if bound is None:
@@ -169,7 +163,7 @@ class JobRunner:
         except BaseException as error:  # a task may raise what it likes, SystemExit and KeyboardInterrupt too
             end_ns = time.monotonic_ns()
             self._post.error(entry, error, end_ns - start_ns)
-        self._mean_ns += (end_ns - start_ns - self._mean_ns) / 4
+        self._group.observe(end_ns - start_ns)
         return end_ns
 
     def _run(self, entry: int, bound: _Bound, task: JobPayload, start_ns: int) -> int:
@@ -183,8 +177,8 @@ class JobRunner:
                 # access first: most targets are new, and to look at what is missing costs an exception
                 is_new = not os.access(wanted, os.F_OK, follow_symlinks=False)
                 target = wanted if is_new else self._target(bound, task.source, wanted)
-                file = output.finish_staged(name, target, Durability.ATOMIC, digest=bound.spec.digests, is_new=is_new)
-                staged.append(StagedOutput(name, target, file.n_links > 1))
+                file = output.finish_staged(name, target, digest=bound.spec.digests, is_new=is_new)
+                staged.append(StagedOutput(name, target, file.n_links > 1, file.dev, file.ino))
                 outputs.append(Output(file.size, file.digest, file.dev, file.ino, file.mtime_ns))
             end_ns = time.monotonic_ns()
             if self._confinement.forked:
@@ -206,8 +200,8 @@ class JobRunner:
             blobs.unlink(self._post.blob(entry))  # its name is the error's now
             raise
         if staged:
-            self._group.append(StagedTask(entry, staged))
-            self._group_of = bound
+            assert bound.staging is not None
+            self._group.add(StagedTask(entry, staged), bound.staging, bound.durability, bound.new_directories)
         return end_ns
 
     @staticmethod
@@ -257,28 +251,6 @@ class JobRunner:
                 return value, before
         raise InputChangedError(os.fsdecode(task.source), CHANGES_MAX)
 
-    def commit(self) -> None:
-        """Put what is staged in its place, and post it."""
-        group, self._group = self._group, []
-        bound = self._group_of
-        assert bound is not None
-        assert bound.staging is not None
-        bound.staging.commit(group, bound.durability, bound.new_directories)
-        bound.new_directories.clear()
-        results = self._post.results
-        for task in group:
-            if task.error is None:
-                results.finish(task.entry)
-            else:
-                results.retract(task.entry)
-                discard(task)
-                self._post.error(task.entry, task.error, 0)
-
-    @property
-    def has_staged(self) -> bool:
-        """Whether something is to be committed."""
-        return bool(self._group)
-
     def _bind(self, function_id: int) -> _Bound:
         _, body, _ = blobs.read(blobs.function_name(self._segment, function_id))
         spec = decode_spec(bytes(body))
@@ -294,8 +266,7 @@ class JobRunner:
             try:
                 return call(*arguments, **parameters)
             except Exception:
-                if self._group:  # before a retry's delay, during which nobody would
-                    self.commit()
+                self._group.commit()  # before a retry's delay, during which nobody would
                 raise
 
         bound = _Bound(

@@ -30,9 +30,11 @@ from ringpool.shm import blobs, layout, segment
 from ringpool.shm.claims import WorkerEnd
 from ringpool.shm.layout import Encoding, Form
 from ringpool.shm.results import Results
+from ringpool.workers import group
 from ringpool.workers.callrunner import CallRunner
 from ringpool.workers.confinement import Confinement, name_process
 from ringpool.workers.descriptor import Descriptor
+from ringpool.workers.group import Group
 from ringpool.workers.posting import Post
 from ringpool.workers.setup import InitializerFailure, Setup
 
@@ -48,9 +50,6 @@ EXIT_UNGUARDED = 74  # the program's main module, which it was importing, was ab
 EXIT_WORN_OUT = 73  # its successor is to go on: it has outgrown its memory, or what comes next wants a new process
 CLAIM_TARGET_NS = 200_000  # a claim holds about this much work: what a neighbour may have to wait
 RSS_EVERY_NS = 5_000_000  # how often a worker with a limit looks at its own memory
-JOB_SHORT_NS = (
-    5_000_000  # ... and of a job, whose outputs are committed together, all it may, while they take less each
-)
 _FILE, _VECTOR, _JOB = int(Form.FILE), int(Form.VECTOR), int(Form.JOB)
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -128,6 +127,8 @@ class Worker:
         self.post = Post(self.segment, self.results, confinement)
         self.files: FileRunner | None = None
         self.jobs: JobRunner | None = None
+        self.group = Group(self.post)
+        self._gathers = False  # the tasks of the last claim had outputs, which are committed together
         self.calls = CallRunner(self.segment, self.post, confinement, self.end.grant, self._file_function)
         self.n_tasks = self.busy_ns = 0
         self._n_of_claim = 0  # tasks run of the claim at hand
@@ -184,6 +185,7 @@ class Worker:
         if form == _FILE:
             return (self.files or self._make_files()).run(entry, function_id, payload, blob, start_ns)
         if form == _VECTOR:
+            self.group.commit()  # what comes may take long
             quota = self.tasks_max - self.n_tasks - self._n_of_claim - self.calls.n_extra
             return self.calls.run_vector(entry, function_id, payload, start_ns, quota)
         return self.calls.run(entry, function_id, form, payload, blob, start_ns)
@@ -191,7 +193,7 @@ class Worker:
     def _make_files(self) -> FileRunner:
         from ringpool.workers.filetasks import FileRunner  # here: half of what a worker would import at its start
 
-        self.files = FileRunner(self.segment, self.post, self.confinement)
+        self.files = FileRunner(self.segment, self.post, self.confinement, self.group)
         return self.files
 
     def _file_function(self, function_id: int) -> Callable[[bytes], Any]:
@@ -200,19 +202,21 @@ class Worker:
     def _make_jobs(self) -> JobRunner:
         from ringpool.workers.jobtasks import JobRunner
 
-        self.jobs = JobRunner(self.segment, self.post, self.confinement)
+        self.jobs = JobRunner(self.segment, self.post, self.confinement, self.group)
         return self.jobs
 
     def _commit_staged(self) -> None:
-        """What job tasks have staged goes to its place."""
-        if self.jobs is not None and self.jobs.has_staged:
-            self.jobs.commit()
+        """What tasks have staged goes to its place."""
+        self._gathers = bool(self.group) or self.jobs is not None
+        self.group.commit()
 
     def _batch(self, mean_ns: float) -> int:
-        """How many entries to claim, by what recent tasks took."""
-        if self.jobs is None:
-            return int(CLAIM_TARGET_NS / (mean_ns + 1))
-        return layout.CLAIMS_MAX if mean_ns < JOB_SHORT_NS else 1
+        """How many entries to claim, by what recent tasks took. Short ones with outputs: all that may be, since they
+        are put in their places together.
+        """
+        if self._gathers:
+            return group.TASKS_MAX if mean_ns < group.SHORT_NS else 1
+        return int(CLAIM_TARGET_NS / (mean_ns + 1))
 
     def _is_too_used_for(self, entry: int) -> bool:
         """Whether ``entry`` is to have a process that has run nothing yet: where memory is limited, and it killed a

@@ -33,14 +33,16 @@ _EMPTY = inspect.Parameter.empty
 
 
 class FunctionSpec(msgspec.Struct, frozen=True, array_like=True):
-    """What a worker needs to run tasks of one function: its name, pickled shared parameters, level of durability, and
-    a pickled ``RetryPolicy`` where failed calls are to be tried again.
+    """What a worker needs to run tasks of one function: its name, pickled shared parameters, level of durability, a
+    pickled ``RetryPolicy`` where failed calls are to be tried again, and whether outputs of short tasks wait for those
+    of others, to be put in place together.
     """
 
     name: str
     parameters: bytes
     durability: str
     retry: bytes = b""
+    group_commit: bool = False
 
 
 class FilePayload(msgspec.Struct, frozen=True, array_like=True, gc=False):

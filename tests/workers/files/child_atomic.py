@@ -8,7 +8,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,8 @@ from ringpool.workers.files.batch import write_batch
 from ringpool.workers.files.durability import Durability
 from ringpool.workers.files.naming import is_staging_name, random_token, staging_name
 from ringpool.workers.files.oslayer import intercepted
-from ringpool.workers.files.output import finish_staged, prepare_target, publish_staged
+from ringpool.workers.files.output import finish_staged, prepare_target
+from ringpool.workers.groupcommit import StagedOutput, StagedTask, StagingBeside
 
 Call = tuple[str, tuple[Any, ...], Any]
 
@@ -60,11 +61,17 @@ def failing(wanted: Callable[[int, str], bool], error: int) -> Iterator[list[str
 
 
 def names(directory: Path) -> set[str]:
-    return {entry.name for entry in directory.iterdir()}
+    """What is there, without the lock files."""
+    return {entry.name for entry in directory.iterdir()} - {".ringpool"}
 
 
 def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    """How many, without lock files, which are kept."""
+    n = 0
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the listing's own
+            n += not os.readlink(f"/proc/self/fd/{fd}").endswith(".lock")
+    return n
 
 
 def mode_of(path: Path) -> int:
@@ -79,11 +86,19 @@ def identity(path: bytes) -> tuple[int, int]:
 def run_task(target: bytes, content: bytes, level: Durability) -> None:
     """What a worker does with a task that has an output."""
     target = prepare_target(target, level)
-    staged = staging_name(target, random_token())
-    with open(staged, "wb") as output:
-        output.write(content)
-    finish_staged(staged, target, level)
-    publish_staged(staged, target, level)
+    staging = StagingBeside()
+    try:
+        staging.expect(target)
+        staged = staging_name(target, random_token())
+        with open(staged, "wb") as output:
+            output.write(content)
+        file = finish_staged(staged, target)
+        task = StagedTask(0, (StagedOutput(staged, target, file.n_links > 1, file.dev, file.ino),))
+        staging.commit((task,), level)
+    finally:
+        staging.close()
+    if task.error is not None:
+        raise task.error
 
 
 def run_stream(path: Path, content: bytes, level: Durability) -> None:

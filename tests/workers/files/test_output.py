@@ -20,11 +20,20 @@ from ringpool.workers.files.durability import Durability
 from ringpool.workers.files.oslayer import calls
 from ringpool.workers.files.output import (
     CommitSide,
+    StagedFile,
     discard_staged,
     finish_staged,
-    publish_staged,
     which_side,
 )
+from ringpool.workers.groupcommit import StagedOutput, StagedTask, StagingBeside
+
+
+def put_in_place(staged: bytes, target: bytes, file: StagedFile) -> None:
+    task = StagedTask(0, (StagedOutput(staged, target, file.n_links > 1, file.dev, file.ino),))
+    staging = StagingBeside()
+    staging.expect(target)
+    staging.commit((task,), Durability.FULL)
+    assert task.error is None
 
 
 def make_socket(path: Path) -> None:
@@ -52,7 +61,7 @@ def test_a_function_that_wrote_no_regular_file_is_told_so(
     monkeypatch.chdir(tmp_path)  # a socket's path is short
     make(Path("s"))
     with pytest.raises(OutputMissingError) as caught:
-        finish_staged(b"s", b"a", Durability.FULL)
+        finish_staged(b"s", b"a")
     assert (caught.value.output, caught.value.staged) == ("a", "s")
     assert names(tmp_path) == set()
 
@@ -60,10 +69,10 @@ def test_a_function_that_wrote_no_regular_file_is_told_so(
 def test_finishing_tells_the_identity_that_the_file_keeps(tmp_path: Path) -> None:
     staged, target = os.fsencode(tmp_path / "s"), os.fsencode(tmp_path / "a")
     (tmp_path / "s").write_text("four")
-    file = finish_staged(staged, target, Durability.FULL)
+    file = finish_staged(staged, target)
     assert file.size == 4
     assert which_side(staged, target, file.ino, file.dev) is CommitSide.STAGED
-    publish_staged(staged, target, Durability.FULL)
+    put_in_place(staged, target, file)
     assert which_side(staged, target, file.ino, file.dev) is CommitSide.TARGET
     assert identity(target) == (file.dev, file.ino)
 
@@ -105,8 +114,8 @@ def test_an_output_that_is_a_link_of_its_target_leaves_nothing_behind(tmp_path: 
     (tmp_path / "a").write_text("same")
     (tmp_path / "s").hardlink_to(tmp_path / "a")
     staged, target = os.fsencode(tmp_path / "s"), os.fsencode(tmp_path / "a")
-    finish_staged(staged, target, Durability.FULL)
-    publish_staged(staged, target, Durability.FULL)
+    file = finish_staged(staged, target)
+    put_in_place(staged, target, file)
     assert names(tmp_path) == {"a"}
 
 
@@ -115,7 +124,7 @@ def test_an_output_that_is_a_link_of_its_input_does_not_change_the_input(tmp_pat
     (tmp_path / "source").chmod(0o444)
     (tmp_path / "a").touch(0o600)
     (tmp_path / "s").hardlink_to(tmp_path / "source")
-    finish_staged(os.fsencode(tmp_path / "s"), os.fsencode(tmp_path / "a"), Durability.ATOMIC)
+    finish_staged(os.fsencode(tmp_path / "s"), os.fsencode(tmp_path / "a"))
     assert mode_of(tmp_path / "source") == 0o444
 
 
@@ -128,8 +137,8 @@ def test_an_output_without_predecessor_keeps_the_mode_that_its_function_gave_it(
     staged, target = os.fsencode(tmp_path / "s"), os.fsencode(tmp_path / "a")
     (tmp_path / "s").touch(0o600)
     (tmp_path / "s").chmod(0o711)
-    finish_staged(staged, target, Durability.ATOMIC)
-    publish_staged(staged, target, Durability.ATOMIC)
+    file = finish_staged(staged, target)
+    put_in_place(staged, target, file)
     assert mode_of(tmp_path / "a") == 0o711
 
 
@@ -141,5 +150,5 @@ def test_an_attribute_that_the_function_set_is_not_overwritten(tmp_path: Path) -
             os.setxattr(path, "user.origin", value)
         except OSError:
             pytest.skip("this file system has no such attributes")
-    finish_staged(staged, target, Durability.ATOMIC)
+    finish_staged(staged, target)
     assert os.getxattr(staged, "user.origin") == b"new"

@@ -2,13 +2,11 @@
 
     target = prepare_target(target, level)          makes its directory; follows a symlink that stands there
     staged = staging_name(target, token)            the task function writes to this, with any tool
-    identity = finish_staged(staged, target, level)
-    ... record the identity, take the path's lock, check that the attempt is still ours ...
-    publish_staged(staged, target, level)           the commit point is inside
+    identity = finish_staged(staged, target)
+    ... record the identity; with others, sync, rename under the path's lock: the commit point, see ``groupcommit`` ...
     which_side(staged, target, identity.ino, identity.dev)    after a death in between: did it commit?
 
-It takes the way of ``atomic.py`` in the worker's hands, from level ``atomic`` on: for an output, ``none`` means
-``atomic``. What may fail is done before the commit point; the directory is opened before the rename, not for its fsync.
+For an output, level ``none`` means ``atomic``.
 """
 
 from __future__ import annotations
@@ -21,8 +19,8 @@ from enum import Enum
 from hashlib import blake2b
 from typing import NamedTuple
 
-from ringpool.errors import DurabilityError, FileOperationError, OutputMissingError
-from ringpool.workers.files.durability import Durability, close_quietly, make_directories, sync
+from ringpool.errors import FileOperationError, OutputMissingError
+from ringpool.workers.files.durability import Durability, make_directories
 from ringpool.workers.files.oslayer import calls
 from ringpool.workers.files.target import failed, final_target, lstat, take_over
 
@@ -63,19 +61,16 @@ def prepare_target(target: bytes, durability: Durability = Durability.FULL) -> b
     return final
 
 
-def finish_staged(
-    staged: bytes, target: bytes, durability: Durability, *, digest: bool = False, is_new: bool = False
-) -> StagedFile:
+def finish_staged(staged: bytes, target: bytes, *, digest: bool = False, is_new: bool = False) -> StagedFile:
     """Make the output that a task function left at ``staged`` ready for its name ``target``; return its identity.
 
     It takes the owner, mode and extended attributes of the file that it will replace; where there is none (``is_new``:
-    the caller has seen so) it keeps those that the function gave it. From ``data`` on its content is on disk when this
-    returns. Whatever is raised, the staged file is gone then: ``OutputMissingError`` (the function wrote no regular
-    file), ``DurabilityError`` (fsync), ``AtomicWriteError`` (anything else).
+    the caller has seen so) it keeps those that the function gave it. Whatever is raised, the staged file is gone then:
+    ``OutputMissingError`` (the function wrote no regular file), ``AtomicWriteError`` (anything else).
     """
     try:
         replaced = None if is_new else lstat(target)
-        if replaced is None and not digest and durability not in (Durability.DATA, Durability.FULL):
+        if replaced is None and not digest:
             own = _stat_staged(staged, target)  # nothing is to be done with it: it need not be opened
             return StagedFile(own.st_dev, own.st_ino, own.st_size, own.st_nlink, b"", own.st_mtime_ns)
         fd = _open_staged(staged, target)
@@ -84,8 +79,6 @@ def finish_staged(
             _require_regular(own, staged, target)
             if replaced is not None and own.st_nlink == 1:  # a link's metadata would be those of the other names, too
                 take_over(fd, own, replaced, target, None)
-            if durability in (Durability.DATA, Durability.FULL):
-                sync(fd, target, "fsync of the output")
             content = digest_of(fd, own.st_size) if digest else b""
         finally:
             calls.close(fd)
@@ -122,37 +115,6 @@ def digest_of(fd: int, size: int) -> bytes:
         content.update(piece)
         size -= len(piece)
     return content.digest()
-
-
-def publish_staged(staged: bytes, target: bytes, durability: Durability, *, is_linked: bool = True) -> None:
-    """Give the finished file its final name, in one step; with ``full`` the name is on disk when this returns.
-
-    ``is_linked``: the file has, or may have, other names (its identity tells). Raises ``AtomicWriteError``: not
-    published, the staged file is gone. ``DurabilityError``: published, but perhaps not for ever.
-    """
-    dir_fd = -1
-    try:
-        if durability == Durability.FULL:
-            directory, name = os.path.split(target)
-            dir_fd = calls.open(directory or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            calls.rename(staged, name, dst_dir_fd=dir_fd)  # the commit point
-        else:
-            calls.rename(staged, target)  # the commit point
-        if is_linked:
-            discard_staged(staged)  # where both names are links of one file, rename(2) does nothing
-        if dir_fd >= 0:
-            sync(dir_fd, target, "fsync of its directory, after the rename")
-    except DurabilityError:
-        raise
-    except OSError as error:
-        discard_staged(staged)
-        raise failed(target, "rename", error) from error
-    except BaseException:
-        discard_staged(staged)
-        raise
-    finally:
-        if dir_fd >= 0:
-            close_quietly(dir_fd)
 
 
 def discard_staged(staged: bytes) -> None:
