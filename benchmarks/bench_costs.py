@@ -4,7 +4,7 @@
     cost-cpu     1 ms of computing a task, one by one: the CPU of all processes, less what   30 us a task
                  each task says that it took itself
     cost-locks   1 KiB files in memory, read, 100 us of computing, written whole, under a    95 % of two processes
-                 lock for each output: run_file_tasks, and Job                               without a pool
+                 lock for each output: run_file_tasks, one by one and in groups, and Job     without a pool
 
     python -m benchmarks costs [--quick] [--json FILE]        or one of them, by name
 
@@ -38,6 +38,7 @@ from ringpool.shm import segment
 WORKERS = 2
 ALONE_LOCKED = "two processes alone, PathLock and atomic_write"
 RUN, JOB = "run_file_tasks with outputs", "Job, its ledger included"
+RUN_GROUPS = "run_file_tasks with outputs, group_commit"
 ONE_BY_ONE = (peers.SUBMIT, peers.FUTURES_SUBMIT, peers.APPLY_ASYNC, peers.PEBBLE_SCHEDULE, peers.LOKY_SUBMIT)
 MAPPED = (peers.MAP, peers.IMAP_1)
 EXTRA_US_MAX = 30
@@ -135,8 +136,9 @@ def bench_locks(quick: bool) -> Iterator[Case]:
         pool = stack.enter_context(Coordinator(WORKERS, durability="atomic"))
         files = [FileTask(Path(f"{root}/in/{name}"), Path(f"{root}/out/{name}")) for name in names]
 
-        def run_files(some: Sequence[Any]) -> None:
-            results = list(pool.run_file_tasks(copy_computed, some, params={"iterations": iterations}))
+        def run_files(some: Sequence[Any], *, group_commit: bool = False) -> None:
+            params = {"iterations": iterations}
+            results = list(pool.run_file_tasks(copy_computed, some, params=params, group_commit=group_commit))
             if any(result.error is not None for result in results) or len(results) != len(some):
                 raise RuntimeError(f"{len(results)} results, the first {results[:1]}")
 
@@ -147,10 +149,11 @@ def bench_locks(quick: bool) -> Iterator[Case]:
             if done != len(some):
                 raise RuntimeError(f"the job did {done} of {len(some)} files")
 
-        ways = {ALONE_LOCKED: split.run, RUN: run_files, JOB: run_job}
+        in_groups = partial(run_files, group_commit=True)
+        ways = {ALONE_LOCKED: split.run, RUN: run_files, RUN_GROUPS: in_groups, JOB: run_job}
         runs = {name: _cleaned(measure.rate_per_s(way, files), make_places) for name, way in ways.items()}
         series, others = measure.take_turns(runs, scale.rounds)
-    claims = [Claim(RUN, ALONE_LOCKED, at_least(0.95)), Claim(JOB, ALONE_LOCKED)]
+    claims = [Claim(name, ALONE_LOCKED, at_least(0.95)) for name in (RUN, RUN_GROUPS)] + [Claim(JOB, ALONE_LOCKED)]
     title = f"cost-locks: {scale.files:,} files, 100 us of computing each, a lock for each output"
     yield Case(title, "files/s", series, claims, others)
 
