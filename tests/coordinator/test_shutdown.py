@@ -8,13 +8,14 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
 from tests import task_functions as tasks
 from tests.coordinator.program import WATCHDOG_S, Program, is_alive, shared_memory_of, state_of, wait_until
 
-from ringpool import Coordinator
+from ringpool import Coordinator, RingPoolExecutor
 from ringpool.errors import CoordinatorClosedError
 
 MakeFiles = Callable[[int], list[Path]]
@@ -160,6 +161,80 @@ def test_closing_while_other_threads_submit_leaves_no_future_behind(file: Path) 
             thread.join(WATCHDOG_S)
             assert not thread.is_alive()
         assert wait(futures, WATCHDOG_S).not_done == set()  # type: ignore[type-var]
+
+
+class SlowContext(ForkServerContext):
+    """Threads that are asked to wait do so where they want to know the start method: between look and act."""
+
+    def __init__(self) -> None:
+        self.asked, self.may_go_on = threading.Event(), threading.Event()
+        self.slow: threading.Thread | None = None
+
+    def get_start_method(self, allow_none: bool = False) -> str:
+        if threading.current_thread() is self.slow:
+            self.asked.set()
+            assert self.may_go_on.wait(WATCHDOG_S)
+        return super().get_start_method(allow_none)
+
+
+def test_a_first_task_that_comes_while_its_pool_is_shut_down_starts_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    context, raised = SlowContext(), list[BaseException]()
+    executor = RingPoolExecutor(1, context)
+
+    def submit() -> None:
+        try:
+            executor.submit(len, "abc")
+        except RuntimeError as error:
+            raised.append(error)
+
+    context.slow = thread = threading.Thread(target=submit)
+    thread.start()
+    assert context.asked.wait(WATCHDOG_S)
+    executor.shutdown()
+    context.may_go_on.set()
+    thread.join(WATCHDOG_S)
+    assert [str(error) for error in raised] == ["cannot schedule new futures after shutdown"]
+    assert "ringpool-pump" not in [each.name for each in threading.enumerate()]
+    assert capfd.readouterr().err == ""
+
+
+class SlowToPickle:
+    """A function, or an argument, that is still being pickled when its pool is shut down."""
+
+    def __init__(self) -> None:
+        self.begun, self.may_go_on = threading.Event(), threading.Event()
+
+    def __call__(self, x: object) -> object:
+        return x
+
+    def __reduce__(self) -> tuple[type[bytes], tuple[bytes]]:
+        self.begun.set()
+        assert self.may_go_on.wait(WATCHDOG_S)
+        return bytes, (bytes(10_000),)
+
+
+@pytest.mark.parametrize("what", ["function", "argument"])
+def test_what_was_pickled_for_too_long_leaves_nothing_in_a_pool_that_is_gone(what: str) -> None:
+    executor, slow, raised = RingPoolExecutor(1), SlowToPickle(), list[BaseException]()
+    executor.submit(len, "abc").result(WATCHDOG_S)
+
+    def send() -> None:
+        try:
+            if what == "argument":
+                executor.submit(len, slow).result(WATCHDOG_S)
+            else:
+                executor.map(slow, [1])
+        except RuntimeError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert slow.begun.wait(WATCHDOG_S)
+    executor.shutdown()
+    slow.may_go_on.set()
+    thread.join(WATCHDOG_S)
+    assert [str(error) for error in raised] == ["cannot schedule new futures after shutdown"]
+    assert not shared_memory_of(os.getpid())
 
 
 def test_a_run_that_is_taken_while_its_pool_closes_ends(file: Path) -> None:

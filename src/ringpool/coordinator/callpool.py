@@ -120,7 +120,9 @@ class CallPool:
     def _write_function(self, fn: Callable[..., Any]) -> int:
         pool = self.pool
         function_id = next(pool.function_ids)
-        blobs.write(blobs.function_name(pool.name, function_id), Encoding.PICKLE, calls.pickle_callable(fn))
+        name = blobs.function_name(pool.name, function_id)
+        blobs.write(name, Encoding.PICKLE, calls.pickle_callable(fn))
+        pool.keep(name)
         return function_id
 
     def map(

@@ -272,7 +272,9 @@ class Coordinator:
             found = self._functions.get(spec)
             if found is None:
                 found = _Function(next(self._pool.function_ids), name, signature, spec, shared=bool(packed))
-                blobs.write(blobs.function_name(self._pool.name, found.id), Encoding.MSGPACK, spec)
+                blob = blobs.function_name(self._pool.name, found.id)
+                blobs.write(blob, Encoding.MSGPACK, spec)
+                self._pool.keep(blob)
                 self._functions[spec] = found
             found.users += 1
         return found

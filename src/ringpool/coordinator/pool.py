@@ -112,6 +112,7 @@ class Pool:
         self._beginning = threading.Lock()
         self.closing = False
         self.closed = False
+        self._removed = False  # what is written into the segment's blobs from now on, nobody removes
         self._closed_error = closed
         self._on_ended = on_ended
         self.runs: set[OpenRun] = set()
@@ -161,7 +162,7 @@ class Pool:
             self.supervisor.begin()  # first: to start a process takes longest
             self.pump.begin()
         except BaseException as error:
-            self.abort()
+            self._kill()
             if isinstance(error, RuntimeError):  # "can't start new thread"
                 raise ThreadStartError(str(error)) from error
             raise
@@ -184,6 +185,8 @@ class Pool:
             if first is not None and self.context.get_start_method() == "fork":
                 first()
             with self._beginning:
+                if self.closing:  # meanwhile, by another thread, who does not wait for threads that have not begun
+                    raise self._closed_error()
                 if not self.pump.has_begun:
                     self._begin()
 
@@ -192,8 +195,18 @@ class Pool:
         if len(encoded.body) <= INLINE_BYTES and not encoded.buffers:
             return Task(function, encoded.body, 0, form)
         blob = next(self._blob_ids)
-        values.write_blob(blobs.payload_name(self.name, blob), encoded)
+        name = blobs.payload_name(self.name, blob)
+        values.write_blob(name, encoded)
+        self.keep(name)
         return Task(function, b"", blob, form)
+
+    def keep(self, blob: str) -> None:
+        """A blob was written that goes with the segment. Raises that the pool is closed, and removes it, where another
+        thread may have removed the segment already: pickling takes its time.
+        """
+        if self._removed:  # read after the blob was made; ``_finish`` stores it, and then lists the blobs
+            blobs.unlink(blob)
+            raise self._closed_error()
 
     def make_arena(self) -> None:
         """Have an arena, for vectors. Raises ``SharedMemoryFullError``, or that the pool is closed."""
@@ -217,6 +230,8 @@ class Pool:
             raise WrongThreadError
         self.closing = True
         try:
+            with self._beginning:  # whoever came before waits for threads to begin; who comes now finds it closing
+                pass
             for run in self.runs.copy():
                 run.end(cancel=cancel)
             if cancel:
@@ -263,6 +278,12 @@ class Pool:
         if self.closed or os.getpid() != self.pid:
             return
         self.closing = True
+        if self._beginning.acquire(timeout=ABORT_TIMEOUT_S):  # see ``close``; Ctrl-C may have left it held
+            self._beginning.release()
+        self._kill()
+
+    def _kill(self) -> None:
+        self.closing = True
         self.pump.expect_exits()
         self.supervisor.kill_all()
         self.supervisor.join(ABORT_TIMEOUT_S)
@@ -280,6 +301,7 @@ class Pool:
         finally:
             if not self._retains:
                 with self.lock:  # an arena that is being made is there now
+                    self._removed = True
                     segment.unlink(self.name)
         with self.lock:
             if stopped and not self.closed:
