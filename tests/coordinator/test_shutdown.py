@@ -77,6 +77,18 @@ def test_a_pool_that_did_nothing_closes(file: Path) -> None:
         Coordinator(2).close()
 
 
+@pytest.mark.parametrize("wait", [True, False])
+def test_an_executor_that_had_no_task_is_shut_down_with_its_futures_cancelled(wait: bool) -> None:
+    executor = RingPoolExecutor(1)
+    closing = threading.Thread(target=executor.shutdown, args=(wait,), kwargs={"cancel_futures": True}, daemon=True)
+    closing.start()
+    closing.join(WATCHDOG_S)
+    assert not closing.is_alive()
+    wait_until(lambda: "ringpool-closer" not in [each.name for each in threading.enumerate()], "the end of the pool")
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        executor.submit(len, "abc")
+
+
 def test_close_with_cancel_drops_what_no_worker_has(file: Path, files: MakeFiles, tmp_path: Path) -> None:
     begun, gate = tmp_path / "begun", tmp_path / "gate"
     own = Coordinator(1, ring_slots=8)

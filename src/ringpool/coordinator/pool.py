@@ -255,6 +255,8 @@ class Pool:
 
     def drop_unstarted(self, *, claimed: bool = False) -> None:
         """Cancel what no worker has; or with ``claimed`` what no worker runs."""
+        if not self.pump.has_begun:  # there was no task ever, and no thread that would answer
+            return
         cancel = self.pump.refuse_all if claimed else self.pump.cancel_all
         try:
             dropped: list[Ticket] = self.pump.call(cancel) or []
