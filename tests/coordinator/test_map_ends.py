@@ -9,7 +9,7 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from functools import partial
@@ -189,6 +189,27 @@ def test_closing_while_another_thread_takes(source: str) -> None:
         assert (len(found), errors) == (N, [])
     else:
         assert len(found) == N or [type(error) for error in errors] == [RuntimeError]
+
+
+class SlowList(list[int]):
+    """Takes its time for one of its first items: until results of those before have come."""
+
+    def __init__(self, executor: RingPoolExecutor, items: Iterable[int]) -> None:
+        super().__init__(items)
+        self._executor = executor
+
+    def __iter__(self) -> Iterator[int]:
+        n_completed = self._executor.stats().completed
+        for i, item in enumerate(super().__iter__()):
+            if i == 2500:
+                wait_until(lambda: self._executor.stats().completed > n_completed, "a first result")
+                wait_for_commands(self._executor)
+            yield item
+
+
+def test_results_that_come_while_the_first_items_are_drawn_draw_none_beside(executor: RingPoolExecutor) -> None:
+    items = SlowList(executor, range(10_000))
+    assert list(executor.map(functions.identity, items, chunksize=1000)) == list(range(10_000))
 
 
 def test_who_closes_leaves_the_news_to_whoever_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ class MapRun:
         self._n_taken = 0  # pieces
         self._exhausted = self._closed = self._begun = self._unbounded = False
         self._at_hand = at_hand
-        self._turn = threading.Lock()  # of the caller who takes, or of the one who closes the pool
+        self._turn = threading.Lock()  # of who draws: the caller, the pump, or the one who closes the pool
         self._drawing: list[Any] | None = (
             None  # what is being drawn, so far: it grows while its last item is waited for
         )
@@ -113,7 +113,14 @@ class MapRun:
     # ---- sending
 
     def fill(self) -> None:
-        """Draw items and send them, as far as they may be under way; but not for long while results wait."""
+        """Draw items and send them, as far as they may be under way; but not for long while results wait.
+
+        One thread at a time, or items would be sent by other indexes than those by which they were drawn.
+        """
+        with self._turn:
+            self._fill()
+
+    def _fill(self) -> None:
         arrived, sent = self.inbox.arrived, False
         began_s = time.monotonic()
         if not self._wants_more():
@@ -136,7 +143,7 @@ class MapRun:
         if self._turn.acquire(blocking=False):
             try:
                 self._sort()
-                self.fill()
+                self._fill()
             finally:
                 self._turn.release()
 
@@ -318,10 +325,10 @@ class MapRun:
                     if self._options.buffersize is None:
                         self._n_given += piece.n
                         if not self._waits_long:
-                            self.fill()
+                            self._fill()
                     piece.decode()
                     return piece
-                self.fill()
+                self._fill()
                 if self.inbox.arrived or (not self._exhausted and self._n_drawn == self._n_given):
                     continue
                 if self._n_drawn == self._n_given:
@@ -432,7 +439,7 @@ class MapRun:
                 if self.inbox.discards:
                     self._held.clear()
                     self._held_bytes = 0
-                self.fill()
+                self._fill()
             if not self._exhausted:
                 self.inbox.wait_beside(1.0)
 
