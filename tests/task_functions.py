@@ -17,6 +17,7 @@ import sys
 import threading
 import weakref
 from pathlib import Path
+from types import FrameType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -379,6 +380,23 @@ def surroundings(src: Path, *, act: str) -> str:
             case _:
                 raise AssertionError(act)
     return found
+
+
+def interrupted_later(src: Path) -> str:
+    """Its worker is interrupted once: when it has the first result of a vector, and has not noted yet that it has."""
+    if not _interrupts:
+        _interrupts.append(src)
+        sys.setprofile(_interrupt)
+    return src.name
+
+
+_interrupts: list[Path] = []  # of a worker: the file that came first
+
+
+def _interrupt(frame: FrameType, event: str, _: object) -> None:
+    if event == "call" and frame.f_code.co_name == "_prefix_of":  # of ``Chunks.run``
+        sys.setprofile(None)
+        signal.raise_signal(signal.SIGINT)
 
 
 # ---- ones that bend their process ------------------------------------------------------------------------------------

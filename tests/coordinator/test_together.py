@@ -167,6 +167,13 @@ def test_one_that_closes_all_descriptors_costs_nobody_anything(pool: Coordinator
     assert results[many[ODD]].ok
 
 
+def test_an_interrupt_between_two_of_them_costs_one(files: MakeFiles) -> None:
+    with Coordinator(1) as own:
+        results = list(own.run_file_tasks(tasks.interrupted_later, files(500)))
+    assert len({result.path for result in results}) == 500
+    assert [type(result.error) for result in results if not result.ok] == [KeyboardInterrupt]
+
+
 @pytest.mark.parametrize("how", ["kill", "exit at once"])
 def test_one_that_kills_its_workers_is_tried_again_and_blamed_alone(
     pool: Coordinator, many: list[Path], how: str

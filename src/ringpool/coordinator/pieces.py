@@ -153,10 +153,10 @@ class MapInbox(Inbox):
         if record.status == _DIED:
             return self._after_death(ticket, part, record, first, deaths + 1)
         _, error = outcome_of(ticket, record)
-        if not done.n:  # it could not be begun at all: the function cannot be had
+        if not record.duration_ns:  # it could not be begun at all: the function cannot be had
             self._fail(part, first, part.end, error or CancelledError(), record.worker, deaths + 1)
             return []
-        self._fail(part, first, first + 1, error or CancelledError(), record.worker)
+        self._fail(part, first, first + 1, error or CancelledError(), record.worker, deaths + 1)
         return [self._again(ticket, part.of(first + 1, part.end))] if first + 1 < part.end else []
 
     def deliver_early(self, ticket: Ticket, arena: Arena, spent_ns: int, worker: int) -> bool:

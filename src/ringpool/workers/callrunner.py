@@ -100,8 +100,10 @@ class CallRunner:
     def run_vector(self, entry: int, function_id: int, payload: bytes, start_ns: int, quota: int) -> int:
         """Run items of the vector of ``entry``, at most ``quota``, and post that they are done. When that was, ns.
 
-        What keeps the vector as a whole from being run is posted as the task's error: it is the error of each item.
+        What keeps the vector as a whole from being run is posted as the task's error, and that it took no time: it is
+        the error of each item. What comes between two items, by a signal, is that of the item which is next.
         """
+        is_begun = False
         try:
             span = vectors.unpack_span(payload)
             is_timed = vectors.is_timed(span)
@@ -118,6 +120,7 @@ class CallRunner:
                 call, encode = chunks.timed(span, call), values.encode_result
                 restore = self._confinement.renew
             encoder = _Outcomes(self._post, entry, encode)
+            is_begun = True
             n = chunks.run(span, items, call, encoder.value, encoder.error, quota, restore)
             end_ns = time.monotonic_ns()
             self._confinement.end_if_forked()
@@ -125,7 +128,8 @@ class CallRunner:
             self._post.results.post(entry, _OK, 0, b"", end_ns - start_ns)
         except BaseException as error:
             end_ns = time.monotonic_ns()
-            self._post.error(entry, error, end_ns - start_ns)
+            is_one_items = is_begun or isinstance(error, KeyboardInterrupt)
+            self._post.error(entry, error, max(1, end_ns - start_ns) if is_one_items else 0)
         return end_ns
 
 
