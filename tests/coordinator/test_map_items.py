@@ -263,6 +263,12 @@ def test_what_the_function_holds_is_shared_in_a_worker(
     assert [future.result(WATCHDOG_S) for future in futures] == [[item] for item in range(10)]
 
 
+@pytest.mark.parametrize("with_handler", [True, False])
+def test_a_timer_that_an_item_leaves_is_stopped_before_the_next(executor: RingPoolExecutor, with_handler: bool) -> None:
+    items = partial(functions.leave_a_timer, with_handler=with_handler)
+    assert list(executor.map(items, range(10), chunksize=10)) == [0.0] * 10
+
+
 def test_what_an_item_shares_with_itself_stays_shared(executor: RingPoolExecutor) -> None:
     one: list[int] = []
     assert all(executor.map(functions.are_one, [[one, one]] * 100))

@@ -115,13 +115,12 @@ class CallRunner:
             if chunks is None:
                 chunks = self._chunks = vectors.Chunks.attach(self._segment)
             items, call = calls.decode_items(function, span.encoding, chunks.items(span))
-            encode, restore = calls.encode_result, self._confinement.restore
+            encode = calls.encode_result
             if is_timed:
                 call, encode = chunks.timed(span, call), values.encode_result
-                restore = self._confinement.renew
             encoder = _Outcomes(self._post, entry, encode)
             is_begun = True
-            n = chunks.run(span, items, call, encoder.value, encoder.error, quota, restore)
+            n = chunks.run(span, items, call, encoder.value, encoder.error, quota, self._confinement.renew)
             end_ns = time.monotonic_ns()
             self._confinement.end_if_forked()
             self._n_extra += n - 1

@@ -7,7 +7,7 @@ bind            own session, default signal handlers, nothing on standard input;
 end_if_forked   before a result is posted: the child of a task that forked has no business here
 restore         after each task: signal handlers and working directory are put back. Without its descriptors the
                 process ends; its unstarted claims go back
-disarm          after each claim: a timer that a task has left running is stopped
+disarm          after each claim, and before a handler is put back: a timer that a task has left running is stopped
 """
 
 from __future__ import annotations
@@ -126,6 +126,7 @@ class Confinement:
     def restore(self) -> bool:
         """Put back signal handlers and working directory; whether the process still has its descriptors."""
         if list(map(_get_handler, _RESTORED)) != self._handlers:
+            self.disarm()  # first: a timer without its handler ends the process, whatever that is at by then
             for number, handler in zip(_RESTORED, self._handlers, strict=True):
                 signal.signal(number, handler)  # pyright: ignore[reportArgumentType]  (what getsignal gave)
         try:
