@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pty
 import signal
@@ -87,6 +88,23 @@ def test_an_executor_that_had_no_task_is_shut_down_with_its_futures_cancelled(wa
     wait_until(lambda: "ringpool-closer" not in [each.name for each in threading.enumerate()], "the end of the pool")
     with pytest.raises(RuntimeError, match="after shutdown"):
         executor.submit(len, "abc")
+
+
+def test_executors_that_had_no_task_leave_no_descriptors() -> None:
+    def n_descriptors() -> int:
+        gc.collect()  # the mapping of a segment goes with the last reference to it
+        return len(os.listdir("/proc/self/fd"))
+
+    def make_and_shut_down() -> None:
+        executor = RingPoolExecutor(1)
+        executor.shutdown()
+        executor.shutdown(cancel_futures=True)
+
+    make_and_shut_down()
+    before = n_descriptors()
+    for _ in range(5):
+        make_and_shut_down()
+    assert n_descriptors() == before
 
 
 def test_close_with_cancel_drops_what_no_worker_has(file: Path, files: MakeFiles, tmp_path: Path) -> None:

@@ -271,6 +271,8 @@ class Supervisor:
         """Wait for all workers to end by themselves; after ``timeout_s`` seconds they are killed."""
         self._stopping = True
         if not self._begun:
+            if self._thread.ident is None:  # otherwise Ctrl-C has come just when it was started
+                self._close_wake()
             return
         self._wake()
         if not self._ending.wait(timeout_s):
@@ -296,8 +298,9 @@ class Supervisor:
         if self._wake_lock.acquire(timeout=WAKE_TIMEOUT_S):
             try:
                 wake_write, self._wake_write = self._wake_write, -1
-                os.close(wake_write)
-                os.close(self._wake_read)
+                if wake_write >= 0:  # a pool without a task may be closed by several
+                    os.close(wake_write)
+                    os.close(self._wake_read)
             finally:
                 self._wake_lock.release()
 
