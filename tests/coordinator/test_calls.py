@@ -308,6 +308,64 @@ def test_what_the_main_module_defines_travels_both_ways(tmp_path: Path, program:
     assert (run.returncode, run.stdout, run.stderr) == (0, "well done\n", "")
 
 
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_a_worker_that_starts_when_the_script_has_ended_finds_what_that_defines(
+    run_program: RunProgram, method: str
+) -> None:
+    """The interpreter takes ``__file__`` from the main module before it calls what is to be called at exit."""
+    program = run_program(
+        f"""
+        pool = RingPoolExecutor(1, {method!r}, name, ("me",), max_tasks_per_child=1)
+        for index in range(3):
+            pool.submit(note, f"note-{{index}}", "ended")
+        results = pool.map(partial(note, "note-4"), ["ended"])  # not begun before the end
+        globals()["kept"] = pool, results
+        atexit.register(Path("ended").touch)
+        """,
+        top="""
+        from functools import partial
+        from ringpool import RingPoolExecutor
+        names = []
+
+        def name(word):
+            names.append(word)
+
+        def note(path, ended):
+            while not Path(ended).exists():
+                select.select([], [], [], 0.005)
+            Path(path).write_text(" ".join(names))
+        """,
+    )
+    assert (program.finish(), program.err) == (0, "")
+    assert [path.read_text() for path in program.file.parent.glob("note-*")] == ["me"] * 4
+    program.assert_nothing_is_left()
+
+
+def test_what_is_typed_at_a_prompt_after_a_script_goes_by_value(tmp_path: Path) -> None:
+    script = tmp_path / "a_script.py"
+    script.write_text("""
+from ringpool import RingPoolExecutor
+
+def shift(x):
+    return x + 1
+
+if __name__ == "__main__":
+    pool = RingPoolExecutor(1)
+    assert pool.submit(shift, 1).result() == 2
+""")
+    typed = "def typed(x): return shift(x) + 1\n\nprint(pool.submit(typed, 1).result())\npool.shutdown()\n"
+    run = subprocess.run(
+        [sys.executable, "-q", "-i", script],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        input=typed,
+        capture_output=True,
+        text=True,
+        timeout=WATCHDOG_S,
+    )
+    assert (run.returncode, run.stdout) == (0, "3\n"), run.stderr
+    assert "Traceback" not in run.stderr
+
+
 INITIALIZED = """
 import multiprocessing, sys
 from ringpool import RingPoolExecutor

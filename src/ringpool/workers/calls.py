@@ -18,7 +18,7 @@ import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -66,7 +66,40 @@ def is_lost(module: str | None) -> bool:
     spec = getattr(main, "__spec__", None)
     if spec is not None:
         return spec.name.rpartition(".")[2] == "__main__"
-    return not _is_file(getattr(main, "__file__", None))
+    return not _is_file(main_file())
+
+
+def main_file() -> str | None:
+    """The file of the main module, if it has one.
+
+    When a script has come to its end, the interpreter takes ``__file__`` from it, and only then calls what is to be
+    called at exit: pools are drained after that. Until then what holds is what ``remember_main`` has seen. But not at
+    the prompt of ``python -i``, where the module has more than its file.
+    """
+    main = sys.modules["__main__"]
+    path = getattr(main, "__file__", None)
+    if path is None and main is _remembered.main and not hasattr(sys, "ps1"):
+        return _remembered.path
+    return path
+
+
+def remember_main() -> str | None:
+    """Keep in mind what the file of the main module is, for ``main_file``; and that, where a new process is to import
+    it: neither where it is a module that has a name, nor where there is no such file.
+    """
+    main = sys.modules["__main__"]
+    if (path := main_file()) is not None:
+        _remembered.main, _remembered.path = main, path
+    is_named = getattr(main, "__spec__", None) is not None
+    return os.path.abspath(path) if path is not None and _is_file(path) and not is_named else None
+
+
+class _Remembered:
+    main: ModuleType | None = None
+    path: str | None = None
+
+
+_remembered = _Remembered()
 
 
 @functools.lru_cache(maxsize=8)

@@ -59,7 +59,8 @@ class WorkerArguments(msgspec.Struct, frozen=True):
 
     ``segment`` (name), ``index``, ``batch_max`` (most entries per claim), ``spins`` (before it sleeps); when it is
     replaced: after ``tasks_max`` tasks, or when its own pages have grown beyond ``rss_max_bytes``; 0: never. ``umask``:
-    the coordinator's, which a fork server does not have; None: as it is.
+    the coordinator's, which a fork server does not have; None: as it is. ``main_file``: of the program's main module,
+    for a process that is no fork of it; None: it imports none.
     """
 
     segment: str
@@ -69,12 +70,15 @@ class WorkerArguments(msgspec.Struct, frozen=True):
     tasks_max: int = 0
     rss_max_bytes: int = 0
     umask: int | None = None
+    main_file: str | None = None
 
 
 def main(arguments: WorkerArguments, guard: Descriptor, setup: Setup | None = None) -> None:
     """The body of a worker process. Returns only when told to stop."""
     code = EXIT_BROKEN
     try:
+        if arguments.main_file is not None:
+            _import_main(arguments.main_file)
         confinement = Confinement(os.dup(guard.fileno()))
         guard.close()
         if arguments.umask is not None:
@@ -95,6 +99,22 @@ def main(arguments: WorkerArguments, guard: Descriptor, setup: Setup | None = No
     if code:
         flush()
         os._exit(code)
+
+
+def _import_main(path: str) -> None:
+    """Import the program's main module, where ``multiprocessing`` has not. It reads that module's ``__file__`` when it
+    starts a process, and a script that has come to its end has none any more, see ``calls.main_file``.
+    """
+    if sys.modules["__main__"].__name__ == "__mp_main__" or not os.path.isfile(path):  # or it was removed meanwhile
+        return
+    from multiprocessing import process, spawn
+
+    this: Any = process.current_process()
+    this._inheriting = True  # as multiprocessing itself does: a pool that it makes unguarded is to be found
+    try:
+        spawn.import_main_path(path)
+    finally:
+        del this._inheriting
 
 
 def _tell(arguments: WorkerArguments, failure: InitializerFailure) -> None:
