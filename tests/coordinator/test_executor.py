@@ -29,6 +29,38 @@ def executor() -> Iterator[RingPoolExecutor]:
         yield made
 
 
+@pytest.mark.parametrize("method", ["forkserver", "spawn", "fork"])
+def test_a_program_that_ends_at_once_runs_what_it_submitted(run_program: Callable[..., Program], method: str) -> None:
+    program = run_program(
+        f"""
+        pool = RingPoolExecutor(2, {method!r})
+        for index in range(3):
+            pool.submit(touch, f"run-{{index}}")
+        globals()["kept"] = pool
+        """,
+        top="""
+        from ringpool import RingPoolExecutor
+
+        def touch(path):
+            Path(path).touch()
+        """,
+    )
+    assert program.finish() == 0, program.err
+    assert len(list(program.file.parent.glob("run-*"))) == 3, program.err
+    program.assert_nothing_is_left()
+
+
+@pytest.mark.skipif(
+    not (3, 12) <= sys.version_info < (3, 12, 3), reason="this release starts processes when a program has ended, too"
+)
+@pytest.mark.parametrize("method", ["forkserver", "spawn", "fork"])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_first_worker_is_there_when_submit_returns_where_the_end_would_be_too_late(method: str) -> None:
+    with RingPoolExecutor(2, method) as made:
+        made.submit(abs, -1)
+        assert len(made.worker_pids) >= 1
+
+
 def test_no_worker_is_started_before_there_is_a_task() -> None:
     with RingPoolExecutor(2) as made:
         assert made.worker_pids == ()

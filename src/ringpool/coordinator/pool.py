@@ -56,6 +56,11 @@ CHUNKS_PER_WORKER, CHUNKS_MORE = 4, 24
 _AHEAD = "ringpool.workers.ahead"  # imports the main module too, where it can
 _PRELOAD = [_AHEAD, "ringpool.workers.process"]
 
+# CPython 3.12.0 to 3.12.2 start no thread, and fork no process, from when a program's main module has come to its end
+# (python/cpython#113964): before tasks that it leaves behind are run.
+_STARTS_NOTHING_AT_THE_END = (3, 12) <= sys.version_info < (3, 12, 3)
+FIRST_START_TIMEOUT_S = 30.0
+
 _open: set[Pool] = set()  # not weak: one that its program has lost sight of is closed at exit as well
 
 
@@ -164,6 +169,8 @@ class Pool:
             self.pump.staff.supervisor = self.supervisor
             self.supervisor.begin()  # first: to start a process takes longest
             self.pump.begin()
+            if _STARTS_NOTHING_AT_THE_END:  # as ProcessPoolExecutor's, a first worker is there when submit returns
+                self.supervisor.wait_for_first(FIRST_START_TIMEOUT_S)
         except BaseException as error:
             self._kill()
             if isinstance(error, RuntimeError):  # "can't start new thread"

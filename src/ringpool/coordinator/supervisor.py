@@ -240,6 +240,7 @@ class Supervisor:
         self._poll.register(self._wake_read, select.POLLIN)
         self._thread = threading.Thread(target=self._run, name="ringpool-supervisor", daemon=True)
         self._begun = False
+        self._has_tried = threading.Event()  # to start a first one
         self._ending = Ending()
         self._start_retry_s = START_RETRY_MIN_S
         self._start_at_s = 0.0
@@ -249,6 +250,10 @@ class Supervisor:
         """Start the thread, and with it the workers."""
         self._thread.start()
         self._begun = True
+
+    def wait_for_first(self, timeout_s: float) -> None:
+        """Until the start of a first worker was tried, or ``timeout_s`` seconds have passed."""
+        self._has_tried.wait(timeout_s)
 
     # ---- for other threads
 
@@ -316,6 +321,7 @@ class Supervisor:
                         worker.kill()
                 if self._to_start and not self._stopping and time.monotonic() >= self._start_at_s:
                     self._start(self._to_start.popleft())  # one at a time: a death in between is not to wait
+                    self._has_tried.set()
                 ready = {fd for fd, _ in self._poll.poll(self._patience_ms())}
                 if self._wake_read in ready:
                     with contextlib.suppress(BlockingIOError):
@@ -327,6 +333,7 @@ class Supervisor:
             self._on_failure(error)
         finally:
             del self._arguments  # and the initializer's with them: locks and queues that somebody may want to be rid of
+            self._has_tried.set()
             self._close_wake()
             self._ending.reached()
 
