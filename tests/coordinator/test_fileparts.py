@@ -34,6 +34,7 @@ def at_bytecode(n: int, act: Callable[[], None], body: Callable[[], Any]) -> tup
         return step
 
     former = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # CPython 3.12 traces bytecodes if a frame asks before settrace
     sys.settrace(step)
     try:
         return body(), met
@@ -81,7 +82,7 @@ def begin(caller: threading.Thread, found: list[bool]) -> None:
 @pytest.mark.parametrize("meet", [meet_in_add, meet_in_seal])
 def test_a_path_that_is_added_while_the_part_is_sealed_is_in_it_or_comes_too_late(meet: Callable[[int], int]) -> None:
     n = meet(1 << 30)
-    assert 10 < n < 100
+    assert 10 <= n < 100
     for at in range(1, n + 1):
         meet(at)
 
