@@ -42,8 +42,8 @@ _CONTINUATIONS = bytes(range(0x80, 0xC0))  # what any byte of a character but th
 
 
 class StagedOutput(NamedTuple):
-    """One output: where it is, where it belongs, whether its file has other names (rename(2) may do nothing); device
-    and inode of that file, where they are known.
+    """One output: where it is, where it belongs (both absolute), whether its file has other names (rename(2) may do
+    nothing); device and inode of that file, where they are known.
     """
 
     staged: bytes
@@ -149,7 +149,7 @@ class Staging:
     def _rename_one(self, output: StagedOutput) -> None:
         target = output.target
         try:
-            base = self._lock_base(target[: target.rfind(b"/")] or b"/")
+            base = self._lock_base(os.path.dirname(target))
         except OSError as error:
             raise failed(target, "lock", error) from error
         call_locked(target, base, functools.partial(_put_in_place, output))

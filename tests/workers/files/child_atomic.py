@@ -85,7 +85,7 @@ def identity(path: bytes) -> tuple[int, int]:
 
 def run_task(target: bytes, content: bytes, level: Durability) -> None:
     """What a worker does with a task that has an output."""
-    target = prepare_target(target, level)
+    target = prepare_target(os.path.abspath(target), level)  # as it reaches a worker
     staging = StagingBeside()
     try:
         staging.expect(target)
