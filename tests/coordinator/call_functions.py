@@ -426,6 +426,13 @@ def install_handlers() -> int:
     return os.getpid()
 
 
+def note_and_die(path: str, gate: str) -> None:
+    """Dies once there is a gate."""
+    note(path, 0)
+    wait_for(gate)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def leave_a_timer(i: int, *, with_handler: bool) -> float:
     """What is left of a timer that is found; item 0 leaves one that is long enough for all the others."""
     found_s = signal.getitimer(signal.ITIMER_REAL)[0]

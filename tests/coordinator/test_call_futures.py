@@ -24,7 +24,7 @@ from tests.coordinator import call_functions as functions
 from tests.coordinator.program import WATCHDOG_S, wait_until
 
 from ringpool import RingPoolExecutor
-from ringpool.errors import PoolError
+from ringpool.errors import PoolError, WorkerDiedError
 
 
 @pytest.fixture(scope="module")
@@ -362,6 +362,17 @@ def test_what_was_cancelled_never_ran_and_all_else_did_once(tmp_path: Path) -> N
     for i, future in enumerate(futures):
         if i not in gone:
             assert future.result(0) is not None
+
+
+def test_a_cancel_that_comes_too_late_gives_no_more_retries(executor: RingPoolExecutor, tmp_path: Path) -> None:
+    notes, gate = tmp_path / "notes", tmp_path / "gate"
+    future = executor.options(retries=1).submit(functions.note_and_die, str(notes), str(gate))
+    wait_until(lambda: functions.n_noted(notes) == 1, "the start of the task")
+    assert not future.cancel()
+    gate.touch()
+    with pytest.raises(WorkerDiedError):
+        future.result(WATCHDOG_S)
+    assert functions.n_noted(notes) == 2
 
 
 def test_futures_that_are_asked_while_they_become_done_tell_no_half_truths(executor: RingPoolExecutor) -> None:

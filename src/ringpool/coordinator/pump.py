@@ -418,6 +418,7 @@ class Pump:
         if ticket.timeout_s is not None:
             self.staff.limits.release()
         if ticket.spared and record.status == _CANCELLED and not self._cancels_all and ticket.sink.unspoiled(ticket):
+            ticket.attempts_max -= record.attempt  # workers that died in it: a new task of the ring begins at none
             self._requeue([ticket])
             self._in_ring -= 1  # after that, here and for vectors: see ``_publish``
             return
