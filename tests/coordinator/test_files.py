@@ -59,7 +59,7 @@ def test_outputs_in_groups_appear_under_their_names_and_nothing_else(
         for result in run:
             assert result.ok
             assert result.output.read_text() == result.path.name, "a result comes when its output is in place"
-    assert sorted(path.name for path in place.glob("?/*")) == [path.name for path in paths]
+    assert sorted(path.name for path in place.glob("?/[!.]*")) == [path.name for path in paths]
 
 
 def test_every_input_of_a_run_has_its_output(pool: Coordinator, files: MakeFiles, place: Path) -> None:

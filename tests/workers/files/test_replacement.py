@@ -37,7 +37,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
-        subprocess.run(["umount", os.fspath(place)], check=True)
+        subprocess.run(["umount", "--lazy", os.fspath(place)], check=True)  # lock files on it stay open
 
 
 @pytest.mark.parametrize("writer", PUBLIC)
