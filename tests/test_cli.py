@@ -45,6 +45,15 @@ def test_help_is_no_error(words: list[str]) -> None:
     assert done.stdout.startswith("Usage: ringpool")
 
 
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["--version"]])
+def test_help_that_nobody_reads_ends_as_all_does_that_nobody_reads(words: list[str]) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as nobody:
+        done = finish(start(*words, stdout=nobody.fileno()))
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
 def test_values_are_printed_with_their_paths_and_the_summary_goes_elsewhere(numbers: Path) -> None:
     done = run("run", f"{TASKS}:size", numbers)
     assert done.returncode == 0
@@ -332,6 +341,19 @@ def test_one_signal_ends_all_and_leaves_nothing(
     assert not [segment for segment in segments if segment.exists()]
     names = set(os.listdir(tmp_path / "out")) - {".ringpool"}
     assert not names
+
+
+def test_a_terminal_that_is_closed_ends_a_run(numbers: Path, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    words = ["--param", f"begun={begun}", "--workers", "1", "--out", f"{tmp_path}/out/{{relpath}}"]
+    command = start("run", f"{TASKS}:write_half_and_wait", numbers, *words)
+    try:
+        wait_until(lambda: any(path.read_text() for path in begun.iterdir()), "a task that has begun")
+        command.send_signal(signal.SIGHUP)
+        assert finish(command).returncode == 128 + signal.SIGHUP
+    finally:
+        command.kill()
 
 
 def test_a_reader_that_has_enough_ends_the_run_quietly(endless: Path) -> None:

@@ -74,10 +74,13 @@ def _is_nowhere(error: Exception) -> bool:
 
 
 def _run_command(arguments: list[str]) -> int:
+    import signal
+
     import click
 
     from ringpool.cli.group import ringpool, verb_of
     from ringpool.cli.lines import one_line, say
+    from ringpool.cli.stopping import Stopped
     from ringpool.errors import (
         InputMissingError,
         JobError,
@@ -92,6 +95,10 @@ def _run_command(arguments: list[str]) -> int:
     except click.ClickException as error:
         say(f"{error.format_message().rstrip('.')} (ringpool {verb_of(error, arguments)}--help lists what there is)")
         return EXIT_UNUSABLE
+    except SystemExit as end:
+        if end.code != EXIT_FAILED:  # from SIGHUP, see ``coordinator.signals``
+            raise
+        raise Stopped(signal.SIGPIPE) from None  # what click makes of EPIPE, for a help that nobody reads
     except click.Abort:  # a question was answered by Ctrl-C, or by the end of the terminal
         return EXIT_FAILED
     except InputMissingError as error:
