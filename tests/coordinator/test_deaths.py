@@ -528,6 +528,33 @@ def test_a_main_module_is_imported_once_for_all_workers(run_program: RunProgram,
     program.assert_nothing_is_left()
 
 
+@pytest.mark.parametrize(("seeded", "n_different"), [("", 3), ("numpy.random.seed(1)", 1)])
+def test_workers_draw_different_random_numbers_unless_the_main_module_seeds_them(
+    run_program: RunProgram, seeded: str, n_different: int
+) -> None:
+    """As if each had imported it, and not the fork server for all."""
+    program = run_program(
+        """
+        with RingPoolExecutor(1, max_tasks_per_child=1) as pool:
+            drawn = [pool.submit(draw).result() for _ in range(3)]
+        say(len({pid for pid, _ in drawn}), len({number for _, number in drawn}))
+        """,
+        top=f"""
+        {textwrap.indent(TOLD, " " * 8).strip()}
+        import numpy.random
+        from ringpool import RingPoolExecutor
+        {seeded}
+
+        def draw():
+            return os.getpid(), float(numpy.random.random())
+        """,
+    )
+    assert program.finish() == 0, program.err
+    assert program.out.split() == ["3", str(n_different)]
+    assert (program.file.parent / "imports").read_text().split() == ["__main__", "__mp_main__"], "once for all workers"
+    program.assert_nothing_is_left()
+
+
 @pytest.mark.parametrize("preload", [[], ["__main__"], ["json", "__main__"]])
 @pytest.mark.parametrize("catches", ["Exception", "BaseException"])
 def test_a_main_module_without_a_guard_does_not_end_the_fork_server_that_imports_it(

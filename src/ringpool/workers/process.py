@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ringpool import startup
 from ringpool.shm import blobs, layout, segment
 from ringpool.shm.claims import WorkerEnd
 from ringpool.shm.layout import Encoding, Form
@@ -83,6 +84,8 @@ def main(arguments: WorkerArguments, guard: Descriptor, setup: Setup | None = No
         guard.close()
         if arguments.umask is not None:
             os.umask(arguments.umask)
+        if startup.in_fork_server:
+            _renew_numpy_chance()
         if setup is not None:
             setup.apply()
             confinement.remember()
@@ -115,6 +118,18 @@ def _import_main(path: str) -> None:
         spawn.import_main_path(path)
     finally:
         del this._inheriting
+
+
+def _renew_numpy_chance() -> None:
+    """NumPy's global generator begins anew, unless the program seeded it: what the fork server has imported ahead is
+    the same in all workers, which would all draw the same numbers. ``random`` does so by itself after a fork.
+    """
+    numpy_random: Any = sys.modules.get("numpy.random")
+    try:
+        if numpy_random.get_bit_generator().seed_seq is not None:  # None: ``numpy.random.seed(...)`` was called
+            numpy_random.seed()
+    except (AttributeError, TypeError):  # not imported, or older than 1.25; a generator that the program has chosen
+        return
 
 
 def _tell(arguments: WorkerArguments, failure: InitializerFailure) -> None:
