@@ -123,6 +123,16 @@ def test_what_cannot_be_called_is_a_type_error(executor: RingPoolExecutor) -> No
         executor.submit()  # type: ignore[call-arg]
 
 
+@pytest.mark.parametrize("arguments", [(), (1,), ([],)])
+def test_none_is_no_function(executor: RingPoolExecutor, arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        executor.submit(None, *arguments).result(WATCHDOG_S)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        executor.submit(None, *arguments, keyword=1).result(WATCHDOG_S)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        list(executor.map(None, [arguments]))  # type: ignore[arg-type]
+
+
 def test_keywords_of_any_name_reach_the_function(executor: RingPoolExecutor) -> None:
     given = {"fn": 1, "self": 2, "options": 3, "args": 4, "kwargs": 5, "timeout": 6, "priority": 7}
     assert executor.submit(functions.keywords, 0, **given).result(WATCHDOG_S) == ((0,), given)

@@ -85,6 +85,7 @@ class CallPool:
         try:
             function_id = self._functions.get(fn, 0) if type(fn) in (FunctionType, BuiltinFunctionType) else 0
             if not function_id:
+                _require_function(fn)
                 function_id = self._introduce(fn)
             body = calls.encode_plain(args) if function_id and not kwargs else None
             if body is not None:
@@ -140,6 +141,7 @@ class CallPool:
         """Results of ``fn`` of each item, as they are taken."""
         pool = self.pool
         pool.check_open(first=lambda: calls.prepare(fn))
+        _require_function(fn)
         pool.make_arena()
         function_id = self._write_function(fn)
         starred = len(iterables) != 1
@@ -157,6 +159,14 @@ class CallPool:
         )
         run.fill()
         return run.results(timeout)
+
+
+def _require_function(fn: object) -> None:
+    """Raise ``TypeError`` for None, which to the workers means a function that they know by an id. All else that cannot
+    be called they find out themselves.
+    """
+    if fn is None:
+        raise TypeError("'NoneType' object is not callable")
 
 
 def _remover(pool: Pool, function_id: int) -> Callable[[], None]:
