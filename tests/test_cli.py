@@ -272,6 +272,15 @@ def test_a_module_that_fails_at_import_is_one_line_too(tmp_path: Path) -> None:
     assert "module broken cannot be imported: RuntimeError: not today" in done.stderr
 
 
+@pytest.mark.parametrize("status", [0, 1, 3])
+@pytest.mark.parametrize("verb", ["run", "bench"])
+def test_a_module_that_is_a_program_without_a_guard_is_told_so(tmp_path: Path, verb: str, status: int) -> None:
+    (tmp_path / "program.py").write_text(f"raise SystemExit({status})\n")
+    done = run(verb, "program:f", "program.py", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"program:f: its module, when it is imported, ends the program (SystemExit: {status}); put" in done.stderr
+
+
 # ---- progress --------------------------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ from ringpool.coordinator.inputs import InputFile, list_inputs
 from ringpool.coordinator.job import Job
 from ringpool.coordinator.ledger import JobInfo, Ledger
 from ringpool.coordinator.lists import read_list, read_manifest, relpath_of
-from ringpool.errors import JobError, OutputPatternError
+from ringpool.errors import JobError, OutputPatternError, UnknownFunctionError
 from ringpool.workers import tasks
 from ringpool.workers.commands import ITS_OWN, NOT_OF_A_FILE, Template
 from ringpool.workers.retry import RetryPolicy
@@ -99,7 +99,12 @@ def _check_outputs(call: Call) -> None:
             raise click.UsageError(f"--param {name}: a command has that from --exec and its files; leave it away")
         return
     assert call.function is not None
-    name, signature = tasks.describe(call.function)
+    try:
+        name, signature = tasks.describe(call.function)
+    except SystemExit as end:  # no signal's: there is no pool yet
+        reason = f"its module, when it is imported, ends the program ({type(end).__name__}: {end.code})"
+        way = 'put what it does as a program under `if __name__ == "__main__":`'
+        raise UnknownFunctionError(call.function, f"{reason}; {way}") from None
     parameters = tasks.validate(name, signature, call.param)
     if call.manifest is None:
         tasks.require(name, signature, parameters)
