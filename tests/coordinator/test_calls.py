@@ -376,6 +376,21 @@ if __name__ == "__main__":
     assert "Traceback" not in run.stderr
 
 
+def test_a_program_can_be_debugged(tmp_path: Path) -> None:
+    script = tmp_path / "a_script.py"
+    script.write_text(MAIN)
+    run = subprocess.run(
+        [sys.executable, "-m", "pdb", "-c", "continue", script],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=WATCHDOG_S,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith("well done\nThe program finished"), run.stdout
+
+
 INITIALIZED = """
 import multiprocessing, sys
 from ringpool import RingPoolExecutor

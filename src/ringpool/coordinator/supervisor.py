@@ -170,8 +170,11 @@ def _interrupts_held_back(context: BaseContext) -> Generator[None]:
 
 @contextlib.contextmanager
 def _presentable_main() -> Generator[None]:
-    """A program from standard input says that it is the file ``<stdin>``, which a new process would try to run."""
+    """A program from standard input says that it is the file ``<stdin>``, which a new process would run. One that
+    ``pdb`` runs has no ``__spec__``, which ``multiprocessing`` asks for.
+    """
     main = sys.modules["__main__"]
+    main.__dict__.setdefault("__spec__", None)  # as a script has it
     path = getattr(main, "__file__", None)
     if path is None or getattr(main, "__spec__", None) is not None or os.path.isfile(path):
         yield
