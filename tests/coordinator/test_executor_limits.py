@@ -82,6 +82,16 @@ def test_a_limit_that_is_no_time_is_refused(executor: RingPoolExecutor, timeout:
         executor.options(timeout=timeout)
 
 
+@pytest.mark.parametrize("name", ["retries", "priority"])
+@pytest.mark.parametrize("count", ["1", 0.5, float("nan"), None])
+def test_a_count_that_is_no_integer_is_refused_and_the_pool_goes_on(
+    executor: RingPoolExecutor, name: str, count: Any
+) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be an integer, not"):
+        executor.options(**{name: count}).submit(functions.double, 1).result(WATCHDOG_S)
+    assert executor.submit(functions.double, 4).result(WATCHDOG_S) == 8
+
+
 @pytest.mark.parametrize("timeout", [float("inf"), 1e300, 10**9])
 def test_a_limit_beyond_all_time_is_none(executor: RingPoolExecutor, timeout: float) -> None:
     assert executor.submit_with(TaskOptions(timeout=timeout), functions.double, 4).result(WATCHDOG_S) == 8

@@ -20,6 +20,9 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
 
     def __post_init__(self) -> None:
+        for name, count in (("retries", self.retries), ("priority", self.priority)):
+            if not hasattr(type(count), "__index__"):  # in the pump's thread it would be the end of the pool
+                raise TypeError(f"{name} must be an integer, not {count!r}")
         if self.timeout is not None and not self.timeout > 0:
             raise ValueError(f"timeout must be above 0 seconds, not {self.timeout!r}")
         if not 0 <= self.retries < layout.ATTEMPT_MAX:
