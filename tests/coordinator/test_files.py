@@ -13,7 +13,7 @@ import pytest
 from tests import task_functions as tasks
 from tests.coordinator.program import WATCHDOG_S, wait_until
 
-from ringpool import Coordinator, FileResult, FileTask, RetryPolicy, WorkerDiedError
+from ringpool import Coordinator, FileResult, FileTask, PathLock, RetryPolicy, WorkerDiedError
 from ringpool.errors import (
     AtomicWriteError,
     OutputCollisionError,
@@ -377,6 +377,21 @@ def test_no_output_waits_while_a_call_is_to_be_tried_again(files: MakeFiles, pla
     results = seen_staged(files, place, dict.fromkeys(range(50, 300, 25), "fail once"), retry=retry)
     again = [results[f"{number:05}"].value for number in range(50, 300, 25)]
     assert again == [1] * 10, "its own, that its first call has left"
+
+
+def test_a_worker_that_dies_waiting_for_a_lock_stops_nobody(file: Path, place: Path) -> None:
+    """Whoever settles what it had staged does not wait for the lock in its stead, and all others for him."""
+    place.mkdir(parents=True)
+    with Coordinator(1) as own, PathLock(place / "copy"):
+        future = own.submit_file_task(tasks.copy, file, place / "copy")
+        while not future.done():
+            wait_until(lambda: future.done() or names_in(place) != [], "an output that is staged")
+            for pid in own.worker_pids:
+                os.kill(pid, signal.SIGKILL)
+                wait_until(lambda pid=pid: pid not in own.worker_pids, "its end")
+        assert isinstance(future.exception(), RingpoolError)
+        assert own.submit_file_task(tasks.size, file).result(WATCHDOG_S) == 5
+    assert names_in(place) == []
 
 
 # ---- under fire ------------------------------------------------------------------------------------------------------

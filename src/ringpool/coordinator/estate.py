@@ -152,6 +152,8 @@ class Estates:
         staged = self._staged_of(entries[0]) if entries else None  # one ring has job tasks, or others
         for task in staged.commit(entries) if staged is not None else ():
             self._end.results.retract(task.entry)
+            sequence, attempt = layout.sequence_of(task.entry), layout.attempt_of(task.entry)
+            blobs.unlink(blobs.result_name(self._segment, sequence, attempt))
             words = f"{type(task.error).__name__}: {task.error}".encode(errors="replace")[:ERROR_WORDS_BYTES]
             self._end.post_for_dead(task.entry, Status.ERROR, msgspec.msgpack.encode(words.decode(errors="ignore")))
 

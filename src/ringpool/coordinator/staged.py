@@ -20,6 +20,8 @@ from ringpool.workers.files.target import resolve_target
 from ringpool.workers.filetasks import staged_path
 from ringpool.workers.groupcommit import StagedOutput, StagedTask, StagingBeside, discard
 
+LOCK_TIMEOUT_S = 0.5  # the pump waits that long for who holds the lock of a dead worker's output, and all else with it
+
 
 class StagedOutputs:
     """The staged outputs of tasks in the ring of ``end``; an entry is that of a file task."""
@@ -45,7 +47,10 @@ class StagedOutputs:
 
         Durably, whatever was wanted: the run that wanted less may be over, and a death is rare.
         """
-        staging, staged = StagingBeside(), [StagedTask(entry, (self._output(entry),)) for entry in entries]
+        staging, staged = (
+            StagingBeside(LOCK_TIMEOUT_S),
+            [StagedTask(entry, (self._output(entry),)) for entry in entries],
+        )
         for task in staged:
             try:
                 staging.expect(task.outputs[0].target)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Sequence
 
 from ringpool.coordinator.recovery import Disk
+from ringpool.coordinator.staged import LOCK_TIMEOUT_S
 from ringpool.shm import blobs, layout
 from ringpool.shm.dispatch import CoordinatorEnd
 from ringpool.shm.layout import Encoding, Status
@@ -78,7 +79,7 @@ class StagedJobs:
         tasks = [StagedTask(entry, self._outputs(entry)) for entry in entries]
         for directory in spec.stagings:  # where all outputs are in their places, it may have been removed
             os.makedirs(directory, exist_ok=True)
-        staging = Staging(spec.stagings)
+        staging = Staging(spec.stagings, LOCK_TIMEOUT_S)
         try:
             directories = {os.path.dirname(output.target) for task in tasks for output in task.outputs}
             staging.commit(tasks, Durability(spec.durability), directories)

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from ringpool.errors import DurabilityError, RingpoolError
+from ringpool.errors import DurabilityError, LockTimeoutError, RingpoolError
 from ringpool.workers.files.batch import TOGETHER_MIN, is_synced_whole
 from ringpool.workers.files.durability import Durability, close_quietly, make_directories, sync
 from ringpool.workers.files.locks import call_locked, root_of
@@ -99,9 +99,14 @@ class _Place:
 
 
 class Staging:
-    """The directories ``paths`` in which outputs are staged: one on each file system that they are on."""
+    """The directories ``paths`` in which outputs are staged: one on each file system that they are on.
 
-    def __init__(self, paths: Iterable[bytes]) -> None:
+    ``lock_timeout_s``: how long to wait for the lock of an output, and after a first one in vain for none any more;
+    None: without end.
+    """
+
+    def __init__(self, paths: Iterable[bytes], lock_timeout_s: float | None = None) -> None:
+        self._lock_timeout_s = lock_timeout_s
         self._places: dict[bytes, _Place] = {}
         self._lock_bases: dict[bytes, bytes] = {}
         try:
@@ -152,7 +157,11 @@ class Staging:
             base = self._lock_base(os.path.dirname(target))
         except OSError as error:
             raise failed(target, "lock", error) from error
-        call_locked(target, base, functools.partial(_put_in_place, output))
+        try:
+            call_locked(target, base, functools.partial(_put_in_place, output), self._lock_timeout_s)
+        except LockTimeoutError:
+            self._lock_timeout_s = 0.0
+            raise
 
     def _lock_base(self, directory: bytes) -> bytes:
         """The base whose lock files serve ``directory``: looked up once, which is half of what a lock costs."""
@@ -215,8 +224,8 @@ class StagingBeside(Staging):
     Nothing is open between two commits: a file system that nobody writes to can be unmounted.
     """
 
-    def __init__(self) -> None:
-        super().__init__(())
+    def __init__(self, lock_timeout_s: float | None = None) -> None:
+        super().__init__((), lock_timeout_s)
         self._devices: dict[int, _Place] = {}
         self._looked_up_s = -math.inf
 

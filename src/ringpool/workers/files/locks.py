@@ -236,8 +236,8 @@ def under(lock: PathLock | LockSet, call: Callable[[], _T]) -> _T:
     return result
 
 
-def call_locked(path: bytes, base: bytes | None, call: Callable[[], object]) -> None:
-    """``call`` under the exclusive ``PathLock(path, base=base)``, at half the cost where that is free.
+def call_locked(path: bytes, base: bytes | None, call: Callable[[], object], timeout_s: float | None = None) -> None:
+    """``call`` under the exclusive ``PathLock`` of that path, base and timeout, at half the cost where that is free.
 
     ``path``: absolute, and no symlink. Raises what both raise.
     """
@@ -252,7 +252,7 @@ def call_locked(path: bytes, base: bytes | None, call: Callable[[], object]) -> 
         _leave_at_once(turn)
         raise
     if not is_held:
-        under(PathLock(path, base=base), call)
+        under(PathLock(path, base=base, timeout_s=timeout_s), call)
 
 
 def _leave_at_once(turn: Turn) -> None:
