@@ -505,6 +505,42 @@ def copy_counting_staged(src: Path, dst: Path) -> int:
     return n_staged
 
 
+def copy_to_elsewhere(src: Path, dst: Path, *, elsewhere: str) -> None:
+    """A link to ``elsewhere`` takes the place of the output's directory."""
+    os.rename(dst.parent, dst.parent.with_name("before"))
+    dst.parent.symlink_to(elsewhere)
+    copy(src, dst)
+
+
+def copy_forking(src: Path, dst: Path) -> int:
+    """The child has an error, and the output is its parent's. Each call is told in a log."""
+    with Path(src.parent, "..", "log").open("ab") as log:
+        log.write(b"called\n")
+    copy(src, dst)
+    child = os.fork()
+    if not child:
+        raise OSError("what the child did")
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class LateError(Exception):
+    """A timer's handler raised."""
+
+
+def copy_leaving_a_timer(src: Path, dst: Path) -> int:
+    """Its handler raises only where outputs are put in their places."""
+
+    def raise_in_commit(_number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_name == "commit":
+                raise LateError
+            frame = frame.f_back
+
+    signal.signal(signal.SIGALRM, raise_in_commit)
+    signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)
+    return copy(src, dst)
+
+
 def copy_or_size(src: Path, dst: Path | None = None) -> int:
     return src.stat().st_size if dst is None else dst.write_bytes(src.read_bytes())
 

@@ -379,6 +379,67 @@ def test_no_output_waits_while_a_call_is_to_be_tried_again(files: MakeFiles, pla
     assert again == [1] * 10, "its own, that its first call has left"
 
 
+@pytest.mark.parametrize("durability", ["atomic", "data", "full"])
+def test_a_group_that_is_committed_before_a_second_try_takes_nothing_from_that(
+    files: MakeFiles, place: Path, durability: str
+) -> None:
+    paths = files(100)
+    for path in paths[5::10]:
+        path.write_text("fail once")
+    retry = RetryPolicy(max_attempts=2, delay_s=0.0)
+    with Coordinator(1, durability=durability) as own:
+        run = own.run_file_tasks(
+            tasks.copy_counting_staged, paths, output=lambda src: place / src.name, group_commit=True, retry=retry
+        )
+        assert [result.error for result in run] == [None] * 100
+        assert own.stats().worker_deaths == 0
+    assert names_in(place) == [path.name for path in paths]
+
+
+@pytest.mark.parametrize("durability", ["atomic", "data", "full"])
+@pytest.mark.parametrize("group_commit", [False, True])
+def test_an_output_may_turn_out_to_be_on_another_file_system(
+    file: Path, place: Path, other_file_system: Path, durability: str, group_commit: bool
+) -> None:
+    with Coordinator(1, durability=durability) as own:
+        [result] = own.run_file_tasks(
+            tasks.copy_to_elsewhere,
+            [file],
+            output=lambda _: place / "copy",
+            params={"elsewhere": str(other_file_system)},
+            group_commit=group_commit,
+        )
+        assert result.error is None
+        assert own.stats().worker_deaths == 0
+    assert (other_file_system / "copy").read_bytes() == b"hello"
+    assert names_in(place) == ["copy"]
+
+
+def test_the_child_of_a_call_that_forked_is_not_tried_again(files: MakeFiles, place: Path, tmp_path: Path) -> None:
+    """It would write where its parent's output is staged, and put in place what others have staged."""
+    paths = files(20)
+    with Coordinator(1, durability="atomic") as own:
+        retry = RetryPolicy(max_attempts=2, delay_s=0.0)
+        run = own.run_file_tasks(tasks.copy_forking, paths, output=lambda src: place / src.name, retry=retry)
+        assert [result.unwrap() for result in run] == [0] * 20
+    assert len((tmp_path / "log").read_text().split()) == 20
+    assert names_in(place) == [path.name for path in paths]
+
+
+@pytest.mark.parametrize("group_commit", [False, True])
+def test_a_timer_that_a_task_has_left_does_not_come_into_a_commit(
+    files: MakeFiles, place: Path, group_commit: bool
+) -> None:
+    paths = files(100)
+    with Coordinator(1) as own:
+        run = own.run_file_tasks(
+            tasks.copy_leaving_a_timer, paths, output=lambda src: place / src.name, group_commit=group_commit
+        )
+        assert [result.error for result in run] == [None] * 100
+        assert own.stats().worker_deaths == 0
+    assert names_in(place) == [path.name for path in paths]
+
+
 def test_a_worker_that_dies_waiting_for_a_lock_stops_nobody(file: Path, place: Path) -> None:
     """Whoever settles what it had staged does not wait for the lock in its stead, and all others for him."""
     place.mkdir(parents=True)

@@ -54,6 +54,7 @@ class StagedOutputs:
         for task in staged:
             try:
                 staging.expect(task.outputs[0].target)
+                staging.find(task.outputs[0].target, task.outputs[0].device)
             except AtomicWriteError as error:
                 task.error = error
                 discard(task)

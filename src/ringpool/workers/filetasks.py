@@ -54,6 +54,7 @@ class FileRunner:
     def run(self, entry: int, function_id: int, payload: bytes, blob: int, start_ns: int) -> int:
         """Run the task of ``entry``; post its result, of whatever kind, or stage it. When that was done, ns."""
         self._group.before_task()
+        is_to_commit = False
         try:
             function = self._functions.get(function_id)
             if function is None:
@@ -72,9 +73,12 @@ class FileRunner:
                 self._post.value(entry, value, end_ns - start_ns)
             else:
                 end_ns = self._run_with_output(entry, function, task, parameters, start_ns)
+                is_to_commit = not function.group_commit
         except BaseException as error:  # a task may raise what it likes, SystemExit and KeyboardInterrupt too
             end_ns = time.monotonic_ns()
             self._post.error(entry, error, end_ns - start_ns)
+        if is_to_commit:
+            self._group.commit()  # outside: what it raises ends the process, and the coordinator goes on with it
         self._group.observe(end_ns - start_ns)
         return end_ns
 
@@ -111,13 +115,17 @@ class FileRunner:
         assert task.target is not None
         post = self._post
         target = output.prepare_target(task.target, function.durability)
-        if function.durability in _SYNCED:
+        is_synced = function.durability in _SYNCED
+        if is_synced:
             self._staging.expect(target)
         staged = staged_path(self._token, entry, target)
         try:
             value = function.call(function.source_type(task.source), function.target_type(staged), **parameters)
+            self._confinement.disarm()  # what its handler raises is not to come into a commit, which is others' too
             encoded = values.encode_result(value)
             file = output.finish_staged(staged, target)
+            if is_synced:
+                self._staging.find(target, file.dev)
             end_ns = time.monotonic_ns()
             self._confinement.end_if_forked()
             body, encoding, blob_bytes = post.place(entry, encoded)
@@ -126,23 +134,25 @@ class FileRunner:
             self._confinement.end_if_forked()
             output.discard_staged(staged)
             blobs.unlink(post.blob(entry))  # its name is the error's now
-            if not self._group:
-                self._staging.close()
+            if is_synced:
+                self._staging.forget()
             raise
         one = StagedOutput(staged, target, file.n_links > 1, file.dev, file.ino)
         self._group.add(StagedTask(entry, (one,)), self._staging, function.durability)
-        if not function.group_commit:
-            self._group.commit()
         return end_ns
 
     def _committing(self, call: tasks.TaskFunction) -> tasks.TaskFunction:
-        """``call``; where it raises, what is staged does not wait for the delay of its retry."""
+        """``call``; where it raises, what is staged does not wait for the delay of its retry. The child of a call that
+        forked is not tried again: it would write to what the original has staged.
+        """
 
         @functools.wraps(call)
         def committing(*arguments: Any, **parameters: Any) -> Any:
             try:
                 return call(*arguments, **parameters)
             except Exception:
+                self._confinement.end_if_forked()
+                self._confinement.disarm()
                 self._group.commit()
                 raise
 

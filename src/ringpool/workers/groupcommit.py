@@ -221,23 +221,45 @@ class Staging:
 class StagingBeside(Staging):
     """For outputs that are staged in the directories where they will be: what may be synced together is on one device.
 
-    Nothing is open between two commits: a file system that nobody writes to can be unmounted.
+    Nothing is open once all that was expected is committed, or forgotten: a file system that nobody writes to can be
+    unmounted. A commit may come while an output is being written.
     """
 
     def __init__(self, lock_timeout_s: float | None = None) -> None:
         super().__init__((), lock_timeout_s)
         self._devices: dict[int, _Place] = {}
+        self._n_expected = 0
         self._looked_up_s = -math.inf
 
     def expect(self, target: bytes) -> None:
-        """An output will be written beside ``target``, and is to be synced. Raises ``AtomicWriteError``."""
+        """An output will be written beside ``target``, and is to be synced: commit it, or ``forget`` it. Raises
+        ``AtomicWriteError``.
+        """
         directory = os.path.dirname(target) or b"."
         try:
-            device = calls.stat(directory).st_dev
-            if device not in self._devices:
-                self._devices[device] = _Place(directory)
+            self._open(calls.stat(directory).st_dev, directory)
         except OSError as error:
             raise failed(target, "open its directory", error) from error
+        self._n_expected += 1
+
+    def find(self, target: bytes, device: int) -> None:
+        """The output that was expected is on ``device``: not its directory's where that is overlaid, or where its task
+        has put a link to another file system in its place. Raises ``AtomicWriteError``.
+        """
+        try:
+            self._open(device, os.path.dirname(target) or b".")
+        except OSError as error:
+            raise failed(target, "open its directory", error) from error
+
+    def _open(self, device: int, directory: bytes) -> None:
+        if device not in self._devices:
+            self._devices[device] = _Place(directory)
+
+    def forget(self, n: int = 1) -> None:
+        """So many that were expected are so no more."""
+        self._n_expected = max(0, self._n_expected - n)  # those that need no sync were not expected
+        if not self._n_expected:
+            self.close()
 
     def commit(
         self, tasks: Sequence[StagedTask], durability: Durability, new_directories: Iterable[bytes] = ()
@@ -250,7 +272,7 @@ class StagingBeside(Staging):
         try:
             super().commit(tasks, durability, new_directories)
         finally:
-            self.close()
+            self.forget(len(tasks))
 
     def close(self) -> None:
         """Close what was opened for the tasks at hand."""

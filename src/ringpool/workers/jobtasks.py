@@ -171,6 +171,7 @@ class JobRunner:
         names = self._prepare(entry, bound, targets) if targets else ()
         try:
             value, found = self._call(bound, task, names)
+            self._confinement.disarm()  # what its handler raises is not to come between staging and the group
             staged: list[StagedOutput] = []
             outputs: list[Output] = []
             for name, wanted in zip(names, targets, strict=True):
@@ -266,6 +267,8 @@ class JobRunner:
             try:
                 return call(*arguments, **parameters)
             except Exception:
+                self._confinement.end_if_forked()  # the original has what is staged
+                self._confinement.disarm()
                 self._group.commit()  # before a retry's delay, during which nobody would
                 raise
 
