@@ -415,6 +415,23 @@ def test_an_output_may_turn_out_to_be_on_another_file_system(
     assert names_in(place) == ["copy"]
 
 
+@pytest.mark.parametrize("durability", ["atomic", "data", "full"])
+@pytest.mark.parametrize("deed", ["close", "close and open"])
+def test_descriptors_that_a_task_closes_cost_no_other_its_output(
+    files: MakeFiles, place: Path, durability: str, deed: str
+) -> None:
+    """Not even those by which its group is to be synced."""
+    paths = files(300)
+    for path in paths[39::40]:
+        path.write_text(deed)
+    with Coordinator(1, durability=durability) as own:
+        run = own.run_file_tasks(
+            tasks.copy_closing, paths, output=lambda src: place / src.name[-1] / src.name, group_commit=True
+        )
+        assert [result.error for result in run] == [None] * 300
+    assert sorted(path.name for path in place.glob("?/[!.]*")) == [path.name for path in paths]
+
+
 def test_the_child_of_a_call_that_forked_is_not_tried_again(files: MakeFiles, place: Path, tmp_path: Path) -> None:
     """It would write where its parent's output is staged, and put in place what others have staged."""
     paths = files(20)

@@ -22,6 +22,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import msgspec
@@ -79,20 +80,51 @@ def _end_of(name: bytes) -> bytes:
 class _Place:
     """A directory in which outputs are staged, on the file system where they will be.
 
-    Opened before anything is written there: syncfs tells of errors since then. Raises ``OSError``.
+    Opened before anything is written there: syncfs tells of errors since then. Raises ``OSError``. A task may close it,
+    and have its number for something else: then what is staged there is synced one by one, and nothing of the task's
+    is closed.
     """
 
-    __slots__ = ("fd", "is_synced_whole", "path")
+    __slots__ = ("_fd", "_identity", "_may_be_synced_whole", "path")
 
     def __init__(self, path: bytes) -> None:
         self.path = path
-        self.fd = calls.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self.is_synced_whole = is_synced_whole(self.fd)
+        self._fd = -1
+        self._open()
+
+    def _open(self) -> None:
+        self._fd = calls.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        found = calls.fstat(self._fd)
+        self._identity = found.st_dev, found.st_ino
+        self._may_be_synced_whole = is_synced_whole(self._fd)
+
+    @property
+    def is_synced_whole(self) -> bool:
+        """Whether ``sync`` does all that fsync of each file there would."""
+        return self._may_be_synced_whole and self._is_open()
+
+    def _is_open(self) -> bool:
+        try:
+            found = calls.fstat(self._fd)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self._identity
+
+    def renew(self) -> None:
+        """Open it again, where a task has closed it."""
+        if not self._is_open():
+            with suppress(OSError):
+                self._open()
+
+    def close(self) -> None:
+        """Close it, unless that was done."""
+        if self._is_open():
+            close_quietly(self._fd)
 
     def sync(self, operation: str) -> None:
         """Have all of the file system on disk. Raises ``DurabilityError``."""
         try:
-            calls.syncfs(self.fd)
+            calls.syncfs(self._fd)
         except OSError as error:
             reason = error.strerror or str(error)
             raise DurabilityError(os.fsdecode(self.path), operation, error.errno or errno.EIO, reason) from error
@@ -119,7 +151,7 @@ class Staging:
     def close(self) -> None:
         """Close them."""
         for place in self._places.values():
-            close_quietly(place.fd)
+            place.close()
 
     def _place_of(self, output: StagedOutput) -> _Place:
         return self._places[os.path.dirname(output.staged)]
@@ -137,6 +169,8 @@ class Staging:
             self._rename(task)
         if durability is Durability.FULL:
             self._sync_directories(tasks)
+        for place in self._places.values():
+            place.renew()
 
     def _rename(self, task: StagedTask) -> None:
         try:
@@ -277,7 +311,7 @@ class StagingBeside(Staging):
     def close(self) -> None:
         """Close what was opened for the tasks at hand."""
         while self._devices:
-            close_quietly(self._devices.popitem()[1].fd)
+            self._devices.popitem()[1].close()
 
     def _place_of(self, output: StagedOutput) -> _Place:
         return self._devices[output.device]

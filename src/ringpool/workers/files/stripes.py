@@ -313,11 +313,21 @@ class Stripe:
         turn.is_waiting = False
 
     def close(self) -> None:
-        """Close the descriptor, which nobody of this process needs any more."""
+        """Close the descriptor, which nobody of this process needs any more.
+
+        Where a task has closed it, that is no error of whoever comes now, and its number may be another file's.
+        """
         retired.discard(self)
         fd, self.fd = self.fd, -1
-        if fd >= 0:
+        if fd >= 0 and self._is_own(fd):
             calls.close(fd)
+
+    def _is_own(self, fd: int) -> bool:
+        try:
+            found = calls.fstat(fd)
+        except OSError:
+            return False
+        return (found.st_ino, found.st_dev) == (self.inode, self.device)
 
     def abandon(self) -> None:
         """In the child of a fork: it is the parent's."""
