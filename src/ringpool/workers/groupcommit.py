@@ -93,10 +93,14 @@ class _Place:
         self._open()
 
     def _open(self) -> None:
-        self._fd = calls.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        found = calls.fstat(self._fd)
-        self._identity = found.st_dev, found.st_ino
-        self._may_be_synced_whole = is_synced_whole(self._fd)
+        fd = calls.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            found = calls.fstat(fd)
+            self._may_be_synced_whole = is_synced_whole(fd)
+        except BaseException:
+            close_quietly(fd)
+            raise
+        self._fd, self._identity = fd, (found.st_dev, found.st_ino)
 
     @property
     def is_synced_whole(self) -> bool:
@@ -106,8 +110,8 @@ class _Place:
     def _is_open(self) -> bool:
         try:
             found = calls.fstat(self._fd)
-        except OSError:
-            return False
+        except OSError as error:
+            return error.errno != errno.EBADF
         return (found.st_dev, found.st_ino) == self._identity
 
     def renew(self) -> None:

@@ -325,8 +325,8 @@ class Stripe:
     def _is_own(self, fd: int) -> bool:
         try:
             found = calls.fstat(fd)
-        except OSError:
-            return False
+        except OSError as error:
+            return error.errno != errno.EBADF
         return (found.st_ino, found.st_dev) == (self.inode, self.device)
 
     def abandon(self) -> None:
