@@ -125,12 +125,13 @@ def test_what_cannot_be_called_is_a_type_error(executor: RingPoolExecutor) -> No
 
 @pytest.mark.parametrize("arguments", [(), (1,), ([],)])
 def test_none_is_no_function(executor: RingPoolExecutor, arguments: tuple[Any, ...]) -> None:
+    nothing: Any = None
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
-        executor.submit(None, *arguments).result(WATCHDOG_S)  # type: ignore[arg-type]
+        executor.submit(nothing, *arguments).result(WATCHDOG_S)
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
-        executor.submit(None, *arguments, keyword=1).result(WATCHDOG_S)  # type: ignore[arg-type]
+        executor.submit(nothing, *arguments, keyword=1).result(WATCHDOG_S)
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
-        list(executor.map(None, [arguments]))  # type: ignore[arg-type]
+        list(executor.map(nothing, [arguments]))
 
 
 def test_keywords_of_any_name_reach_the_function(executor: RingPoolExecutor) -> None:

@@ -162,9 +162,9 @@ class Coordinator:
         ``window`` ahead (default: the slots of the ring, and while tasks are short 40 ms of work for each worker, at
         most 8,192). Short tasks without outputs are sent together; whatever one of them does is its own affair.
         ``output`` gives the output of an input that comes without. Each is put in its place as soon as its task has
-        ended; with ``group_commit`` those of short tasks together, up to 64 of a worker's, which is several times as
-        fast where they are synced to disk. Then a result comes only when its group is in place: where a task hangs, it
-        keeps those waiting that were before it in its worker's group.
+        ended; with ``group_commit`` those of short tasks together, up to 64 of a worker's, which is up to four times as
+        fast where syncs to disk take their time. Then a result comes only when its group is in place: where a task
+        hangs, it keeps those waiting that were before it in its worker's group.
         An iterator that itself waits until results have been taken needs ``window=1``.
         A task that fails, after what ``retry`` allows, is a result with an ``error``; the run goes on. Function and
         parameters are checked here, at once; that two tasks under way have one output is an ``OutputCollisionError``

@@ -59,6 +59,7 @@ class StagedOutputs:
                 task.error = error
                 discard(task)
         staging.commit([task for task in staged if task.error is None], Durability.FULL)
+        staging.close()  # also what was opened for those with an error
         for task in staged:
             if task.error is None:
                 self._end.post_for_dead(task.entry, Status.OK)

@@ -35,7 +35,6 @@ from ringpool.workers import group
 from ringpool.workers.callrunner import CallRunner
 from ringpool.workers.confinement import Confinement, name_process
 from ringpool.workers.descriptor import Descriptor
-from ringpool.workers.group import Group
 from ringpool.workers.posting import Post
 from ringpool.workers.setup import InitializerFailure, Setup
 
@@ -162,7 +161,7 @@ class Worker:
         self.post = Post(self.segment, self.results, confinement)
         self.files: FileRunner | None = None
         self.jobs: JobRunner | None = None
-        self.group = Group(self.post)
+        self.group = group.Group(self.post)
         self._gathers = False  # the tasks of the last claim had outputs, which are committed together
         self.calls = CallRunner(self.segment, self.post, confinement, self.end.grant, self._file_function)
         self.n_tasks = self.busy_ns = 0
