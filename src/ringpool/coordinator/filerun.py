@@ -156,6 +156,8 @@ class FileRun(Iterator[FileResult]):
             may_draw = not self._exhausted and (self._never_waits or not self._ready)
             if may_draw and self._n_drawn - self._n_given <= self._refill_at:  # many at once, not one for each result
                 self._fill()
+                if self._at_hand:  # the inputs have taken a result, and what came with it is not to be lost
+                    return
             if self._ready:
                 break
             if self._n_drawn != self._n_arrived and not self._closed:
