@@ -7,7 +7,8 @@ bind            own session, default signal handlers, nothing on standard input;
 end_if_forked   before a result is posted: the child of a task that forked has no business here
 restore         after each task: signal handlers and working directory are put back. Without its descriptors the
                 process ends; its unstarted claims go back
-disarm          after each claim, and before a handler is put back: a timer that a task has left running is stopped
+disarm          after each claim, before outputs are put in place, and before a handler is put back: a timer that a
+                task has left running is stopped
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class Confinement:
     @staticmethod
     def disarm() -> None:
         """Stop the timer of ``signal.alarm`` and ``setitimer``."""
-        if signal.getitimer(signal.ITIMER_REAL)[0]:
+        if any(signal.getitimer(signal.ITIMER_REAL)):  # the interval: a signal on its way starts the timer anew
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def renew(self) -> bool:

@@ -121,7 +121,7 @@ class FileRunner:
         staged = staged_path(self._token, entry, target)
         try:
             value = function.call(function.source_type(task.source), function.target_type(staged), **parameters)
-            self._confinement.disarm()  # what its handler raises is not to come into a commit, which is others' too
+            self._confinement.disarm()  # what its handler raises is not to come between staging and the group
             encoded = values.encode_result(value)
             file = output.finish_staged(staged, target)
             if is_synced:
@@ -152,7 +152,6 @@ class FileRunner:
                 return call(*arguments, **parameters)
             except Exception:
                 self._confinement.end_if_forked()
-                self._confinement.disarm()
                 self._group.commit()
                 raise
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ringpool.shm import blobs, layout
 
 if TYPE_CHECKING:
+    from ringpool.workers.confinement import Confinement
     from ringpool.workers.files.durability import Durability
     from ringpool.workers.groupcommit import StagedTask, Staging
     from ringpool.workers.posting import Post
@@ -25,8 +26,9 @@ SHORT_NS = 5_000_000  # a task that may take longer is not begun while others ar
 class Group:
     """What one worker has staged. ``post``: how the results of its tasks are posted."""
 
-    def __init__(self, post: Post) -> None:
+    def __init__(self, post: Post, confinement: Confinement) -> None:
         self._post = post
+        self._confinement = confinement
         self._tasks: list[StagedTask] = []
         self._staging: Staging | None = None
         self._durability: Durability | None = None
@@ -60,9 +62,10 @@ class Group:
 
     def commit(self) -> None:
         """Put what is staged in its place, and post it."""
-        tasks, self._tasks = self._tasks, []
-        if not tasks:
+        if not self._tasks:
             return
+        self._confinement.disarm()  # what a task's timer raises is not to come into what is others' too
+        tasks, self._tasks = self._tasks, []
         assert self._staging is not None
         assert self._durability is not None
         self._staging.commit(tasks, self._durability, self._new_directories)

@@ -268,7 +268,6 @@ class JobRunner:
                 return call(*arguments, **parameters)
             except Exception:
                 self._confinement.end_if_forked()  # the original has what is staged
-                self._confinement.disarm()
                 self._group.commit()  # before a retry's delay, during which nobody would
                 raise
 

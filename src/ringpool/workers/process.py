@@ -161,7 +161,7 @@ class Worker:
         self.post = Post(self.segment, self.results, confinement)
         self.files: FileRunner | None = None
         self.jobs: JobRunner | None = None
-        self.group = group.Group(self.post)
+        self.group = group.Group(self.post, confinement)
         self._gathers = False  # the tasks of the last claim had outputs, which are committed together
         self.calls = CallRunner(self.segment, self.post, confinement, self.end.grant, self._file_function)
         self.n_tasks = self.busy_ns = 0
