@@ -39,6 +39,7 @@ from typing import Any, NamedTuple, TypeVar
 from ringpool import Coordinator
 from ringpool.bench import measure
 from ringpool.bench.measure import Case, Claim, at_least, at_most
+from ringpool.coordinator import leftovers
 from ringpool.coordinator.pool import SPINS
 from ringpool.coordinator.pump import COLLECT_EVERY_S
 from ringpool.shm import segment
@@ -457,7 +458,7 @@ def bench_end(quick: bool) -> Iterator[Case]:
             scale.rounds,
         )
         yield Case(title, "s", series, [Claim(ours, None, at_most(2) if number is signal.SIGKILL else None)])
-    segment.reclaim_dead()  # the last killed one's
+    leftovers.reclaim_dead()  # the last killed one's
 
 
 def _until_gone_s(name: str, number: signal.Signals) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import textwrap
@@ -22,8 +23,12 @@ from tests.coordinator.program import (
     wait_until,
 )
 
-from ringpool import Coordinator, WorkerDiedError
+from ringpool import Coordinator, PathLock, RingPoolExecutor, WorkerDiedError
 from ringpool.coordinator.futures import TaskFuture
+from ringpool.coordinator.leftovers import reclaim_dead
+from ringpool.shm import layout, segment
+from ringpool.shm.dispatch import CoordinatorEnd
+from ringpool.shm.owner import this_process
 
 MakeFiles = Callable[[int], list[Path]]
 RunProgram = Callable[..., Program]
@@ -350,10 +355,66 @@ def test_what_a_killed_coordinator_was_writing_is_not_visible(run_program: RunPr
     program.assert_no_process_is_left()
     place = program.file.parent
     assert not (place / "output.txt").exists()
-    staged = [path for path in place.iterdir() if path.name.startswith(".rp-")]
-    assert [path.read_text() for path in staged] == ["half"]
     with Coordinator(1):
         assert shared_memory_of(program.pid) == set()
+    assert staged_in(place) == []
+    assert not (place / "output.txt").exists()
+
+
+def test_what_a_killed_coordinator_had_staged_is_removed_with_its_segment(
+    run_program: RunProgram, tmp_path: Path
+) -> None:
+    """And not put in place: somebody may have made the output since then. By whatever pool starts next."""
+    output = tmp_path / "output"
+    with PathLock(output):
+        program = run_program(
+            f"""
+            with Coordinator(1) as pool:
+                pool.submit_file_task(tasks.copy, __file__, {str(output)!r}).result()
+            """
+        )
+        wait_until(
+            lambda: [path.stat().st_size for path in staged_in(tmp_path)] == [program.file.stat().st_size], "its output"
+        )
+        program.signal(signal.SIGKILL, group=False)
+        program.finish()
+        program.assert_no_process_is_left()
+        output.write_text("made since then")
+    with RingPoolExecutor(1) as pool:
+        assert pool.submit(int, "1").result(WATCHDOG_S) == 1
+    assert shared_memory_of(program.pid) == set()
+    assert staged_in(tmp_path) == []
+    assert output.read_text() == "made since then"
+
+
+def test_a_dead_segment_stays_while_a_worker_of_it_lives(run_program: RunProgram) -> None:
+    """It hangs in the kernel, and what it will write has no other record."""
+    me = this_process()  # any pool that starts meanwhile, on this machine, asks the same
+    program = run_program(
+        f"""
+        from ringpool.shm import layout, segment
+        from ringpool.shm.ring import Ring
+
+        ring = Ring(segment.create(8, 1))
+        at = ring.worker_word(0, 0)
+        ring.words[at + layout.W_PID], ring.words[at + layout.W_START] = {me.pid}, {me.start}
+        say("ready")
+        wait()
+        """
+    )
+    program.wait_for("ready")
+    program.signal(signal.SIGKILL, group=False)
+    program.finish()
+    (name,) = (file for file in shared_memory_of(program.pid) if segment.NAME.fullmatch(file))
+    assert name not in reclaim_dead()
+    with contextlib.closing(CoordinatorEnd(segment.attach(name))) as end:
+        end.ring.words[end.ring.worker_word(0, layout.W_PID)] = 0
+    reclaim_dead()
+    assert shared_memory_of(program.pid) == set()
+
+
+def staged_in(place: Path) -> list[Path]:
+    return [path for path in place.iterdir() if path.name.startswith(".rp-")]
 
 
 def test_a_coordinator_killed_while_its_workers_start_leaves_none(run_program: RunProgram) -> None:

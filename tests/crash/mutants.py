@@ -22,8 +22,8 @@ from tests.crash import test_kill_coordinator, test_kill_worker
 from tests.crash.harness import Sweep, World
 
 import ringpool
+from ringpool.coordinator import leftovers
 from ringpool.errors import RingpoolError
-from ringpool.shm import segment
 
 PACKAGE = Path(os.path.realpath(ringpool.__file__)).parent
 PATIENCE_S = 90
@@ -233,7 +233,7 @@ def _end(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     if process.returncode not in (0, EXIT_CAUGHT):
-        segment.reclaim_dead()
+        leftovers.reclaim_dead()
 
 
 # ---- in the process that hunts ---------------------------------------------------------------------------------------

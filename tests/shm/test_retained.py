@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 from tests.shm.test_ring import bench, close_worker
 
+from ringpool.coordinator import leftovers
 from ringpool.shm import segment
 from ringpool.shm.claims import WorkerEnd
 from ringpool.shm.dispatch import CoordinatorEnd, Task
@@ -167,7 +168,7 @@ def test_a_kept_segment_is_no_spoil_of_the_next_start() -> None:
         dead = f"rpj.{namespace}.{pid}.1.00000000"
         open(f"/dev/shm/{dead}", "w").close()
         try:
-            assert dead not in segment.reclaim_dead()
+            assert dead not in leftovers.reclaim_dead()
             assert dead in segment.dead_kept()
         finally:
             segment.unlink(dead)

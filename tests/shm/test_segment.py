@@ -20,6 +20,7 @@ import pytest
 from tests.crash.opcodes import Bytecodes, interrupt_before, kill_before
 from tests.workers.files.child import Child, listen, say
 
+from ringpool.coordinator.leftovers import reclaim_dead
 from ringpool.errors import (
     SegmentBusyError,
     SegmentError,
@@ -187,9 +188,10 @@ for pages in filter(lambda pages: pages > 240, by_pages):
 
 
 CREATE = """
+from ringpool.coordinator.leftovers import reclaim_dead
 from ringpool.errors import SharedMemoryUnusableError
 from ringpool.shm import segment
-assert segment.reclaim_dead() == [] and segment.dead_kept() == []
+reclaim_dead(), segment.dead_kept()
 try:
     segment.create(8, 2, 4)
 except SharedMemoryUnusableError as error:
@@ -220,7 +222,10 @@ def test_a_limit_of_file_sizes_is_an_error_that_says_so() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_a_shared_memory_of_others_is_an_error_that_says_so() -> None:
-    code = "import os\nfrom ringpool.shm import segment\nos.seteuid(1)\n" + CREATE  # who may read all, imports
+    # imported by who may read all
+    code = (
+        "import os\nfrom ringpool.coordinator import leftovers\nos.seteuid(1)\n" + CREATE
+    )  # who may read all, imports
     said = with_mounted(f"mount -t tmpfs -o mode=0755 none {SHM_DIRECTORY}", code, map_user=False)
     assert ": user 1 may not write in /dev/shm; " in said
 
@@ -484,21 +489,21 @@ def test_exactly_what_the_dead_left_is_removed(tmp_path: Path, monkeypatch: pyte
     gone += plant(tmp_path, here, nobody, "0000000c", "c")  # what a reclaim that was cut short has left
     gone += plant(tmp_path, here, nobody, "0000000d", "r5.0")
 
-    assert segment.reclaim_dead() == sorted(
+    assert reclaim_dead() == sorted(
         {name.removeprefix("sem.")[:-2] for name in gone if name.endswith(".c")} | {gone[-1].removesuffix(".r5.0")}
     )
     assert sorted(os.listdir(tmp_path)) == sorted(kept)
-    assert segment.reclaim_dead() == []
+    assert reclaim_dead() == []
 
 
 def test_a_killed_owners_segment_is_removed_and_a_living_ones_stays(make_segment: Make) -> None:
     mine = make_segment()
     with Child(make_and_wait) as child, Child(make_and_wait) as living:
         names = [_name_said_by(child), _name_said_by(living)]
-        segment.reclaim_dead()
+        reclaim_dead()
         assert all(path_of(name).exists() for name in names)
         child.kill()
-        segment.reclaim_dead()
+        reclaim_dead()
         assert files_of(names[0]) == []
         assert len(files_of(names[1])) == len(files_of(mine.name)) == 4
         segment.unlink(names[1])
@@ -544,7 +549,7 @@ def test_a_creator_that_is_killed_anywhere_leaves_nothing_that_is_not_reclaimed(
         *pids, left = child.process.stdout.read().decode().split()
     assert len(pids) > 20
     assert left == "True", "none was killed where it mattered"
-    segment.reclaim_dead()
+    reclaim_dead()
     namespace = owner.pid_namespace()
     assert [file for pid in pids for file in files_of(f"rp.{namespace}.{pid}.")] == []
     assert len(files_of(mine.name)) == 4
@@ -555,10 +560,10 @@ def test_a_half_made_segment_is_not_attached_and_its_creators_death_frees_it() -
         name = _name_said_by(child)
         with pytest.raises(SegmentIncompleteError, match="try again while its creator lives"):
             segment.attach(name)
-        segment.reclaim_dead()
+        reclaim_dead()
         assert path_of(name).exists()
         child.kill()
-        segment.reclaim_dead()
+        reclaim_dead()
     assert files_of(name) == []
 
 

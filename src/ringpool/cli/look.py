@@ -257,11 +257,11 @@ def _confirm(directory: str) -> None:
 def _collect(place: Path, *, forgets: bool) -> int:
     """Drain what dead runs left, put it into the ledger if there is one that can be read; how many files."""
     from ringpool.coordinator.ledger import Ledger
+    from ringpool.coordinator.leftovers import reclaim_dead
     from ringpool.coordinator.takeover import take_over_dead_runs
     from ringpool.errors import LedgerError
-    from ringpool.shm import segment
 
-    segment.reclaim_dead()
+    reclaim_dead()
     try:
         with Ledger.open(place, create=False) as ledger:
             n_files = take_over_dead_runs(place, ledger)

@@ -11,20 +11,19 @@ cut short anywhere and begun again: nothing is removed from the segment until it
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import msgspec
 
 from ringpool.coordinator.estate import Estates
+from ringpool.coordinator.leftovers import living_worker
 from ringpool.coordinator.stagedjobs import StagedJobs
 from ringpool.coordinator.supervisor import Death
 from ringpool.errors import JobError, RingpoolError, SegmentError, SegmentIncompleteError
-from ringpool.shm import blobs, layout, segment
+from ringpool.shm import blobs, segment
 from ringpool.shm.dispatch import CoordinatorEnd
 from ringpool.shm.layout import Status
-from ringpool.shm.owner import Owner
 from ringpool.shm.results import ResultRecord
 from ringpool.workers import jobtasks
 from ringpool.workers.jobtasks import JobOutcome, JobPayload, JobSpec
@@ -81,7 +80,12 @@ def drain(name: str, deliver: Callable[[Drained], None]) -> None:
         return  # its coordinator died while it made it
     end = CoordinatorEnd(attached, retains=True)
     try:
-        _await_deaths(end)
+        pid = living_worker(end, WORKERS_DIE_S)
+        if pid:
+            raise JobError(
+                f"process {pid}, a worker of a job whose coordinator is dead, is still there; it hangs in the kernel, "
+                "perhaps in a file system that does not answer: end it, then run the job again"
+            )
         estates = Estates(end, lambda _entry: None, lambda _index: None)
         for worker in range(end.ring.workers):
             if end.ring.claimed(worker):
@@ -106,18 +110,3 @@ def _ended_well(end: CoordinatorEnd, jobs: StagedJobs) -> Iterator[Drained]:
         except SegmentError:  # its blob was being let go: the ledger has it
             continue
         yield Drained(spec, task, record, outcome)
-
-
-def _await_deaths(end: CoordinatorEnd) -> None:
-    """Nothing of a worker is touched before its proven death."""
-    words, deadline = end.ring.words, time.monotonic() + WORKERS_DIE_S
-    for worker in range(end.ring.workers):
-        base = end.ring.worker_word(worker, 0)
-        who = Owner(words[base + layout.W_PID], words[base + layout.W_START])
-        while who.pid and who.alive:
-            if time.monotonic() > deadline:
-                raise JobError(
-                    f"process {who.pid}, a worker of a job whose coordinator is dead, is still there; it hangs in the "
-                    "kernel, perhaps in a file system that does not answer: end it, then run the job again"
-                )
-            time.sleep(0.005)

@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import NamedTuple, Protocol, cast
 
 from ringpool import startup
-from ringpool.coordinator import serveraddress, signals
+from ringpool.coordinator import leftovers, serveraddress, signals
 from ringpool.coordinator.pump import Pump
 from ringpool.coordinator.supervisor import WORKER_NAME, Death, Supervisor
 from ringpool.coordinator.tickets import Ticket
@@ -125,7 +125,7 @@ class Pool:
         self.function_ids = itertools.count(1)
         context = self.context = _context(mp_context)
         require_directory(context)
-        segment.reclaim_dead()
+        leftovers.reclaim_dead()
         self._signals_installed = False
         self._segment = segment.create(slots, n_workers, claims_max, kept=retains)
         name = self.name = self._segment.name

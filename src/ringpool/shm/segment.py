@@ -24,6 +24,7 @@ import re
 import struct
 import sys
 import zlib
+from collections.abc import Callable
 from typing import Protocol
 
 import posix_ipc
@@ -295,10 +296,11 @@ def dead_kept() -> list[str]:
     )
 
 
-def reclaim_dead() -> list[str]:
+def reclaim_dead(may_go: Callable[[str], bool]) -> list[str]:
     """Remove what dead owners of this user left in ``/dev/shm``, but for what is kept; returns the segments' names.
 
-    Only on proof of death: pid and start time name no living process. Safe against others that do the same.
+    Only on proof of death: pid and start time name no living process; and where ``may_go(name)`` says so. Safe against
+    others that do the same.
     """
     removed: set[str] = set()
     if not os.path.isdir(SHM_DIRECTORY):
@@ -311,6 +313,7 @@ def reclaim_dead() -> list[str]:
             with contextlib.suppress(OSError):  # it vanished: somebody else reclaims too
                 if file.stat(follow_symlinks=False).st_uid == os.geteuid():
                     removed.add(match[0])
-    for name in removed:
+    gone = sorted(filter(may_go, removed))
+    for name in gone:
         unlink(name)
-    return sorted(removed)
+    return gone
