@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 import threading
 from collections.abc import Callable
@@ -118,6 +119,7 @@ _steps = st.lists(
     st.one_of(
         st.tuples(st.just("append"), _priorities),
         st.tuples(st.just("front"), st.lists(_priorities, max_size=4)),
+        st.tuples(st.just("back"), st.tuples(_priorities, st.integers(0, 1 << 36))),
         st.tuples(st.just("pop"), st.integers(1, 4)),
         st.tuples(st.just("remove"), st.integers(1, 5)),
         st.tuples(st.just("drain"), st.none()),
@@ -132,6 +134,7 @@ def test_it_behaves_as_a_sorted_list_does(steps: list[tuple[str, Any]]) -> None:
     backlog: Backlog[Ticket] = Backlog()
     model: list[Ticket] = []  # in order, by a stable sort
     fresh = itertools.count()
+    sequences: dict[int, int] = {}  # in the ring, of those that were in it
     for step, argument in steps:
         if step == "append":
             ticket = Ticket(next(fresh), argument)
@@ -141,6 +144,12 @@ def test_it_behaves_as_a_sorted_list_does(steps: list[tuple[str, Any]]) -> None:
             tickets = [Ticket(next(fresh), priority) for priority in argument]
             backlog.append_front(tickets)
             model[:0] = tickets
+        elif step == "back":
+            ticket, sequence = Ticket(next(fresh), argument[0]), argument[1]
+            if sequence not in sequences.values():  # the ring gives each once
+                sequences[ticket.n] = sequence
+                backlog.put_back(ticket, sequence)
+                model.append(ticket)
         elif step == "pop":
             for _ in range(min(argument, len(model))):
                 assert backlog.popleft().n == model.pop(0).n
@@ -151,7 +160,7 @@ def test_it_behaves_as_a_sorted_list_does(steps: list[tuple[str, Any]]) -> None:
         else:
             assert numbers(backlog.drain()) == numbers(model)
             model.clear()
-        model.sort(key=lambda ticket: -ticket.priority)
+        model.sort(key=lambda ticket: (-ticket.priority, sequences.get(ticket.n, math.inf)))
         following = backlog.peek()
         assert (following.n if following else None) == (model[0].n if model else None)
         assert len(backlog) == len(model)
@@ -194,6 +203,7 @@ OPERATIONS: dict[str, Callable[[Backlog[Ticket]], list[Ticket]]] = {
     "popleft": lambda backlog: [backlog.popleft()],
     "peek": lambda backlog: [backlog.peek()][1:],
     "append_front": lambda backlog: backlog.append_front([Ticket(-1)]) or [],
+    "put_back": lambda backlog: backlog.put_back(Ticket(-1), 7) or [],
     "remove some": lambda backlog: backlog.remove_if(lambda ticket: ticket.n % 2 == 0),
     "remove none": lambda backlog: backlog.remove_if(lambda ticket: False),
     "drain": lambda backlog: backlog.drain(),
@@ -218,7 +228,7 @@ def test_a_ticket_appended_at_any_bytecode_is_there_once(
         if not reached:
             backlog.append(late)
         left = backlog.drain()
-        front = [-1] if operation == "append_front" else []
+        front = [-1] if operation in ("append_front", "put_back") else []
         assert sorted(numbers(taken + left)) == [*front, *range(len(priorities)), 99]
         by_priority = sorted(left, key=lambda ticket: (-ticket.priority, ticket.n))
         assert numbers(left) == numbers(by_priority), "in order, the late one last among its equals"

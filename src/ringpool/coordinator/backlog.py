@@ -2,7 +2,7 @@
 
     append (any thread) ---priority 0--> plain (deque) ------------------------+
                         +--any other---> arrived (deque) --the pump--> ranked --+--> popleft (the pump)
-    append_front, remove_if (the pump) ------------------------------> ranked
+    append_front, put_back, remove_if (the pump) --------------------> ranked
 
     ranked   a heap of (-priority, order, ticket). The order counts up for what was appended, and down from 0 for what
              came back to the front: no two are the same, so that tickets are never compared
@@ -32,6 +32,7 @@ class Prioritized(Protocol):
 
 
 T = TypeVar("T", bound=Prioritized)
+_BEFORE = 1 << 60  # more than the orders that there can be
 
 
 class Backlog(Generic[T]):
@@ -76,6 +77,10 @@ class Backlog(Generic[T]):
                 self.has_priorities = True
             self._first -= 1
             heapq.heappush(self._ranked, (-ticket.priority, self._first, ticket))
+
+    def put_back(self, ticket: T, sequence: int) -> None:
+        """Before all of its priority that were not in the ring; among those that were, by their ``sequence`` there."""
+        heapq.heappush(self._ranked, (-ticket.priority, sequence - _BEFORE, ticket))
 
     def popleft(self) -> T:
         """The next one. Raises ``IndexError`` where there is none."""

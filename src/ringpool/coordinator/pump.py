@@ -23,6 +23,7 @@ from ringpool.coordinator.backlog import Backlog
 from ringpool.coordinator.balance import SPLIT_LOOK_S, TAKE_BACK_AFTER_S, Balance
 from ringpool.coordinator.ending import Ending
 from ringpool.coordinator.parcels import Parcels
+from ringpool.coordinator.precedence import Precedence
 from ringpool.coordinator.staff import Staff
 from ringpool.coordinator.supervisor import Death
 from ringpool.coordinator.tickets import LEAVING, QUEUED, Part, Sink, Ticket
@@ -43,7 +44,6 @@ COLLECT_EVERY_S = 0.016  # how long results may wait for company, while the work
 CROWD = 3  # ... and so many arrive in that time
 SPINS = 60  # looks for results before the pump sleeps, about 100 us, where few tasks are under way
 PUBLISH_MAX = 256
-PRIORITIES_DEEP = 2  # tasks in the ring for each worker, where there are priorities
 _OK, _DIED, _CANCELLED = int(Status.OK), int(Status.DIED), int(Status.CANCELLED)  # which compare faster
 _BLOB = int(Encoding.BLOB)
 
@@ -71,11 +71,12 @@ class Pump:
         self.feeders: set[MapRun] = set()  # maps whose items may have to be waited for
         self._n_vectors = 0  # in the ring
         self._out_of_chunks = False  # the first in the backlog is a vector, and waits for a chunk
-        self._is_deep = False  # there are priorities, and enough is in the ring
+        self._is_deep = False  # somebody was overtaken, and enough is in the ring
         self._backlog: Backlog[Ticket] = Backlog()
         self._commands: deque[Callable[[], None]] = deque()
         self._deaths: deque[Death] = deque()
         self._tickets: list[Ticket | None] = [None] * end.ring.slots
+        self._precedence = Precedence(end, self._tickets)
         self._in_ring = 0
         self._touched: set[Sink] = set()
         self._sleeping = False
@@ -340,8 +341,9 @@ class Pump:
             return False
         while backlog and end.n_free and not self.broken:
             n = min(end.n_free, PUBLISH_MAX, len(backlog))
-            if backlog.has_priorities:  # what is in the ring cannot be overtaken: little is
-                n = min(n, PRIORITIES_DEEP * end.ring.workers - self._in_ring)
+            first = backlog.peek() if backlog.has_priorities else None
+            if first is not None:
+                n = min(n, self._precedence.room(first, self._in_ring))
                 if n <= 0:
                     self._is_deep = True
                     break
@@ -355,6 +357,8 @@ class Pump:
                 ticket.slot = slot
                 ticket.sequence = sequence
                 sequence += 1
+            if first is not None and batch:
+                self._precedence.entered(batch)
             if self._out_of_chunks:
                 break
         return True
@@ -415,11 +419,13 @@ class Pump:
         if self.end.retains:
             self.parcels.retain(ticket.task, entry, is_parcel=record.encoding == _BLOB)
         self._tickets[slot] = None
+        if self._backlog.has_priorities:
+            self._precedence.left(slot)
         if ticket.timeout_s is not None:
             self.staff.limits.release()
         if ticket.spared and record.status == _CANCELLED and not self._cancels_all and ticket.sink.unspoiled(ticket):
             ticket.attempts_max -= record.attempt  # workers that died in it: a new task of the ring begins at none
-            self._requeue([ticket])
+            self._backlog.put_back(ticket, layout.sequence_of(entry))
             self._in_ring -= 1  # after that, here and for vectors: see ``_publish``
             return
         if ticket.part is None:
