@@ -104,7 +104,7 @@ def test_executors_that_had_no_task_leave_no_descriptors() -> None:
     before = n_descriptors()
     for _ in range(5):
         make_and_shut_down()
-    assert n_descriptors() == before
+    assert n_descriptors() <= before  # what tests before have left to the collector may go meanwhile
 
 
 def test_close_with_cancel_drops_what_no_worker_has(file: Path, files: MakeFiles, tmp_path: Path) -> None:
