@@ -597,6 +597,44 @@ def test_a_task_may_move_its_input_away(tmp_path: Path, command: str) -> None:
     assert (tmp_path / "out/a").read_text() == "the only copy"
 
 
+@pytest.mark.parametrize("ending", ["kill -9 $PPID", "exit 3", ""])
+def test_an_input_that_a_task_has_moved_is_kept_where_its_output_cannot_be(tmp_path: Path, ending: str) -> None:
+    source = named(tmp_path / "in", "a")
+    (source / "a").write_text("the only copy")
+    (tmp_path / "out/a").mkdir(parents=True)  # no output can take its place
+    report = Job(command=f"mv {{src}} {{dst}}; {ending}", inputs=str(source), output=f"{tmp_path}/out/{{name}}").run(1)
+    assert not report.ok
+    kept = [path for path in (tmp_path / "out/.ringpool/kept").rglob("*") if path.is_file()]
+    assert [path.read_text() for path in kept] == ["the only copy"]
+    assert not (tmp_path / "out/.ringpool/staging").exists() or not any((tmp_path / "out/.ringpool/staging").iterdir())
+
+
+def test_an_input_that_a_task_has_moved_is_kept_when_it_is_called_again(tmp_path: Path) -> None:
+    source = named(tmp_path / "in", "a")
+    (source / "a").write_text("the only copy")
+    command, retry = "mv {src} {dst}; exit 3", RetryPolicy(2, 0.0)
+    assert not Job(command=command, inputs=str(source), output=f"{tmp_path}/out/{{name}}", retry=retry).run(1).ok
+    [kept] = (tmp_path / "out/.ringpool/kept").iterdir()
+    assert kept.read_text() == "the only copy"
+
+
+def test_an_input_that_the_task_of_a_killed_run_has_moved_is_kept(tmp_path: Path) -> None:
+    source = named(tmp_path / "in", "a")
+    (source / "a").write_text("the only copy")
+    with Child(move_and_wait, source, tmp_path / "out") as child:
+        wait_until(lambda: not (source / "a").exists(), "the input is moved")
+        child.kill()
+    with Ledger.open(tmp_path / "out") as ledger:
+        assert take_over_dead_runs(tmp_path / "out", ledger) == 0
+    [kept] = (tmp_path / "out/.ringpool/kept").iterdir()
+    assert kept.read_text() == "the only copy"
+    assert not (tmp_path / "out/.ringpool/staging").exists()
+
+
+def move_and_wait(source: Path, target: Path) -> None:
+    Job(command="mv {src} {dst}; sleep 60", inputs=str(source), output=f"{target}/{{name}}").run(1)
+
+
 def test_a_parent_after_a_symlink_is_what_the_system_says_it_is(tmp_path: Path) -> None:
     for directory, words in (("data", "wrong"), ("other/data", "right")):
         (tmp_path / directory).mkdir(parents=True)

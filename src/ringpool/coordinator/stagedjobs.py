@@ -62,7 +62,7 @@ class StagedJobs:
 
     def discard(self, entry: int) -> None:
         """Remove what is staged, if there is anything."""
-        discard(StagedTask(entry, self._outputs(entry)))
+        discard(self._staged(entry))
 
     def commit(self, entries: Sequence[int]) -> list[StagedTask]:
         """Put the outputs of ``entries`` in their places, and post them; those that could not be, with their errors."""
@@ -76,7 +76,7 @@ class StagedJobs:
 
     def _commit(self, entries: Sequence[int]) -> Iterable[StagedTask]:
         spec, _ = self.task(entries[0])
-        tasks = [StagedTask(entry, self._outputs(entry)) for entry in entries]
+        tasks = [self._staged(entry) for entry in entries]
         for directory in spec.stagings:  # where all outputs are in their places, it may have been removed
             os.makedirs(directory, exist_ok=True)
         staging = Staging(spec.stagings, LOCK_TIMEOUT_S)
@@ -89,6 +89,9 @@ class StagedJobs:
             if task.error is None:
                 self._end.post_for_dead(task.entry, Status.OK)
         return [task for task in tasks if task.error is not None]
+
+    def _staged(self, entry: int) -> StagedTask:
+        return StagedTask(entry, self._outputs(entry), source=jobtasks.movable_source(*self.task(entry)))
 
     def _outputs(self, entry: int) -> list[StagedOutput]:
         """Symlinks are followed, as the worker has followed them. Each may have other links: nobody knows any more."""

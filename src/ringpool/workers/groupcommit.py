@@ -11,7 +11,8 @@
 
 Each step may be done again: a staged file that is missing was renamed already. So whoever comes after a death does the
 same, with what it finds, and the outcome is what the dead would have had. An error costs the task that it belongs to;
-one of syncfs, all that have an output on that file system. What a task that failed had staged is removed.
+one of syncfs, all that have an output on that file system. What a task that failed had staged is removed; or kept,
+where its input is gone: it may be the only copy.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import errno
 import functools
 import math
 import os
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -55,11 +57,14 @@ class StagedOutput(NamedTuple):
 
 
 class StagedTask(msgspec.Struct, eq=False, gc=False):
-    """The outputs of the task of ``entry``; ``error``: why they are not in their places, once that was tried."""
+    """The outputs of the task of ``entry``; ``error``: why they are not in their places, once that was tried;
+    ``source``: its input, see ``discard_or_keep``.
+    """
 
     entry: int
     outputs: Sequence[StagedOutput]
     error: BaseException | None = None
+    source: bytes = b""
 
 
 def staged_name(directory: bytes, sequence: int, attempt: int, number: int, target: bytes) -> bytes:
@@ -350,9 +355,31 @@ def _fail(tasks: Iterable[StagedTask], error: BaseException) -> None:
 
 
 def discard(task: StagedTask) -> None:
-    """Remove what is staged of it."""
+    """Remove, or keep, what is staged of it."""
     for output in task.outputs:
-        discard_staged(output.staged)
+        discard_or_keep(output.staged, task.source)
+
+
+def discard_or_keep(staged: bytes, source: bytes) -> None:
+    """Remove a file that a job has staged of the input ``source``; b"": of none that could be looked for.
+
+    Where that is gone, its task may have moved it: then this is kept, as ``.ringpool/kept/<token>.<its name>``.
+    """
+    if not source or os.path.lexists(source) or not os.path.lexists(staged):
+        discard_staged(staged)
+        return
+    staging, name = os.path.split(staged)
+    place = os.path.join(os.path.dirname(os.path.dirname(staging)), b"kept")
+    kept, why = os.path.join(place, os.path.basename(staging) + b"." + name), ""
+    try:
+        os.makedirs(place, exist_ok=True)
+        calls.rename(staged, kept)
+    except OSError as error:
+        kept, why = staged, f" ({error.strerror})"
+    where = f"its output is not in its place but in {os.fsdecode(kept)}{why}"
+    words = f"ringpool: input {os.fsdecode(source)} is gone, and {where}"
+    with suppress(OSError, ValueError, AttributeError):  # nobody listens
+        print(words.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
 def _sync_file(output: StagedOutput) -> None:

@@ -31,7 +31,7 @@ from ringpool.workers.files import output
 from ringpool.workers.files.durability import Durability, make_directories
 from ringpool.workers.files.target import refused
 from ringpool.workers.group import Group
-from ringpool.workers.groupcommit import StagedOutput, StagedTask, Staging, staged_name
+from ringpool.workers.groupcommit import StagedOutput, StagedTask, Staging, discard_or_keep, staged_name
 from ringpool.workers.posting import Post
 
 COMMAND = "ringpool.workers.commands:run_command"
@@ -197,12 +197,13 @@ class JobRunner:
         except BaseException:
             self._confinement.end_if_forked()
             for name in names:
-                output.discard_staged(name)
+                discard_or_keep(name, movable_source(bound.spec, task))
             blobs.unlink(self._post.blob(entry))  # its name is the error's now
             raise
         if staged:
             assert bound.staging is not None
-            self._group.add(StagedTask(entry, staged), bound.staging, bound.durability, bound.new_directories)
+            done = StagedTask(entry, staged, source=movable_source(bound.spec, task))
+            self._group.add(done, bound.staging, bound.durability, bound.new_directories)
         return end_ns
 
     @staticmethod
@@ -261,8 +262,9 @@ class JobRunner:
 
         def call_once(staged: Sequence[bytes], *arguments: Any, **parameters: Any) -> Any:
             if bound.n_calls:
+                source = os.fsencode(arguments[0]) if spec.fingerprints else b""
                 for one in staged:  # what an earlier call has left must not be taken for this one's
-                    output.discard_staged(one)
+                    discard_or_keep(one, source)
             bound.n_calls += 1
             try:
                 return call(*arguments, **parameters)
@@ -283,6 +285,11 @@ class JobRunner:
         )
         self._functions[function_id] = bound
         return bound
+
+
+def movable_source(spec: JobSpec, task: JobPayload) -> bytes:
+    """The input that a task may have moved to where its output is staged; b"": it is the name of anything."""
+    return task.source if spec.fingerprints else b""
 
 
 def fingerprint(path: bytes, with_checksum: bool) -> Fingerprint:
