@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import shutil
@@ -21,6 +22,7 @@ from tests.jobs import job_functions as functions
 from tests.workers.files.child import Child, say
 
 from ringpool import InputFile, Job, Report, RetryPolicy
+from ringpool.coordinator import drain
 from ringpool.coordinator.ledger import Ledger, Row, State
 from ringpool.coordinator.takeover import take_over_dead_runs
 from ringpool.errors import (
@@ -34,6 +36,7 @@ from ringpool.errors import (
 )
 from ringpool.shm import blobs, owner, segment
 from ringpool.shm.layout import Encoding
+from ringpool.workers import jobtasks
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +65,9 @@ def rows_of(directory: Path) -> dict[str, Row]:
         ledger.close()
 
 
-def test_what_a_killed_run_left_in_memory_goes_with_the_directory_of_its_job(source: Path, tmp_path: Path) -> None:
+def test_what_a_killed_run_left_in_memory_goes_with_the_directory_of_its_job(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = [str(source), str(tmp_path / "killed"), "atomic", "slowly"]
     command = [sys.executable, "-m", "tests.jobs.job_program", *words]
     program = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -78,6 +83,16 @@ def test_what_a_killed_run_left_in_memory_goes_with_the_directory_of_its_job(sou
     function = blobs.function_name(left()[0], 1)
     _, body, _ = blobs.read(function)
     spec = bytes(body)
+    with monkeypatch.context() as patched:
+        patched.setattr(blobs, "read", fail_to_open)
+        with pytest.raises(OSError, match="Too many open files"):
+            drain.segments_of(b"/another")
+    assert len(left()) == 1
+    unseen = msgspec.structs.replace(jobtasks.decode_spec(spec), directory=os.fsencode(tmp_path / ("x" * 256)))
+    blobs.unlink(function)
+    blobs.write(function, Encoding.MSGPACK, jobtasks.encode_spec(unseen))
+    drain.segments_of(b"/another")
+    assert len(left()) == 1
     blobs.unlink(function)
     blobs.write(function, Encoding.MSGPACK, msgspec.msgpack.encode(["of another version"]))
     assert compress_job(source, tmp_path / "third").run(1).ok
@@ -87,6 +102,10 @@ def test_what_a_killed_run_left_in_memory_goes_with_the_directory_of_its_job(sou
     shutil.rmtree(tmp_path / "killed")
     assert compress_job(source, tmp_path / "another").run(1).ok
     assert left() == []
+
+
+def fail_to_open(_name: str) -> None:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def compress_job(source: Path, target: Path, **options: Any) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -175,3 +176,17 @@ def test_a_kept_segment_is_no_spoil_of_the_next_start() -> None:
         assert dead not in segment.dead_kept()
     finally:
         segment.unlink(made.name)
+
+
+def test_a_kept_segment_that_another_run_drains_meanwhile_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    namespace = os.stat("/proc/self/ns/pid").st_ino
+    dead, owner_of = f"rpj.{namespace}.{os.getpid()}.1.00000000", segment.owner_of
+
+    def drained(name: str) -> object:
+        if name == dead:
+            segment.unlink(dead)
+        return owner_of(name)
+
+    open(f"/dev/shm/{dead}", "w").close()
+    monkeypatch.setattr(segment, "owner_of", drained)
+    assert dead not in segment.dead_kept()

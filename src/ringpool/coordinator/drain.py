@@ -20,7 +20,7 @@ from ringpool.coordinator.estate import Estates
 from ringpool.coordinator.leftovers import living_worker
 from ringpool.coordinator.stagedjobs import StagedJobs
 from ringpool.coordinator.supervisor import Death
-from ringpool.errors import JobError, RingpoolError, SegmentError, SegmentIncompleteError
+from ringpool.errors import JobError, SegmentError, SegmentFormatError, SegmentIncompleteError, SegmentMissingError
 from ringpool.shm import blobs, segment
 from ringpool.shm.dispatch import CoordinatorEnd
 from ringpool.shm.layout import Status
@@ -45,7 +45,7 @@ def segments_of(directory: bytes) -> list[str]:
     """The segments of dead runs of the job in ``directory``.
 
     Those in which nothing was begun are removed, and those of jobs, anywhere, whose directory was deleted: with it went
-    the ledger that they would be drained into.
+    the ledger that they would be drained into. Raises ``OSError`` where one cannot be looked into: it stays.
     """
     found: list[str] = []
     for name in segment.dead_kept():
@@ -54,7 +54,7 @@ def segments_of(directory: bytes) -> list[str]:
             spec = jobtasks.decode_spec(bytes(body))
         except msgspec.MsgspecError:  # another version of ringpool has left it, and will drain it
             continue
-        except (RingpoolError, OSError):  # its coordinator died before it had a function: no task was in it
+        except (SegmentMissingError, SegmentFormatError):  # its coordinator died before it had a function, and a task
             segment.unlink(name)
             continue
         if spec.directory == directory:
@@ -67,9 +67,20 @@ def segments_of(directory: bytes) -> list[str]:
 def _is_deleted(spec: JobSpec) -> bool:
     """Whether the directory of the job is gone, and its file system is there: not one that will be mounted again."""
     directory = above = spec.directory
-    while not os.path.lexists(above):
-        above = os.path.dirname(above)
-    return above != directory and os.stat(above).st_dev == spec.device
+    try:
+        while not _is_there(above):
+            above = os.path.dirname(above)
+        return above != directory and os.stat(above).st_dev == spec.device
+    except OSError:  # who cannot look does not know
+        return False
+
+
+def _is_there(path: bytes) -> bool:
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def drain(name: str, deliver: Callable[[Drained], None]) -> None:

@@ -74,12 +74,12 @@ def write(name: str, encoding: Encoding, body: Buffer, buffers: Sequence[memoryv
     try:
         os.posix_fallocate(file.fd, 0, size_bytes)  # ENOSPC now, not a SIGBUS below
         with mmap.mmap(file.fd, size_bytes) as mapping:
-            HEAD.pack_into(mapping, 0, MAGIC, encoding, len(lengths), len(body))
             struct.pack_into(f"<{len(lengths)}Q", mapping, HEAD.size, *lengths)
             mapping[body_at : body_at + len(body)] = body
             for place, buffer in zip(places, buffers, strict=True):
                 if buffer.nbytes:
                     mapping[place : place + buffer.nbytes] = buffer.cast("B")
+            HEAD.pack_into(mapping, 0, MAGIC, encoding, len(lengths), len(body))  # last: half a blob is none
     except BaseException as error:
         unlink(name)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
@@ -94,12 +94,14 @@ def read(name: str, *, writable: bool = False) -> tuple[Encoding, memoryview, li
     """Map the blob ``name``: encoding, body and buffers, as views into the mapping.
 
     ``writable``: the views are of a private copy-on-write mapping; otherwise they are read-only. Raises
-    ``SegmentMissingError`` and ``SegmentFormatError``.
+    ``SegmentMissingError`` and ``SegmentFormatError``; ``OSError``, where that cannot be told.
     """
     try:
         file = posix_ipc.SharedMemory(f"/{name}", read_only=not writable)
     except posix_ipc.ExistentialError:
         raise SegmentMissingError(name, "the blob is gone") from None
+    except posix_ipc.PermissionsError:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), f"{SHM_DIRECTORY}/{name}") from None
     try:
         size_bytes = os.fstat(file.fd).st_size
         if size_bytes <= COPIED_MAX_BYTES:

@@ -290,10 +290,15 @@ def dead_kept() -> list[str]:
     return sorted(
         file.name
         for file in found
-        if (who := owner_of(file.name)) is not None
-        and not who.alive
-        and file.stat(follow_symlinks=False).st_uid == os.geteuid()
+        if (who := owner_of(file.name)) is not None and not who.alive and _is_of_this_user(file)
     )
+
+
+def _is_of_this_user(file: os.DirEntry[str]) -> bool:
+    try:
+        return file.stat(follow_symlinks=False).st_uid == os.geteuid()
+    except FileNotFoundError:  # another run has drained it meanwhile
+        return False
 
 
 def reclaim_dead(may_go: Callable[[str], bool]) -> list[str]:
