@@ -573,10 +573,14 @@ def test_a_damaged_page_is_a_problem_and_an_error_where_it_is_read(tmp_path: Pat
             _ = [ledger.find(job, b"%05d" % i, b"o" * 200) for i in range(500)]
 
 
-def test_facts_that_nobody_can_read_are_a_damage(tmp_path: Path, ledger: Ledger) -> None:
+@pytest.mark.parametrize("facts", ["x'93010203'", "5", "made"])
+def test_facts_that_nobody_can_read_are_a_damage(tmp_path: Path, ledger: Ledger, facts: str) -> None:
     job = ledger.job("a", b"")
     write(ledger, job, row(b"x"))
-    change(path_of(tmp_path), "UPDATE files SET facts = x'93010203'")
+    if facts == "made":
+        broken = msgspec.msgpack.encode(as_tuple(row(b"x", made=b"abc"))[2:])
+        facts = f"x'{broken.hex()}'"
+    change(path_of(tmp_path), f"UPDATE files SET facts = {facts}")
     for read in (
         lambda: ledger.find(job, b"x", b""),
         lambda: list(ledger.rows(job)),

@@ -35,10 +35,9 @@ from types import TracebackType
 from typing import TypeAlias
 from urllib.parse import quote
 
-import msgspec
-
 from ringpool.coordinator.inputs import OWN_DIRECTORY
 from ringpool.coordinator.ledgerqueries import (
+    DAMAGES,
     Cause as Cause,
     Counts as Counts,
     Found as Found,
@@ -262,7 +261,7 @@ class Ledger(LedgerQueries):
                     db.execute("ROLLBACK")
             if isinstance(error, sqlite3.IntegrityError):
                 raise
-            if isinstance(error, sqlite3.Error | msgspec.MsgspecError):
+            if isinstance(error, DAMAGES):
                 raise explained(self.path, error) from error
             raise
 

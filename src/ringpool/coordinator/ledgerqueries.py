@@ -204,6 +204,7 @@ Totals: TypeAlias = dict[tuple[int, str], Tally]  # by state and kind
 encode_facts = msgspec.msgpack.Encoder().encode
 decode_facts = msgspec.msgpack.Decoder(Facts).decode
 decode_made = msgspec.msgpack.Decoder(list[Made]).decode
+DAMAGES = (sqlite3.Error, msgspec.MsgspecError, TypeError)  # the last where a column holds another type
 _decode_found = msgspec.msgpack.Decoder(Found).decode
 
 _FIND = "SELECT facts FROM files WHERE job = ? AND input = ? AND output = ?"
@@ -252,9 +253,14 @@ class LedgerQueries:
     def find(self, job: int, input: bytes, output: bytes) -> Found | None:  # noqa: A002
         """What is known of a file; None: nothing."""
         try:
-            found = self._db.execute(_FIND, (job, input, output)).fetchone()
-            return None if found is None else _decode_found(found[0])
-        except (sqlite3.Error, msgspec.MsgspecError) as error:
+            row = self._db.execute(_FIND, (job, input, output)).fetchone()
+            if row is None:
+                return None
+            found = _decode_found(row[0])
+            if found.made:
+                decode_made(found.made)  # so that nobody who reads it comes upon a damage
+            return found
+        except DAMAGES as error:
             raise explained(self.path, error) from error
 
     def rows(self, job: int) -> Iterator[Row]:
@@ -336,7 +342,7 @@ class LedgerQueries:
             with closing(connect(self._reading_uri)) as db:
                 db.execute("BEGIN")
                 yield db
-        except (sqlite3.Error, msgspec.MsgspecError) as error:
+        except DAMAGES as error:
             raise explained(self.path, error) from error
 
 
@@ -345,7 +351,10 @@ class LedgerQueries:
 
 def as_row(input: bytes, output: bytes, facts: bytes) -> Row:  # noqa: A002
     """The row of what stands in ``files``."""
-    return Row(input, output, *decode_facts(facts))
+    row = Row(input, output, *decode_facts(facts))
+    if row.made:
+        decode_made(row.made)  # as in ``find``
+    return row
 
 
 def as_text(text: str) -> str:
@@ -408,7 +417,7 @@ def connect(uri: str) -> sqlite3.Connection:
     return sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
 
 
-def explained(path: Path, error: sqlite3.Error | msgspec.MsgspecError) -> Exception:
+def explained(path: Path, error: sqlite3.Error | msgspec.MsgspecError | TypeError) -> Exception:
     """``error`` as a ``LedgerError``; itself, where it is a mistake of ours, such as a question after ``close``."""
     if isinstance(error, sqlite3.ProgrammingError | sqlite3.InterfaceError):
         return error

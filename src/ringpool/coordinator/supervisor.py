@@ -284,7 +284,7 @@ class Supervisor:
             return
         self._wake()
         if not self._ending.wait(timeout_s):
-            if not self._killing:
+            if not self._killing and self.pids:  # none: the fork server has yet to make them
                 _say(f"workers {self.pids} have not ended {timeout_s:g} s after they were told to, and are killed")
             self.kill_all()
             if not (self._starting and self._context.get_start_method() == "forkserver") or _end_new_server():
