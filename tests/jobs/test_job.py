@@ -672,9 +672,27 @@ def test_files_that_are_skipped_do_not_count_for_the_rate(source: Path, tmp_path
     assert counts(compress_job(source, tmp_path / "out", rate_per_s=0.001).run(1)) == (0, 10, 0, 0)  # or 2 h 46 min
 
 
-def die_between_rename_and_result(source: Path, target: Path) -> None:
-    params = {"pid": os.getpid()}
-    Job(functions.kill_before_the_result, str(source), f"{target}/{{name}}", params=params).run(1)
+def die_between_rename_and_result(source: Path, target: Path, *directory: Path) -> None:
+    params, place = {"pid": os.getpid()}, (*directory, None)[0]
+    Job(functions.kill_before_the_result, str(source), f"{target}/{{name}}", params=params, directory=place).run(1)
+
+
+def test_what_a_killed_run_had_done_goes_to_its_own_job_in_a_new_ledger_too(tmp_path: Path) -> None:
+    source, place = named(tmp_path / "in", "a"), tmp_path / "job"
+    assert Job(functions.size_of, str(source), directory=place).run(1).ok  # a job of number 1
+    with Child(die_between_rename_and_result, source, tmp_path / "out", place) as child:
+        child.process.wait()
+    for file in (place / ".ringpool").glob("ledger.db*"):
+        file.unlink()
+    assert Job(functions.size_of, str(source), directory=place).run(1).ok
+    for name in ("second", "third"):
+        assert Job(functions.copy, str(source), f"{tmp_path}/{name}/{{name}}", directory=place).run(1).ok
+    with Ledger.open(place) as ledger:
+        outputs = {job.identity: [os.fsdecode(row.output) for row in ledger.rows(job.id)] for job in ledger.jobs()}
+    by_pattern = {
+        f"outputs ={tmp_path}/{name}/{{name}}": [f"{tmp_path}/{name}/a"] for name in ("out", "second", "third")
+    }
+    assert outputs == {"values of tests.jobs.job_functions:size_of": [""], **by_pattern}
 
 
 @pytest.mark.parametrize("has_staging", [True, False])

@@ -393,7 +393,7 @@ class Job:
         try:
             stagings = staging.prepare(base_of(self.directory), list(map(base_of, bases)), pool.token)
             function_id = next(pool.function_ids)
-            spec = self._job_spec(job, stagings)
+            spec = self._job_spec(stagings)
             blobs.write(blobs.function_name(name, function_id), Encoding.MSGPACK, jobtasks.encode_spec(spec))
             run_id = ledger.begin_run(job, name, os.getpid())
             run.run(pool, function_id)
@@ -419,7 +419,7 @@ class Job:
                 outcome = outcome or run.progress.stopping or "ended"
                 ledger.end_run(run_id, outcome, msgspec.json.encode(run.progress))
 
-    def _job_spec(self, job: int, stagings: tuple[bytes, ...]) -> JobSpec:
+    def _job_spec(self, stagings: tuple[bytes, ...]) -> JobSpec:
         options = self.options
         return JobSpec(
             self.name,
@@ -429,7 +429,7 @@ class Job:
             stagings,
             self.outputs.names if self.outputs is not None else (),
             base_of(self.directory),
-            job,
+            os.fsencode(self.identity),
             self.digest,
             options.fingerprints,
             options.checksums,

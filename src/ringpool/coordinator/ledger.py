@@ -176,15 +176,15 @@ class Ledger(LedgerQueries):
 
     # ---- jobs and runs
 
-    def job(self, identity: str, spec: bytes) -> int:
-        """The id of the job of that ``identity``, made if it is new. ``spec`` replaces the one that is there."""
+    def job(self, identity: str, spec: bytes | None = None) -> int:
+        """The id of the job of that ``identity``, made if it is new. ``spec``, if given, replaces the one there."""
         key = as_key(identity)
         with self._transaction() as db:
             found = db.execute("SELECT id, spec FROM jobs WHERE identity = ?", (key,)).fetchone()
             if found is None:
                 made = "INSERT INTO jobs (identity, spec, created_s) VALUES (?, ?, ?) RETURNING id"
-                return int(db.execute(made, (key, spec, time.time())).fetchall()[0][0])
-            if found[1] != spec:
+                return int(db.execute(made, (key, spec or b"", time.time())).fetchall()[0][0])
+            if spec is not None and found[1] != spec:
                 db.execute("UPDATE jobs SET spec = ? WHERE id = ?", (spec, found[0]))
             return int(found[0])
 

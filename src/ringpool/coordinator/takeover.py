@@ -30,13 +30,13 @@ def base_of(directory: Path) -> bytes:
 
 def drain_into(ledger: Ledger, name: str) -> int:
     """Put what a dead run has done into the ledger, and remove its segment; how many files."""
-    by_job: dict[int, list[tuple[Any, ...]]] = {}
+    by_job: dict[bytes, list[tuple[Any, ...]]] = {}
 
     def deliver(drained: drain.Drained) -> None:
-        by_job.setdefault(drained.spec.job, []).append(jobrows.row_of_drained(drained))
+        by_job.setdefault(drained.spec.identity, []).append(jobrows.row_of_drained(drained))
 
     drain.drain(name, deliver)
-    for job, rows in by_job.items():
-        ledger.write(job, rows)
+    for identity, rows in by_job.items():
+        ledger.write(ledger.job(os.fsdecode(identity)), rows)  # not its number then: the ledger may be a new one
     segment.unlink(name)
     return sum(map(len, by_job.values()))

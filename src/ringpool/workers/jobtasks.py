@@ -46,7 +46,7 @@ class JobSpec(msgspec.Struct, frozen=True, array_like=True):
 
     ``name`` of the function; pickled ``parameters``; ``durability``; a pickled ``RetryPolicy``, or none; ``stagings``:
     for each output, the directory where it is staged; their ``names`` (none: at most one, without a name);
-    ``directory``: the job's, absolute; ``job`` (its number in the ledger) and
+    ``directory``: the job's, absolute; ``identity`` (the job's in the ledger) and
     ``digest`` (of function and parameters), for whoever finds this in a dead segment; whether to take
     ``fingerprints`` of inputs, ``checksums`` of their content, and ``digests`` of outputs; ``device``: that of the
     job's directory, so that one that was deleted can be told from one that is not mounted.
@@ -59,7 +59,7 @@ class JobSpec(msgspec.Struct, frozen=True, array_like=True):
     stagings: tuple[bytes, ...]
     names: tuple[str, ...]
     directory: bytes
-    job: int
+    identity: bytes
     digest: bytes
     fingerprints: bool
     checksums: bool
