@@ -73,6 +73,16 @@ def _is_nowhere(error: Exception) -> bool:
     return False
 
 
+def _said(error: Exception) -> str:
+    """In words; of a bare ``OSError``, the path, which may be bytes, and what is wrong with it."""
+    import os
+
+    if type(error).__module__ != "builtins" or not isinstance(error, OSError):
+        return str(error)
+    path = error.filename
+    return f"{os.fsdecode(path)}: {error.strerror}" if isinstance(path, str | bytes) else str(error)
+
+
 def _run_command(arguments: list[str]) -> int:
     import signal
 
@@ -105,5 +115,5 @@ def _run_command(arguments: list[str]) -> int:
         say(f"input {error.filename}: there is no such file or directory, and no file that matches it as a pattern")
         return EXIT_UNUSABLE
     except (RingpoolError, OSError) as error:
-        say(one_line(WorkingDirectoryError("was removed") if _is_nowhere(error) else error))
+        say(one_line(WorkingDirectoryError("was removed") if _is_nowhere(error) else _said(error)))
         return EXIT_FAILED if isinstance(error, PoolError | SegmentError | JobError) else EXIT_UNUSABLE
