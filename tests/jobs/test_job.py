@@ -623,8 +623,8 @@ def test_an_input_that_a_task_has_moved_is_kept_where_its_output_cannot_be(tmp_p
     (tmp_path / "out/a").mkdir(parents=True)  # no output can take its place
     report = Job(command=f"mv {{src}} {{dst}}; {ending}", inputs=str(source), output=f"{tmp_path}/out/{{name}}").run(1)
     assert not report.ok
-    kept = [path for path in (tmp_path / "out/.ringpool/kept").rglob("*") if path.is_file()]
-    assert [path.read_text() for path in kept] == ["the only copy"]
+    [kept] = (tmp_path / "out/.ringpool").glob("kept.*")
+    assert kept.read_text() == "the only copy"
     assert not (tmp_path / "out/.ringpool/staging").exists() or not any((tmp_path / "out/.ringpool/staging").iterdir())
 
 
@@ -633,7 +633,7 @@ def test_an_input_that_a_task_has_moved_is_kept_when_it_is_called_again(tmp_path
     (source / "a").write_text("the only copy")
     command, retry = "mv {src} {dst}; exit 3", RetryPolicy(2, 0.0)
     assert not Job(command=command, inputs=str(source), output=f"{tmp_path}/out/{{name}}", retry=retry).run(1).ok
-    [kept] = (tmp_path / "out/.ringpool/kept").iterdir()
+    [kept] = (tmp_path / "out/.ringpool").glob("kept.*")
     assert kept.read_text() == "the only copy"
 
 
@@ -643,11 +643,15 @@ def test_an_input_that_the_task_of_a_killed_run_has_moved_is_kept(tmp_path: Path
     with Child(move_and_wait, source, tmp_path / "out") as child:
         wait_until(lambda: not (source / "a").exists(), "the input is moved")
         child.kill()
+    staging = tmp_path / "out/.ringpool/staging"
+    staging.rename(tmp_path / "other")
+    (tmp_path / "other/not a run's").mkdir()
+    staging.symlink_to(tmp_path / "other")
     with Ledger.open(tmp_path / "out") as ledger:
         assert take_over_dead_runs(tmp_path / "out", ledger) == 0
-    [kept] = (tmp_path / "out/.ringpool/kept").iterdir()
+    [kept] = (tmp_path / "out/.ringpool").glob("kept.*")
     assert kept.read_text() == "the only copy"
-    assert not (tmp_path / "out/.ringpool/staging").exists()
+    assert [left.name for left in (tmp_path / "other").iterdir()] == ["not a run's"]
 
 
 def move_and_wait(source: Path, target: Path) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Sequence
 
 _STAGING = b".ringpool/staging"
+_TOKEN = re.compile(rb"[0-9a-f]{16}")
 _ELSEWHERE = b"elsewhere."  # what is staged has a name that begins with a number
 
 
@@ -50,9 +52,13 @@ def remove(own: bytes) -> None:
 
 
 def remove_all(directory: bytes) -> None:
-    """``remove`` for all runs of the job in ``directory``; nobody alive stages there. Never raises."""
+    """``remove`` for all runs of the job in ``directory``; nobody alive stages there. Never raises.
+
+    Where a symlink leads elsewhere, nothing goes there but what is called as a run's directory is.
+    """
     staging = os.path.join(directory, _STAGING)
     with contextlib.suppress(OSError):
         for token in os.listdir(staging):
-            remove(os.path.join(staging, token))
+            if _TOKEN.fullmatch(token):
+                remove(os.path.join(staging, token))
     shutil.rmtree(staging, ignore_errors=True)

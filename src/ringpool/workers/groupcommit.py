@@ -363,21 +363,21 @@ def discard(task: StagedTask) -> None:
 def discard_or_keep(staged: bytes, source: bytes) -> None:
     """Remove a file that a job has staged of the input ``source``; b"": of none that could be looked for.
 
-    Where that is gone, its task may have moved it: then this is kept, as ``.ringpool/kept/<token>.<its name>``.
+    Where that is gone, its task may have moved it: then this is kept, as ``.ringpool/kept.<token>.<its name>``.
     """
     if not source or os.path.lexists(source) or not os.path.lexists(staged):
         discard_staged(staged)
         return
     staging, name = os.path.split(staged)
-    place = os.path.join(os.path.dirname(os.path.dirname(staging)), b"kept")
-    kept, why = os.path.join(place, os.path.basename(staging) + b"." + name), ""
+    own = os.path.dirname(os.path.dirname(staging))
+    # In no directory of its own, which a full disk may have no room for.
+    kept = os.path.join(own, b"kept.%b.%b" % (os.path.basename(staging), name))
     try:
-        os.makedirs(place, exist_ok=True)
         calls.rename(staged, kept)
+        where = f"not in its place but in {os.fsdecode(kept)}"
     except OSError as error:
-        kept, why = staged, f" ({error.strerror})"
-    where = f"its output is not in its place but in {os.fsdecode(kept)}{why}"
-    words = f"ringpool: input {os.fsdecode(source)} is gone, and {where}"
+        where = f"lost, for {os.fsdecode(kept)} cannot be made: {error.strerror}"
+    words = f"ringpool: input {os.fsdecode(source)} is gone, and its output is {where}"
     with suppress(OSError, ValueError, AttributeError):  # nobody listens
         print(words.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
 
