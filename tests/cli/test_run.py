@@ -435,7 +435,6 @@ def test_a_ledger_that_cannot_be_used_is_one_line_and_status_1() -> None:
 
 
 @pytest.mark.usefixtures("numbers")
-@pytest.mark.usefixtures("numbers")
 def test_what_the_system_refuses_is_one_line_that_names_the_file(here: Path) -> None:
     (here / "made/.ringpool").mkdir(parents=True)
     (here / "made/.ringpool/staging").touch()
@@ -444,6 +443,7 @@ def test_what_the_system_refuses_is_one_line_that_names_the_file(here: Path) -> 
     assert done.stderr.endswith(": Not a directory\n") or done.stderr.endswith(": File exists\n")
 
 
+@pytest.mark.usefixtures("numbers")
 def test_values_that_json_cannot_hold_are_text() -> None:
     done = run("run", f"{TASKS}:odd_keys", "in/1.txt", "--json")
     assert json.loads(done.stdout)["value"] == "{(1, 2): b'x'}"

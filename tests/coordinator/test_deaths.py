@@ -361,29 +361,33 @@ def test_what_a_killed_coordinator_was_writing_is_not_visible(run_program: RunPr
     assert not (place / "output.txt").exists()
 
 
+@pytest.mark.parametrize("is_moved", [False, True])
 def test_what_a_killed_coordinator_had_staged_is_removed_with_its_segment(
-    run_program: RunProgram, tmp_path: Path
+    run_program: RunProgram, tmp_path: Path, is_moved: bool
 ) -> None:
-    """And not put in place: somebody may have made the output since then. By whatever pool starts next."""
-    output = tmp_path / "output"
+    """And not put in place: somebody may have made the output since then. By whatever pool starts next. But what may be
+    the only copy of an input stays.
+    """
+    source, output = tmp_path / "input", tmp_path / "output"
+    source.write_text("content")
     with PathLock(output):
         program = run_program(
             f"""
             with Coordinator(1) as pool:
-                pool.submit_file_task(tasks.copy, __file__, {str(output)!r}).result()
+                pool.submit_file_task(tasks.copy, {str(source)!r}, {str(output)!r}).result()
             """
         )
-        wait_until(
-            lambda: [path.stat().st_size for path in staged_in(tmp_path)] == [program.file.stat().st_size], "its output"
-        )
+        wait_until(lambda: [path.stat().st_size for path in staged_in(tmp_path)] == [len("content")], "its output")
         program.signal(signal.SIGKILL, group=False)
         program.finish()
         program.assert_no_process_is_left()
         output.write_text("made since then")
+        if is_moved:
+            source.unlink()
     with RingPoolExecutor(1) as pool:
         assert pool.submit(int, "1").result(WATCHDOG_S) == 1
     assert shared_memory_of(program.pid) == set()
-    assert staged_in(tmp_path) == []
+    assert [path.read_text() for path in staged_in(tmp_path)] == ["content"] * is_moved
     assert output.read_text() == "made since then"
 
 

@@ -2,6 +2,7 @@
 
 A staged file stands beside its output's place, and only the segment's records tell its name. So whoever removes a dead
 segment removes these before, whole or not: nobody waits for them, and somebody may have made the outputs since then.
+One whose input is gone stays: its task may have moved it there.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _remove_staged(name: str) -> bool:
                     from ringpool.coordinator.staged import StagedOutputs  # here: an executor does without
 
                     with suppress(RingpoolError, OSError):  # its blob is gone, or its directory
-                        StagedOutputs(end).discard(claim.entry)
+                        StagedOutputs(end).discard_unless_moved(claim.entry)
     except Exception:  # as above
         return True
     finally:

@@ -6,6 +6,7 @@ before: where a program ends by Ctrl-C, and an import then makes a ``namedtuple`
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from ringpool.coordinator.recovery import Disk
@@ -42,6 +43,11 @@ class StagedOutputs:
         if target is not None:
             output.discard_staged(staged_path(self._token, entry, target))
 
+    def discard_unless_moved(self, entry: int) -> None:
+        """``discard``, but where the input is gone: its task may have moved it there."""
+        if os.path.lexists(self._payload(entry).source):
+            self.discard(entry)
+
     def commit(self, entries: Sequence[int]) -> list[StagedTask]:
         """Put the outputs of ``entries`` in their places, and post them; those that could not be, with their errors.
 
@@ -74,8 +80,11 @@ class StagedOutputs:
 
     def _target(self, entry: int) -> bytes | None:
         """Where the output of ``entry`` belongs, symlinks followed as its worker has followed them."""
+        target = self._payload(entry).target
+        return None if target is None else resolve_target(target)
+
+    def _payload(self, entry: int) -> tasks.FilePayload:
         _, payload, blob, _, _ = self._end.results.read_task(entry)
         if blob:
             _, payload, _ = blobs.read(blobs.payload_name(self._segment, blob))
-        target = tasks.decode_payload(payload).target
-        return None if target is None else resolve_target(target)
+        return tasks.decode_payload(payload)
