@@ -50,6 +50,75 @@ def test_a_program_that_ends_at_once_runs_what_it_submitted(run_program: Callabl
     program.assert_nothing_is_left()
 
 
+ENDS = {
+    "sys.exit in its block": """
+        with RingPoolExecutor(1) as pool:
+            submit(pool)
+            sys.exit(0)
+        """,
+    "a generator that nobody goes on with": """
+        def running():
+            with RingPoolExecutor(1) as pool:
+                yield submit(pool)
+        for _ in running():
+            break
+        """,
+    "an error that was typed, not fatal": """
+        import code
+        code.InteractiveInterpreter().runsource("1 / 0")
+        globals()["kept"] = pool = RingPoolExecutor(1)
+        submit(pool)
+        """,
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_end_that_is_no_error_runs_what_was_submitted(run_program: Callable[..., Program], end: str) -> None:
+    program = run_program(
+        ENDS[end],
+        top="""
+        import time
+        from ringpool import RingPoolExecutor
+
+        def touch(path):
+            time.sleep(0.05)
+            Path(path).touch()
+
+        def submit(pool):
+            for index in range(5):
+                pool.submit(touch, f"run-{index}")
+        """,
+    )
+    assert program.finish() == 0, program.err
+    assert len(list(program.file.parent.glob("run-*"))) == 5, program.err
+    program.assert_nothing_is_left()
+
+
+def test_a_session_in_which_an_error_was_typed_runs_what_was_submitted(tmp_path: Path) -> None:
+    typed = """
+import pathlib, time
+from ringpool import RingPoolExecutor
+pool = RingPoolExecutor(1)
+a_typing_error
+futures = [pool.submit(time.sleep, 0.1), *(pool.submit(pathlib.Path(f"run-{index}").touch) for index in range(3))]
+"""
+    run = subprocess.run(
+        [sys.executable, "-q", "-i"], cwd=tmp_path, input=typed, capture_output=True, text=True, timeout=WATCHDOG_S
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(list(tmp_path.glob("run-*"))) == 3, run.stderr
+
+
+def test_ctrl_c_that_is_answered_by_sys_exit_ends_a_block_at_once() -> None:
+    with pytest.raises(SystemExit), RingPoolExecutor(1) as pool:  # noqa: PT012  (it is about the block's end)
+        future = pool.submit(time.sleep, 3600)
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(130)
+    assert isinstance(future.exception(), BrokenProcessPool)
+
+
 @pytest.mark.skipif(
     not (3, 12) <= sys.version_info < (3, 12, 3), reason="this release starts processes when a program has ended, too"
 )

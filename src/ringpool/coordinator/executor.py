@@ -277,14 +277,14 @@ class RingPoolExecutor(_Tasks):
             self._pool.close_soon(cancel=cancel_futures)
 
     def __exit__(
-        self, kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+        self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
         if self._is_over_unmade():
             return
-        if kind is None or issubclass(kind, Exception):
-            self._pool.close()
-        else:
+        if _is_urgent(error):
             self._pool.abort()
+        else:
+            self._pool.close()
 
 
 class ExecutorView(_Tasks):
@@ -304,6 +304,19 @@ class ExecutorView(_Tasks):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """``RingPoolExecutor.shutdown``."""
         self._executor.shutdown(wait, cancel_futures=cancel_futures)
+
+
+def _is_urgent(error: BaseException | None) -> bool:
+    """Whether what leaves a block is to end it at once: Ctrl-C, a signal, or a cancellation, which is how asyncio tells
+    of Ctrl-C. Not ``sys.exit``, nor the end of a generator; but where they are the answer to Ctrl-C.
+    """
+    if error is None or isinstance(error, Exception):
+        return False
+    from ringpool.coordinator import signals  # here: see the module
+
+    if not isinstance(error, (SystemExit, GeneratorExit)) or signals.ended():
+        return True
+    return isinstance(error.__context__, KeyboardInterrupt)
 
 
 def _n_workers(max_workers: int | None) -> int:

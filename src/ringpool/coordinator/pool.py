@@ -418,9 +418,17 @@ def start_method() -> str:
 
 def _close_all() -> None:
     """At exit: drain what is left open; or kill it, where the program ends by an error."""
-    failed = hasattr(sys, "last_type") or signals.ended()
+    failed = _has_failed() or signals.ended()
     for pool in list(_open):
         if failed:
             pool.abort()
         else:
             pool.close()
+
+
+def _has_failed() -> bool:
+    """Whether an exception has ended the program: one that nothing had called it from. A prompt and what has callbacks
+    (Tk, Qt, pytest) leave theirs in ``sys.last_traceback`` too, and go on.
+    """
+    trace = getattr(sys, "last_traceback", None)
+    return trace is not None and trace.tb_frame.f_back is None and not hasattr(sys, "ps1")
