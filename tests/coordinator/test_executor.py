@@ -250,6 +250,31 @@ from tests.coordinator import executor_functions as functions
     program.assert_nothing_is_left()
 
 
+@pytest.mark.parametrize(
+    "what", ["Lock()", "RLock()", "Event()", "Queue()", "SimpleQueue()", "Value('i')", "Barrier(2)"]
+)
+def test_a_lock_that_only_a_fork_can_have_makes_workers_forks(run_program: Callable[..., Program], what: str) -> None:
+    program = run_program(
+        f"""
+        own = multiprocessing.get_context("fork").{what}
+        with RingPoolExecutor(1, initializer=functions.identity, initargs=(own,)) as pool:
+            say("first", pool.submit(functions.kind_of_process).result())
+        other = multiprocessing.get_context("forkserver").{what}
+        with RingPoolExecutor(1, initializer=functions.identity, initargs=(other,)) as pool:
+            say("second", pool.submit(functions.kind_of_process).result())
+        """,
+        top="""
+import multiprocessing
+from ringpool import RingPoolExecutor
+from tests.coordinator import executor_functions as functions
+""",
+    )
+    assert program.wait_for("first") == "ForkProcess"
+    assert program.wait_for("second") == "ForkServerProcess"
+    assert program.finish() == 0, program.err
+    program.assert_nothing_is_left()
+
+
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_what_a_pool_is_made_of_is_imported_with_it_and_not_by_its_workers(tmp_path: Path, method: str) -> None:
     program = tmp_path / "program.py"

@@ -16,7 +16,14 @@ from typing import Any
 from ringpool.coordinator.futures import PoolFuture
 from ringpool.coordinator.logs import LogInbox
 from ringpool.coordinator.maprun import MapOptions, MapRun
-from ringpool.coordinator.pool import START_METHOD, Pool, WorkerLimits, named_context, start_method
+from ringpool.coordinator.pool import (
+    START_METHOD,
+    Pool,
+    WorkerLimits,
+    has_chosen_no_method,
+    named_context,
+    start_method,
+)
 from ringpool.coordinator.supervisor import Death
 from ringpool.coordinator.taskoptions import TaskOptions
 from ringpool.coordinator.tickets import Ticket
@@ -25,7 +32,7 @@ from ringpool.shm import blobs
 from ringpool.shm.dispatch import Task
 from ringpool.shm.layout import Encoding, Form
 from ringpool.workers import calls
-from ringpool.workers.setup import Setup
+from ringpool.workers.setup import Setup, has_fork_lock
 
 RING_SLOTS = 1024
 LOGS_TIMEOUT_S = 5.0  # for handlers, to take what workers had logged when they ended
@@ -50,6 +57,8 @@ class CallPool:
         on_exit: Callable[[Death, str], None] | None,
         forward_logs: bool,
     ) -> None:
+        if mp_context is None and max_tasks_per_child is None and has_chosen_no_method() and has_fork_lock(initargs):
+            mp_context = "fork"  # no other process could have it
         if max_tasks_per_child is not None and mp_context is None and start_method() == "fork":
             mp_context = START_METHOD  # as ProcessPoolExecutor takes "spawn" then
         if max_tasks_per_child is not None and mp_context and named_context(mp_context).get_start_method() == "fork":

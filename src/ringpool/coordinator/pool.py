@@ -411,9 +411,12 @@ def start_method() -> str:
     """What the program has set, where that differs from the platform's default; else ours. That default is also what
     ``multiprocessing`` says when it has only been used.
     """
-    chosen = multiprocessing.get_start_method(allow_none=True)
-    default = multiprocessing.get_all_start_methods()[0]
-    return chosen if chosen and chosen != default else START_METHOD
+    return START_METHOD if has_chosen_no_method() else multiprocessing.get_start_method()
+
+
+def has_chosen_no_method() -> bool:
+    """Whether the program has set no start method, or the platform's default one."""
+    return multiprocessing.get_start_method(allow_none=True) in (None, multiprocessing.get_all_start_methods()[0])
 
 
 def _close_all() -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import pickle
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
 from ringpool.workers import calls
 
 Initializer = Callable[..., object]
+_WITH_LOCKS = {f"multiprocessing.{name}" for name in ("synchronize", "queues", "sharedctypes")}
 
 
 class LogSender(Protocol):
@@ -73,6 +74,21 @@ class Setup:
             text = "".join(traceback.format_exception(error))
             raise InitializerFailure("".join(traceback.format_exception_only(error)).strip(), text) from None
         self._initargs = ()
+
+
+def has_fork_lock(initargs: Iterable[Any]) -> bool:
+    """Whether there is a lock among them that only a fork can have, or an event, queue or value with such a lock: its
+    semaphore has no name.
+    """
+    for value in initargs:
+        if type(value).__module__ not in _WITH_LOCKS:
+            continue
+        parts = getattr(value, "__dict__", {})
+        if "_semlock" in parts and parts["_semlock"].name is None:
+            return True
+        if has_fork_lock(parts.values()):
+            return True
+    return False
 
 
 class _Pickled:
