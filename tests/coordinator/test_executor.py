@@ -250,6 +250,29 @@ from tests.coordinator import executor_functions as functions
     program.assert_nothing_is_left()
 
 
+@pytest.mark.parametrize("method", ["forkserver", "spawn", "fork"])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_worker_has_the_environment_of_its_start(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], method: str
+) -> None:
+    with RingPoolExecutor(1, method) as first:  # the fork server is there now
+        assert first.submit(os.getenv, "RINGPOOL_TEST_SET").result(WATCHDOG_S) is None
+    monkeypatch.setenv("RINGPOOL_TEST_SET", "\udcff=\n")
+    monkeypatch.setenv("TZ", "Etc/GMT-5")
+    time.tzset()
+    try:
+        with RingPoolExecutor(1, method) as second:
+            assert second.submit(os.getenv, "RINGPOOL_TEST_SET").result(WATCHDOG_S) == "\udcff=\n"
+            assert second.submit(time.strftime, "%z").result(WATCHDOG_S) == "+0500"
+        monkeypatch.undo()
+        with RingPoolExecutor(1, method) as third:
+            assert third.submit(os.getenv, "RINGPOOL_TEST_SET").result(WATCHDOG_S) is None
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     "what", ["Lock()", "RLock()", "Event()", "Queue()", "SimpleQueue()", "Value('i')", "Barrier(2)"]
 )

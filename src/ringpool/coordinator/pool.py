@@ -44,6 +44,7 @@ from ringpool.shm.dispatch import CoordinatorEnd, Task
 from ringpool.shm.layout import INLINE_BYTES
 from ringpool.shm.vectors import Arena
 from ringpool.workers import calls, values
+from ringpool.workers.environment import environment
 from ringpool.workers.process import EXIT_UNGUARDED, WorkerArguments, flush
 from ringpool.workers.setup import Setup
 from ringpool.workers.umask import umask
@@ -137,13 +138,19 @@ class Pool:
         main_file = calls.remember_main()
         if context.get_start_method() == "fork":
             main_file = None
+        is_served = context.get_start_method() == "forkserver"
         try:
             self._end = CoordinatorEnd(self._segment, retains=retains)
             n_started = 1 if on_demand else n_workers  # it begins with a first task
             self.pump = pump = Pump(self._end, n_started, on_demand, memory_limit_bytes, on_exit, ended)
             self.supervisor = Supervisor(
                 context,
-                lambda w: (WorkerArguments(name, w, claims_max, SPINS, *limits, mask, main_file), setup()),
+                lambda w: (
+                    WorkerArguments(
+                        name, w, claims_max, SPINS, *limits, mask, main_file, environment() if is_served else None
+                    ),
+                    setup(),
+                ),
                 n_started,
                 pump.on_death,
                 pump.on_failure,

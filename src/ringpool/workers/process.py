@@ -35,6 +35,7 @@ from ringpool.workers import group
 from ringpool.workers.callrunner import CallRunner
 from ringpool.workers.confinement import Confinement, name_process
 from ringpool.workers.descriptor import Descriptor
+from ringpool.workers.environment import take_environment
 from ringpool.workers.posting import Post
 from ringpool.workers.setup import InitializerFailure, Setup
 
@@ -60,7 +61,8 @@ class WorkerArguments(msgspec.Struct, frozen=True):
     ``segment`` (name), ``index``, ``batch_max`` (most entries per claim), ``spins`` (before it sleeps); when it is
     replaced: after ``tasks_max`` tasks, or when its own pages have grown beyond ``rss_max_bytes``; 0: never. ``umask``:
     the coordinator's, which a fork server does not have; None: as it is. ``main_file``: of the program's main module,
-    for a process that is no fork of it; None: it imports none.
+    for a process that is no fork of it; None: it imports none. ``environment``: the coordinator's, where a fork server
+    has an older one; None: as it is.
     """
 
     segment: str
@@ -71,12 +73,15 @@ class WorkerArguments(msgspec.Struct, frozen=True):
     rss_max_bytes: int = 0
     umask: int | None = None
     main_file: str | None = None
+    environment: dict[str, str] | None = None
 
 
 def main(arguments: WorkerArguments, guard: Descriptor, setup: Setup | None = None) -> None:
     """The body of a worker process. Returns only when told to stop."""
     code = EXIT_BROKEN
     try:
+        if arguments.environment is not None:
+            take_environment(arguments.environment)
         if arguments.main_file is not None:
             _import_main(arguments.main_file)
         confinement = Confinement(os.dup(guard.fileno()))
