@@ -298,6 +298,38 @@ from tests.coordinator import executor_functions as functions
     program.assert_nothing_is_left()
 
 
+def test_an_executor_that_was_not_used_may_be_used_in_forks_of_its_program(run_program: Callable[..., Program]) -> None:
+    """As a server does that imports its application and then forks."""
+    program = run_program(
+        """
+        def fork(then):
+            child = os.fork()
+            if not child:
+                try:
+                    then()
+                    sys.exit(0)
+                except WrongProcessError:
+                    sys.exit(3)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+        pool = RingPoolExecutor(1)
+        for item in (1, 2):
+            assert fork(lambda: functions.identity(pool.submit(abs, item).result())) == 0
+        assert fork(pool.shutdown) == 0
+        assert pool.submit(abs, -3).result() == 3
+        assert fork(lambda: pool.submit(abs, 1)) == 3  # it is the parent's
+        pool.shutdown()
+        """,
+        top="""
+from ringpool import RingPoolExecutor
+from tests.coordinator import executor_functions as functions
+""",
+    )
+    assert program.finish() == 0, program.err
+    assert program.err == ""
+    program.assert_nothing_is_left()
+
+
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_what_a_pool_is_made_of_is_imported_with_it_and_not_by_its_workers(tmp_path: Path, method: str) -> None:
     program = tmp_path / "program.py"

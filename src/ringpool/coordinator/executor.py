@@ -123,6 +123,17 @@ class _Deferred:
         return executor.make_deferred()
 
 
+_executors: weakref.WeakSet[RingPoolExecutor] = weakref.WeakSet()
+
+
+def _renew_unused() -> None:
+    for executor in list(_executors):
+        executor.renew_if_unused()
+
+
+os.register_at_fork(after_in_child=_renew_unused)
+
+
 class RingPoolExecutor(_Tasks):
     """A pool of processes that takes any callable. Every argument of ``ProcessPoolExecutor`` means here what it means
     there.
@@ -170,13 +181,26 @@ class RingPoolExecutor(_Tasks):
             "on_exit": _teller(on_worker_exit),
             "forward_logs": forward_logs,
         }
-        if startup.is_importing_main():  # it is a global of the main module: its workers rarely use it
-            self._deferred: dict[str, Any] | None = arguments
-            self._making = threading.Lock()
-        else:
+        self._arguments = arguments
+        self._defer()
+        if not startup.is_importing_main():  # else it is a global of the main module: its workers rarely use it
             self._make(arguments)
+        _executors.add(self)
 
     _calls: CallPool = _Deferred()  # pyright: ignore[reportAssignmentType]  (of the class; an executor's own hides it)
+
+    def _defer(self) -> None:
+        self._deferred: dict[str, Any] | None = self._arguments
+        self._making = threading.Lock()
+
+    def renew_if_unused(self) -> None:
+        """In a fork of the program: what had no task yet makes a pool of its own there, when it has one."""
+        calls: CallPool | None = self.__dict__.get("_calls")
+        if calls is None:
+            self._making = threading.Lock()
+        elif not calls.pool.was_used and not calls.pool.closing:
+            del self._calls
+            self._defer()
 
     def _make(self, arguments: dict[str, Any]) -> None:
         from ringpool.coordinator.callpool import CallPool  # here: see the module

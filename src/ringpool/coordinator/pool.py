@@ -186,6 +186,11 @@ class Pool:
 
     # ---- tasks
 
+    @property
+    def was_used(self) -> bool:
+        """Whether its threads and workers are there, or about to be."""
+        return self.pump.has_begun or self._beginning.locked()
+
     def check_open(self, *, first: Callable[[], None] | None = None) -> None:
         """Be ready for a task. ``first``: called before the first worker is forked; a fork that is made while another
         thread imports a module can never import that.
