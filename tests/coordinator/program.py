@@ -58,6 +58,14 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def kill_worker(pid: int) -> None:
+    """SIGKILL for a worker that its pool says is living: it may have died a moment ago."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
 def state_of(pid: int) -> str:
     """The state letter of a living process (proc(5))."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

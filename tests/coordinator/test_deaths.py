@@ -18,6 +18,7 @@ from tests.coordinator.program import (
     WATCHDOG_S,
     Program,
     is_alive,
+    kill_worker,
     shared_memory_of,
     state_of,
     wait_until,
@@ -176,7 +177,7 @@ def test_all_workers_may_be_killed_at_once_in_the_middle_of_a_run(pool: Coordina
         results.append(result)
         if len(results) in (500, 1500):
             for pid in pool.worker_pids:
-                os.kill(pid, signal.SIGKILL)
+                kill_worker(pid)
     assert sorted(r.path for r in results) == paths
     assert all(r.value == r.path.name for r in results), "a short task is not unlucky three times"
 
@@ -867,10 +868,7 @@ def test_a_run_of_many_tasks_survives_many_deaths(files: MakeFiles) -> None:
         def kill() -> None:
             while not over.wait(0.02):
                 for pid in own.worker_pids[:1] if os.urandom(1)[0] % 2 else own.worker_pids[-1:]:
-                    try:
-                        os.kill(pid, signal.SIGKILL)
-                    except ProcessLookupError:
-                        continue
+                    kill_worker(pid)
 
         killer = threading.Thread(target=kill)
         killer.start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 from tests import task_functions as tasks
-from tests.coordinator.program import WATCHDOG_S, wait_until
+from tests.coordinator.program import WATCHDOG_S, kill_worker, wait_until
 
 from ringpool import Coordinator, FileResult, FileTask, PathLock, RetryPolicy, WorkerDiedError
 from ringpool.errors import (
@@ -465,7 +464,7 @@ def test_a_worker_that_dies_waiting_for_a_lock_stops_nobody(file: Path, place: P
         while not future.done():
             wait_until(lambda: future.done() or names_in(place) != [], "an output that is staged")
             for pid in own.worker_pids:
-                os.kill(pid, signal.SIGKILL)
+                kill_worker(pid)
                 wait_until(lambda pid=pid: pid not in own.worker_pids, "its end")
         assert isinstance(future.exception(), RingpoolError)
         assert own.submit_file_task(tasks.size, file).result(WATCHDOG_S) == 5
@@ -487,7 +486,7 @@ def test_outputs_are_whole_although_workers_are_killed(files: MakeFiles, place: 
             results.append(result)
             if len(results) % 40 == 0:
                 for pid in pool.worker_pids[:1]:
-                    os.kill(pid, signal.SIGKILL)
+                    kill_worker(pid)
     assert sorted(r.path for r in results) == paths
     assert [r.error for r in results if not r.ok] == []
     assert names_in(place) == [path.name for path in paths]
