@@ -602,8 +602,7 @@ def test_ctrl_c_and_ctrl_z_at_a_terminal(run_program: RunProgram) -> None:
             with Coordinator(2) as pool:
                 hold(pool)
                 say("ready", *pool.worker_pids)
-                while True:
-                    signal.pause()
+                wait()
             """,
             top=STUCK.format(how="python", workers=2),
             terminal=terminal,
