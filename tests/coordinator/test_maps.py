@@ -409,10 +409,11 @@ def test_items_in_a_chunk_of_a_chosen_size_stay_together(executor: RingPoolExecu
 def test_a_result_that_does_not_come_in_time_is_a_timeout(
     executor: RingPoolExecutor, map_name: str, tmp_path: Path
 ) -> None:
-    gate = tmp_path / "gate"
+    gate, before = tmp_path / "gate", executor.stats().completed
     results = getattr(executor, map_name)(
         partial(functions.wait_for_if, str(gate), 3), range(4), timeout=0.5, chunksize=1
     )
+    wait_until(lambda: executor.stats().completed >= before + 3, "three results, however long that takes")
     found = [next(results) for _ in range(3)]
     assert sorted(found) == [0, 1, 2]
     with pytest.raises(TimeoutError) as caught:
