@@ -77,10 +77,14 @@ def test_short_tasks_go_together(pool: Coordinator, files: MakeFiles) -> None:
 
 
 def test_each_is_timed_by_itself(pool: Coordinator, many: list[Path]) -> None:
+    began_s = time.monotonic()
     results = odd_among_many(pool, many, "sleep")
+    elapsed_s = time.monotonic() - began_s
     assert_others_are_well(results, many[ODD])
     assert results[many[ODD]].duration_s >= 0.05
-    assert sum(result.duration_s > 0.04 for result in results.values()) < MANY // 100, "a busy machine may stop some"
+    assert sum(result.duration_s for result in results.values()) <= 2 * elapsed_s, (
+        "two workers, one task at a time each"
+    )
     assert all(result.duration_s > 0 for result in results.values())
     assert {result.worker for result in results.values()} <= {0, 1}
 
@@ -168,8 +172,12 @@ def test_one_that_closes_all_descriptors_costs_nobody_anything(pool: Coordinator
 
 
 def test_an_interrupt_between_two_of_them_costs_one(files: MakeFiles) -> None:
+    paths = files(500)
     with Coordinator(1) as own:
-        results = list(own.run_file_tasks(tasks.interrupted_later, files(500)))
+        for _ in range(20):  # a machine that is busy with other things makes them look long, and they go one by one
+            results = list(own.run_file_tasks(tasks.interrupted_later, paths))
+            if not all(result.ok for result in results):
+                break
     assert len({result.path for result in results}) == 500
     assert [type(result.error) for result in results if not result.ok] == [KeyboardInterrupt]
 
