@@ -111,7 +111,7 @@ def test_a_result_does_not_wait_for_the_next_line_of_a_list() -> None:
 def test_what_leads_a_group_of_its_own_ends_with_its_worker() -> None:
     line = "timeout 1000 sleep 1000 & echo $! > begun/pid; wait; : {src}"
     Path("begun").mkdir()
-    words = ("--job", "job", "--timeout", "1", "--attempts", "1", "--json")
+    words = ("--job", "job", "--timeout", "5", "--attempts", "1", "--json")
     [result] = objects(run("run", "--exec", f"set -m; {line}", "in/1.txt", *words))
     assert result["error"]["type"] == "TaskTimeoutError"
     wait_until(lambda: has_ended(int(Path("begun/pid").read_text())), "the end of what it had started")

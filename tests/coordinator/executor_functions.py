@@ -74,7 +74,8 @@ def sleep_at_three(i: int) -> int:
 def take_memory(n_bytes: int) -> int:
     taken = bytearray(n_bytes)
     taken[::4096] = b"x" * len(taken[::4096])
-    time.sleep(0.3 if n_bytes > 1 << 20 else 0)
+    if n_bytes > 1 << 20:
+        sleep_for_ever()  # whoever looks at the memory may be late
     return len(taken)
 
 

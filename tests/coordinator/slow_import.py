@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-IMPORT_S = 0.5
+IMPORT_S = 2.0
 
 time.sleep(IMPORT_S)
 

@@ -22,7 +22,8 @@ from ringpool import RingPoolExecutor, TaskOptions
 from ringpool.coordinator.limits import own_bytes
 from ringpool.errors import MemoryLimitError, TaskTimeoutError, WorkerDiedError
 
-LIMIT_S = 0.2
+LIMIT_S = 0.2  # of tasks that never end
+AMPLE_S = 2.0  # no short task takes so long, whoever else wants the processor or the disk
 LONG_S = 60.0  # no task of these tests gets there by itself
 ROOM = 160 * MIB  # above what a worker has that only imported this
 
@@ -148,7 +149,7 @@ def test_only_the_task_that_overruns_fails(executor: RingPoolExecutor) -> None:
 @pytest.mark.parametrize("unordered", [False, True])
 @pytest.mark.parametrize("chunksize", [None, 1, 4])
 def test_in_a_map_a_limit_is_each_items_own(executor: RingPoolExecutor, chunksize: int | None, unordered: bool) -> None:
-    view = executor.options(timeout=LIMIT_S)
+    view = executor.options(timeout=AMPLE_S)
     run = view.map_unordered if unordered else view.map
     results = list(run(functions.overrun_if, range(20), chunksize=chunksize, return_exceptions=True))
     errors = [result for result in results if not isinstance(result, int)]
@@ -160,8 +161,8 @@ def test_in_a_map_a_limit_is_each_items_own(executor: RingPoolExecutor, chunksiz
 
 def test_items_that_together_take_longer_than_the_limit_are_not_over(executor: RingPoolExecutor) -> None:
     before = executor.stats().worker_deaths
-    view = executor.options(timeout=1.0)
-    assert list(view.map(functions.spin, [0.05] * 60, chunksize=30)) == [0.05] * 60
+    view = executor.options(timeout=AMPLE_S)
+    assert list(view.map(functions.spin, [0.08] * 60, chunksize=30)) == [0.08] * 60
     assert executor.stats().worker_deaths == before
 
 
@@ -179,7 +180,7 @@ def test_the_timeout_of_a_map_itself_is_another_one(executor: RingPoolExecutor, 
 
 def test_what_a_task_that_overruns_has_started_goes_with_it(executor: RingPoolExecutor, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
-    late = executor.submit_with(TaskOptions(timeout=1.0), functions.overrun_with_child, str(begun))
+    late = executor.submit_with(TaskOptions(timeout=2 * AMPLE_S), functions.overrun_with_child, str(begun))
     assert isinstance(late.exception(WATCHDOG_S), TaskTimeoutError)
     child = int(begun.read_text())
     wait_until(lambda: not is_alive(child), "the end of the task's child")
@@ -220,12 +221,12 @@ def test_a_task_is_tried_again_as_often_as_it_may(
     few, enough = tmp_path / "few", tmp_path / "enough"
     few.mkdir()
     enough.mkdir()
-    view = executor.options(timeout=LIMIT_S, retries=1)
+    view = executor.options(timeout=AMPLE_S, retries=1)
     error = view.submit(function, str(few)).exception(WATCHDOG_S)
     assert type(error) is error_type
     assert error.deaths == 2  # type: ignore[union-attr]
     assert len(list(few.iterdir())) == 2
-    view = executor.options(timeout=LIMIT_S, retries=2)
+    view = executor.options(timeout=AMPLE_S, retries=2)
     assert view.submit(function, str(enough)).result(WATCHDOG_S) == "done"
     assert len(list(enough.iterdir())) == 3
 
@@ -362,7 +363,7 @@ def test_workers_that_are_replaced_all_the_time_do_not_hang_the_pool() -> None:
 
 def test_limits_work_in_workers_that_are_replaced() -> None:
     with RingPoolExecutor(2, max_tasks_per_child=2) as pool:
-        view = pool.options(timeout=0.5)
+        view = pool.options(timeout=AMPLE_S)
         results = list(view.map(functions.overrun_if, range(12), return_exceptions=True))
         assert isinstance(results[3], TaskTimeoutError)
         assert [result for i, result in enumerate(results) if i != 3] == [2 * i for i in range(12) if i != 3]

@@ -137,7 +137,7 @@ def test_an_argument_that_cannot_be_pickled_is_raised_at_its_turn(executor: Ring
 def test_an_item_that_runs_over_its_time_fails_alone(executor: RingPoolExecutor, tmp_path: Path) -> None:
     never = tmp_path / "gate"
     call = partial(functions.wait_for_if, str(never), 150)
-    found = list(executor.options(timeout=1).map(call, range(300), return_exceptions=True))
+    found = list(executor.options(timeout=2).map(call, range(300), return_exceptions=True))
     assert [item for item, outcome in enumerate(found) if outcome != item] == [150]
     assert type(found[150]) is TaskTimeoutError
 

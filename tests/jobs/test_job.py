@@ -398,7 +398,7 @@ def test_a_file_that_kills_its_workers_is_set_aside(tmp_path: Path) -> None:
 
 def test_a_timeout_costs_its_file_alone(tmp_path: Path) -> None:
     source, target = named(tmp_path / "in", "a", "b.slow", "c"), tmp_path / "out"
-    report = Job(functions.fail_by_name, str(source), f"{target}/{{name}}", timeout_s=0.5, attempts_max=1).run(2)
+    report = Job(functions.fail_by_name, str(source), f"{target}/{{name}}", timeout_s=3, attempts_max=1).run(2)
     assert counts(report) == (2, 0, 1, 0)
     assert report.kinds == {"TaskTimeoutError": 1}
 

@@ -502,7 +502,7 @@ def test_a_command_that_makes_no_output_leaves_none(pool: Coordinator, src: byte
 
 def test_a_command_that_overruns_is_killed_with_its_children(src: bytes) -> None:
     with RingPoolExecutor(1) as executor:
-        future = executor.submit_with(TaskOptions(timeout=3), run_command, src, template=LASTING)
+        future = executor.submit_with(TaskOptions(timeout=8), run_command, src, template=LASTING)
         pids = pids_of(src)
         assert isinstance(future.exception(WATCHDOG_S), TaskTimeoutError)
         wait_for_end_of(pids)
