@@ -95,7 +95,9 @@ rows_of_any_kind = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.lists(rows_of_any_kind, max_size=8, unique_by=lambda one: (one.input, one.output)))
 def test_rows_of_any_bytes_come_back_as_they_were_in_the_order_of_their_keys(ledger: Ledger, rows: list[Row]) -> None:
     job = ledger.job(os.urandom(8).hex(), b"")
@@ -255,7 +257,9 @@ steps = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.lists(steps, max_size=12))
 def test_reports_are_those_of_the_rows_whatever_was_written_over_and_forgotten(
     tmp_path: Path, steps: list[tuple[str, Any]]

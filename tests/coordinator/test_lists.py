@@ -63,7 +63,9 @@ def test_a_list_is_of_lines_or_of_what_nul_bytes_end(tmp_path: Path, content: by
     assert paths(read_list(written(tmp_path, content))) == expected
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.lists(st.binary(min_size=1, max_size=9).map(lambda name: name.replace(b"\0", b"\n")), min_size=1))
 def test_a_nul_list_keeps_names_of_any_bytes(tmp_path: Path, names: list[bytes]) -> None:
     assert paths(read_list(written(tmp_path, b"".join(name + b"\0" for name in names)))) == names
@@ -357,7 +359,9 @@ CELLS = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.lists(st.tuples(CELLS.filter(bool), CELLS, CELLS)), st.sampled_from(["csv", "tsv"]), st.booleans())
 def test_what_the_csv_module_writes_is_read_as_it_was(
     tmp_path: Path, rows: list[tuple[str, str, str]], suffix: str, unix: bool
@@ -371,7 +375,9 @@ def test_what_the_csv_module_writes_is_read_as_it_was(
     assert manifest(tmp_path, text.getvalue().encode("utf-8", "surrogateescape"), f"m.{suffix}") == expected
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     st.lists(
         st.dictionaries(CELLS, CELLS | st.integers() | st.booleans() | st.none() | st.lists(st.integers())).flatmap(

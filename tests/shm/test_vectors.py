@@ -293,7 +293,9 @@ def runs_of(outcomes: list[Any], quota: int, room: int) -> int:
     return min(quota, len(outcomes))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None, max_examples=150
+)
 @given(
     same_type=runs_of_one_type,
     mixed=st.lists(anything, max_size=12),
@@ -519,7 +521,9 @@ def test_a_chunk_that_is_used_again_shows_nothing_of_its_last_vector(stand: Stan
 
 
 @can_split
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None, max_examples=150
+)
 @given(
     n=st.integers(1, 12),
     first=st.integers(0, 3),

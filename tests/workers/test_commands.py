@@ -151,7 +151,9 @@ def test_a_name_is_never_read_by_the_shell_wherever_it_stands(tmp_path: Path, na
 
 @pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize("key", PLACES)
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(name=names)
 def test_any_name_arrives_as_it_is(tmp_path: Path, key: str, name: bytes, shell: str) -> None:
     script, expected = PLACES[key]
@@ -160,7 +162,9 @@ def test_any_name_arrives_as_it_is(tmp_path: Path, key: str, name: bytes, shell:
 
 
 @pytest.mark.skipif(not BASH, reason="there is no bash")
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(name=names)
 def test_what_only_bash_has_is_understood(tmp_path: Path, name: bytes) -> None:
     scripts = {
@@ -173,7 +177,9 @@ def test_what_only_bash_has_is_understood(tmp_path: Path, name: bytes) -> None:
     assert write_in(tmp_path / "place", name, scripts, BASH) == expected
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(name=names)
 @pytest.mark.skipif(not BASH, reason="there is no bash")
 def test_the_command_of_an_error_can_be_typed(tmp_path: Path, name: bytes) -> None:
