@@ -24,7 +24,7 @@ import numpy as np
 
 from ringpool.errors import RingpoolError
 
-WATCHDOG_S = 60
+WATCHDOG_S = 300
 
 
 def wait_for(path: str | Path) -> None:
@@ -376,7 +376,7 @@ def surroundings(src: Path, *, act: str) -> str:
             case "ignore signals":
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
             case "set a timer":
-                signal.alarm(60)
+                signal.alarm(3600)
             case _:
                 raise AssertionError(act)
     return found

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # importing it takes a worker longer than most of its tasks
     import numpy as np
 
-WATCHDOG_S = 60
+WATCHDOG_S = 300
 MIB = 1 << 20
 
 _kept: list[object] = []  # what a task leaves behind in its worker

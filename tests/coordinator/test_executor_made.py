@@ -45,7 +45,7 @@ def test_an_executor_can_be_made_in_a_fork_that_was_made_while_another_was_made(
         begun.wait()
         pid = os.fork()
         if not pid:
-            signal.alarm(10)
+            signal.alarm(60)
             callpool.CallPool = fast
             RingPoolExecutor(1).shutdown()
             os._exit(0)

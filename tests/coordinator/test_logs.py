@@ -518,7 +518,7 @@ def test_forks_while_records_come_in_do_not_hang(run_program: RunProgram) -> Non
         for i in range(100):
             pid = os.fork()
             if not pid:
-                signal.alarm(20)
+                signal.alarm(60)
                 logging.getLogger("forked").info("%d", i)
                 inbox.close(30)
                 os._exit(0)

@@ -54,7 +54,7 @@ from ringpool.shm.results import Results
 from ringpool.shm.ring import DONE_HEAD, RUN_STATE
 
 T = TypeVar("T")
-PATIENCE_S = 20  # the watchdog of every wait, and of a child's life
+PATIENCE_S = 60  # the watchdog of every wait, and of a child's life
 SHARDS = 4  # into how many tests a full sweep is cut, for as many processors
 SAMPLE_STRIDE = 37
 FULL = (pytest.mark.crash, pytest.mark.timeout(900))

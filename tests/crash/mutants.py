@@ -26,7 +26,7 @@ from ringpool.coordinator import leftovers
 from ringpool.errors import RingpoolError
 
 PACKAGE = Path(os.path.realpath(ringpool.__file__)).parent
-PATIENCE_S = 90
+PATIENCE_S = 240
 EXIT_CAUGHT = 3
 
 
