@@ -40,6 +40,11 @@ def note(path: str, item: int) -> int:
     return item
 
 
+def note_slowly(path: str, item: int) -> int:
+    time.sleep(0.001)
+    return note(path, item)
+
+
 def note_first(path: str, row: tuple[int]) -> int:
     return note(path, row[0])
 

@@ -18,6 +18,7 @@ from tests.coordinator.program import WATCHDOG_S, wait_until
 
 from ringpool import RingPoolExecutor, WorkerDiedError
 from ringpool.coordinator.callpool import RING_SLOTS
+from ringpool.coordinator.pump import Pump
 
 
 @pytest.fixture
@@ -54,6 +55,77 @@ def test_a_higher_priority_overtakes_what_is_in_the_ring(
     gate.touch()
     wait(futures, WATCHDOG_S)
     assert functions.noted(path) == [1002, 1001, *range(300), 999]
+
+
+def test_what_is_overtaken_twice_stays_in_its_order(executor: RingPoolExecutor, tmp_path: Path) -> None:
+    """The second time, only some of it is in the ring again."""
+    path = str(tmp_path / "notes")
+    futures = [executor.submit(functions.note_slowly, path, item) for item in range(200)]
+    wait_until(lambda: functions.n_noted(path), "the first")
+    for n in (20, 40):
+        futures.append(executor.options(priority=1).submit(functions.note, path, 1000))
+        wait_until(lambda n=n: functions.n_noted(path) > n, "some more")
+    wait(futures, WATCHDOG_S)
+    assert [item for item in functions.noted(path) if item != 1000] == list(range(200))
+
+
+def test_what_runs_for_long_holds_up_nobody_whom_it_was_overtaken_with(tmp_path: Path) -> None:
+    begun, gate = tmp_path / "begun", tmp_path / "gate"
+    with RingPoolExecutor(2) as executor:
+        held = executor.submit(functions.hold, str(begun), str(gate))
+        wait_until(begun.exists, "the task that runs for long")
+        for priority in (1, 0):
+            assert executor.options(priority=priority).submit(abs, -1).result(WATCHDOG_S) == 1
+        gate.touch()
+        held.result(WATCHDOG_S)
+
+
+def test_a_full_ring_can_be_overtaken(executor: RingPoolExecutor, gate: Path, tmp_path: Path) -> None:
+    path = str(tmp_path / "notes")
+    futures = [executor.submit(functions.note_slowly, path, item) for item in range(RING_SLOTS + 100)]
+    wait_until(lambda: n_in_ring(executor) == RING_SLOTS, "a full ring")
+    first = executor.options(priority=1).submit(functions.note, path, -1)
+    time.sleep(0.2)  # for the pump, which wakes every 0.1 s
+    gate.touch()
+    first.result(WATCHDOG_S)
+    assert functions.noted(path)[0] == -1
+    executor.shutdown(cancel_futures=True)
+    assert all(future.cancelled() for future in futures[-100:])
+
+
+def test_who_comes_while_others_are_put_into_the_ring_overtakes_them(
+    executor: RingPoolExecutor, gate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, take = str(tmp_path / "notes"), Pump._take
+    late: list[Any] = []
+
+    def take_later(pump: Pump, *arguments: Any) -> Any:
+        if not late:
+            late.append(executor.options(priority=1).submit(functions.note, path, -1))
+        return take(pump, *arguments)
+
+    futures = [executor.submit(functions.note, path, item) for item in range(300)]
+    wait_until(lambda: n_in_ring(executor) == 301, "all tasks in the ring")
+    monkeypatch.setattr(Pump, "_take", take_later)
+    futures.append(executor.submit(functions.note, path, 300))
+    wait_until(lambda: n_in_ring(executor) == 302, "the one that comes late in the ring")
+    gate.touch()
+    wait([*futures, *late], WATCHDOG_S)
+    assert functions.noted(path) == [-1, *range(301)]
+
+
+def test_what_was_overtaken_does_not_wear_its_worker_out(tmp_path: Path) -> None:
+    begun, gate = tmp_path / "begun", tmp_path / "gate"
+    with RingPoolExecutor(1, max_tasks_per_child=50) as executor:
+        held = executor.submit(functions.hold, str(begun), str(gate))
+        wait_until(begun.exists, "the task that holds the worker")
+        futures = [executor.submit(abs, -1) for _ in range(40)]
+        wait_until(lambda: n_in_ring(executor) == 41, "all tasks in the ring")
+        futures += [executor.options(priority=1).submit(abs, -1), held]
+        wait_until(lambda: n_in_ring(executor) == 42, "the one that overtakes in the ring")
+        gate.touch()
+        wait(futures, WATCHDOG_S)
+        assert executor.stats().recycled == 0
 
 
 def test_what_was_overtaken_can_be_cancelled(executor: RingPoolExecutor, gate: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ class Backlog(Generic[T]):
             heapq.heappush(self._ranked, (-ticket.priority, self._first, ticket))
 
     def put_back(self, ticket: T, sequence: int) -> None:
-        """Before all of its priority that were not in the ring; among those that were, by their ``sequence`` there."""
+        """Before all of its priority that were not in the ring; among those, by the first ``sequence`` there."""
         heapq.heappush(self._ranked, (-ticket.priority, sequence - _BEFORE, ticket))
 
     def popleft(self) -> T:

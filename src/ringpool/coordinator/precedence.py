@@ -2,7 +2,7 @@
 
     the next of the backlog outranks some in the ring --> those are refused, come back CANCELLED, and are queued again,
                                                           before all of their priority that were not in the ring
-    until they are back                                   only who outranks them enters the ring
+    until they are back, or turn out to run               only who outranks them enters the ring
     for a second                                          few tasks are in the ring: so many come back at a time
 
 Workers run what is in the ring in its order. It holds a thousand tasks where nobody is overtaken, so that workers have
@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ringpool.coordinator.futures import PoolFuture
+from ringpool.shm import layout
 
 if TYPE_CHECKING:
     from ringpool.coordinator.tickets import Ticket
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 CALM_S = 1.0
 DEEP = 16  # tasks in the ring for each worker, until nobody was overtaken for so long
+STARTED_NS = 5_000_000  # who has been at a task for so long has not heeded that it was refused
 
 
 class Precedence:
@@ -33,7 +35,7 @@ class Precedence:
         self._end = end
         self._tickets = tickets
         self._lowest = 0  # no lower priority is in the ring
-        self._refused: set[int] = set()  # slots
+        self._refused: set[int] = set()  # sequences of those that are to come back
         self._highest_refused = 0
         self._calm_from_s = -math.inf
 
@@ -44,6 +46,8 @@ class Precedence:
             if self._refuse_below(first.priority):
                 self._calm_from_s = time.monotonic() + CALM_S
         if self._refused:
+            self._refused -= self._started()
+        if self._refused:
             return int(first.priority > self._highest_refused)
         if time.monotonic() > self._calm_from_s:
             return self._end.ring.slots
@@ -53,9 +57,9 @@ class Precedence:
         """They have entered the ring."""
         self._lowest = min(self._lowest, *(ticket.priority for ticket in tickets))
 
-    def left(self, slot: int) -> None:
+    def left(self, sequence: int) -> None:
         """A task has left the ring, in whatever way."""
-        self._refused.discard(slot)
+        self._refused.discard(sequence)
 
     def _refuse_below(self, priority: int) -> bool:
         """Keep those of lower priority from starting; whether there were any. What runs already, does."""
@@ -67,7 +71,18 @@ class Precedence:
             if isinstance(ticket.sink, PoolFuture):
                 ticket.spared = True  # so it is queued again when it comes back, unless it is cancelled until then
                 self._end.refuse(ticket.slot, ticket.sequence)
-                refused.add(ticket.slot)
+                refused.add(ticket.sequence)
                 highest = ticket.priority if highest is None else max(highest, ticket.priority)
         self._highest_refused = highest or 0
         return bool(refused)
+
+    def _started(self) -> set[int]:
+        """The sequences of what runs, and may do so for long: nobody waits for it."""
+        ring, now_ns = self._end.ring, time.monotonic_ns()
+        started: set[int] = set()
+        for worker in range(ring.workers):
+            base = ring.worker_word(worker, 0)
+            since_ns = ring.words[base + layout.W_TASK_START]  # to come, while it imports what it is to call
+            if not 0 <= now_ns - since_ns < STARTED_NS:
+                started.add(layout.sequence_of(ring.words[base + layout.W_RUNNING] - 1))
+        return started

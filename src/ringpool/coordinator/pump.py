@@ -339,16 +339,17 @@ class Pump:
         self._out_of_chunks = self._is_deep = False
         if not backlog:
             return False
-        while backlog and end.n_free and not self.broken:
+        while backlog and not self.broken:
             n = min(end.n_free, PUBLISH_MAX, len(backlog))
             first = backlog.peek() if backlog.has_priorities else None
-            if first is not None:
-                n = min(n, self._precedence.room(first, self._in_ring))
-                if n <= 0:
-                    self._is_deep = True
-                    break
+            if first is not None:  # also where the ring is full: who is overtaken there makes room
+                room = self._precedence.room(first, self._in_ring)
+                self._is_deep = room <= 0
+                n = min(n, room)
+            if n <= 0:
+                break
             self._in_ring += n  # before they leave the backlog: whoever waits for both to be empty must not see a gap
-            batch, tasks = self._take(n)
+            batch, tasks = self._take(n, 0 if first is None else first.priority)
             self._in_ring -= n - len(batch)
             sequence = end.published
             slots = end.publish(tasks)
@@ -357,18 +358,23 @@ class Pump:
                 ticket.slot = slot
                 ticket.sequence = sequence
                 sequence += 1
-            if first is not None and batch:
+            if batch and backlog.has_priorities:
                 self._precedence.entered(batch)
             if self._out_of_chunks:
                 break
         return True
 
-    def _take(self, n: int) -> tuple[list[Ticket], list[Task]]:
-        """Up to ``n`` tickets of the backlog, with what is to be published for them."""
+    def _take(self, n: int, highest: int) -> tuple[list[Ticket], list[Task]]:
+        """Up to ``n`` tickets of the backlog, with what is to be published for them. None above priority ``highest``:
+        whoever has come since that was looked at overtakes others first.
+        """
         batch: list[Ticket] = []
         tasks: list[Task] = []
+        backlog = self._backlog
         for _ in range(n):
-            ticket = self._backlog.popleft()
+            if backlog.has_priorities and (first := backlog.peek()) is not None and first.priority > highest:
+                break
+            ticket = backlog.popleft()
             ticket.sequence = LEAVING
             if ticket.cancelled:
                 ticket.sequence = QUEUED
@@ -380,7 +386,7 @@ class Pump:
                 if placed is None:
                     self._out_of_chunks = True
                     ticket.sequence = QUEUED
-                    self._backlog.append_front([ticket])
+                    backlog.append_front([ticket])
                     break
                 task = placed
             if ticket.timeout_s is not None:
@@ -420,12 +426,14 @@ class Pump:
             self.parcels.retain(ticket.task, entry, is_parcel=record.encoding == _BLOB)
         self._tickets[slot] = None
         if self._backlog.has_priorities:
-            self._precedence.left(slot)
+            self._precedence.left(layout.sequence_of(entry))
         if ticket.timeout_s is not None:
             self.staff.limits.release()
         if ticket.spared and record.status == _CANCELLED and not self._cancels_all and ticket.sink.unspoiled(ticket):
             ticket.attempts_max -= record.attempt  # workers that died in it: a new task of the ring begins at none
-            self._backlog.put_back(ticket, layout.sequence_of(entry))
+            if ticket.first_sequence < 0:
+                ticket.first_sequence = layout.sequence_of(entry)
+            self._backlog.put_back(ticket, ticket.first_sequence)
             self._in_ring -= 1  # after that, here and for vectors: see ``_publish``
             return
         if ticket.part is None:
@@ -494,7 +502,8 @@ class Pump:
             self.end.wait(wait_s, max(1, self._in_ring // 2), wait_s)
         else:
             is_look_due = self._n_vectors or any(feeder.holds_items for feeder in self.feeders.copy())
-            wait_s = SPLIT_LOOK_S if is_look_due else TAKE_BACK_AFTER_S if self._in_ring > 1 else IDLE_WAIT_S
+            is_held_up = self._in_ring > 1 or self._is_deep
+            wait_s = SPLIT_LOOK_S if is_look_due else TAKE_BACK_AFTER_S if is_held_up else IDLE_WAIT_S
             self.end.wait(wait_s if look_s is None else min(wait_s, look_s), 1, 0)
         self._sleeping = False
 
@@ -522,7 +531,7 @@ class Pump:
     def _fail_all(self, error: BaseException) -> None:
         """Nobody waits for ever: every task that has no result gets ``error``."""
         waiting = [ticket for ticket in self._tickets if ticket is not None]
-        self._tickets = [None] * len(self._tickets)
+        self._tickets[:] = [None] * len(self._tickets)
         waiting += self._backlog.drain()
         self._in_ring = 0
         for ticket in waiting:

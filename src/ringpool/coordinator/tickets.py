@@ -95,6 +95,7 @@ class Ticket(msgspec.Struct, eq=False):
     """A task on its way through the coordinator. ``sequence``: in the ring, from when it is published; -1 before.
 
     Before that it is ``LEAVING`` for as long as the pump puts it there. ``slot``: in the ring, set before ``sequence``.
+    ``first_sequence``: when it was taken out of the ring, that which it had there at first; else -1.
     ``cancelled``: it is not to be published. ``spared``: its cancel came too late to be sure of; if a worker heeded it
     all the same, the task is queued again. ``source`` and ``output`` as the caller gave them; ``target``: the output's
     absolute path; ``result_blob``: encoding, body and buffers of a result that is too large for its record, or its
@@ -112,6 +113,7 @@ class Ticket(msgspec.Struct, eq=False):
     result_blob: Any = None
     sequence: int = QUEUED
     slot: int = -1
+    first_sequence: int = -1
     cancelled: bool = False
     spared: bool = False
     attempts_max: int = 1

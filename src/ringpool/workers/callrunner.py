@@ -49,6 +49,10 @@ class CallRunner:
         """How many more items than tasks were run, since ``take_extra``."""
         return self._n_extra
 
+    def skip(self) -> None:
+        """A task was not run: its worker is no more worn by it."""
+        self._n_extra -= 1
+
     def take_extra(self) -> int:
         """``n_extra``, which begins anew."""
         n, self._n_extra = self._n_extra, 0

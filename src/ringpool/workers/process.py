@@ -218,6 +218,7 @@ class Worker:
         function_id, payload, blob, form, cancelled = self.results.read_task(entry)
         if cancelled:
             self.post.cancelled(entry)
+            self.calls.skip()
             return start_ns
         if form == _JOB:
             return (self.jobs or self._make_jobs()).run(entry, function_id, payload, blob, start_ns)
