@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import textwrap
@@ -28,8 +27,8 @@ from ringpool import Coordinator, PathLock, RingPoolExecutor, WorkerDiedError
 from ringpool.coordinator.futures import TaskFuture
 from ringpool.coordinator.leftovers import reclaim_dead
 from ringpool.shm import layout, segment
-from ringpool.shm.dispatch import CoordinatorEnd
 from ringpool.shm.owner import this_process
+from ringpool.shm.ring import Ring
 
 MakeFiles = Callable[[int], list[Path]]
 RunProgram = Callable[..., Program]
@@ -412,10 +411,60 @@ def test_a_dead_segment_stays_while_a_worker_of_it_lives(run_program: RunProgram
     program.finish()
     (name,) = (file for file in shared_memory_of(program.pid) if segment.NAME.fullmatch(file))
     assert name not in reclaim_dead()
-    with contextlib.closing(CoordinatorEnd(segment.attach(name))) as end:
-        end.ring.words[end.ring.worker_word(0, layout.W_PID)] = 0
+    ring = Ring(segment.attach(name))
+    assert not ring.words[layout.COORDINATOR_PID_AT >> 3], "it was taken over"
+    ring.words[ring.worker_word(0, layout.W_PID)] = 0
+    ring.close()
     reclaim_dead()
     assert shared_memory_of(program.pid) == set()
+
+
+def test_a_dead_segment_stays_while_another_start_is_at_it(run_program: RunProgram) -> None:
+    """Without the segment's blobs, that one would not find all that was staged."""
+    other = run_program("say('ready'); wait()")
+    other.wait_for("ready")
+    program = run_program(
+        f"""
+        from ringpool.shm import layout, owner, segment
+        from ringpool.shm.ring import Ring
+
+        ring = Ring(segment.create(8, 1))
+        ring.words[layout.COORDINATOR_PID_AT >> 3] = {other.pid}
+        ring.words[layout.COORDINATOR_START_AT >> 3] = owner.start_time({other.pid})
+        say("ready")
+        wait()
+        """
+    )
+    program.wait_for("ready")
+    program.signal(signal.SIGKILL, group=False)
+    program.finish()
+    (name,) = (file for file in shared_memory_of(program.pid) if segment.NAME.fullmatch(file))
+    assert name not in reclaim_dead()
+    other.signal(signal.SIGKILL)
+    other.finish()
+    reclaim_dead()
+    assert shared_memory_of(program.pid) == set()
+
+
+def test_a_damaged_segment_leaves_no_semaphore_open(run_program: RunProgram) -> None:
+    program = run_program(
+        """
+        from ringpool.shm import segment
+        from ringpool.shm.ring import VERSION_WORD, Ring
+
+        for _ in range(20):
+            Ring(segment.create(8, 8)).words[VERSION_WORD] = 1 << 63
+        say("ready")
+        wait()
+        """
+    )
+    program.wait_for("ready")
+    program.signal(signal.SIGKILL, group=False)
+    program.finish()
+    reclaim_dead()
+    assert shared_memory_of(program.pid) == set()
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    assert not [line for line in mapped if "/sem." in line and f".{program.pid}." in line]
 
 
 def staged_in(place: Path) -> list[Path]:

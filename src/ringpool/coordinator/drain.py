@@ -91,7 +91,7 @@ def drain(name: str, deliver: Callable[[Drained], None]) -> None:
         return  # its coordinator died while it made it
     end = CoordinatorEnd(attached, retains=True)
     try:
-        pid = living_worker(end, WORKERS_DIE_S)
+        pid = living_worker(end.ring, WORKERS_DIE_S)
         if pid:
             raise JobError(
                 f"process {pid}, a worker of a job whose coordinator is dead, is still there; it hangs in the kernel, "

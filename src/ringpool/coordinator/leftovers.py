@@ -8,13 +8,14 @@ One whose input is gone stays: its task may have moved it there.
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 
-from ringpool.errors import RingpoolError
+from ringpool.errors import RingpoolError, SegmentBusyError
 from ringpool.shm import layout, segment
 from ringpool.shm.dispatch import CoordinatorEnd
 from ringpool.shm.layout import Form
 from ringpool.shm.owner import Owner
+from ringpool.shm.ring import Ring
 
 WORKERS_DIE_S = 0.1  # the kernel kills them within milliseconds
 
@@ -28,11 +29,11 @@ def reclaim_dead() -> list[str]:
     return segment.reclaim_dead(_remove_staged)
 
 
-def living_worker(end: CoordinatorEnd, timeout_s: float) -> int:
+def living_worker(ring: Ring, timeout_s: float) -> int:
     """The pid of a worker of a dead coordinator that is still there after so long; 0: none is."""
-    words, deadline_s = end.ring.words, time.monotonic() + timeout_s
-    for worker in range(end.ring.workers):
-        base = end.ring.worker_word(worker, 0)
+    words, deadline_s = ring.words, time.monotonic() + timeout_s
+    for worker in range(ring.workers):
+        base = ring.worker_word(worker, 0)
         who = Owner(words[base + layout.W_PID], words[base + layout.W_START])
         while who.pid and who.alive:
             if time.monotonic() > deadline_s:
@@ -44,12 +45,15 @@ def living_worker(end: CoordinatorEnd, timeout_s: float) -> int:
 def _remove_staged(name: str) -> bool:
     """Whether segment ``name`` may go."""
     try:
+        with closing(Ring(segment.attach(name))) as ring:  # not taken over yet: who does that is alive for long
+            if living_worker(ring, WORKERS_DIE_S):
+                return False
         end = CoordinatorEnd(segment.attach(name))
+    except SegmentBusyError:  # another pool that starts is at it
+        return False
     except Exception:  # not whole, another version's, or damaged: it tells nothing, and must not stop who comes now
         return True
     try:
-        if living_worker(end, WORKERS_DIE_S):
-            return False
         for worker in range(end.ring.workers):
             for claim in end.claims_of_dead(worker):
                 if end.results.read_task(claim.entry)[3] == Form.FILE:

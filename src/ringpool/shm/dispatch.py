@@ -65,13 +65,19 @@ class CoordinatorEnd:
         self._retained: deque[int] = deque()  # slots of [DHEAD, collected)
         self._collected = self.ring.words[DONE_HEAD]
         self.results = Results(self.ring, layout.WORKERS_MAX)
-        self.semaphores = [segment.semaphore(w) for w in range(self.ring.workers)]
+        self.semaphores: list[posix_ipc.Semaphore] = []
         self.semaphore = segment.semaphore(COORDINATOR_SEMAPHORE)
         self._free: list[int] = []
         self._published = 0
         self._stale = True
         self._closed = False
-        self._take_over()
+        try:
+            for worker in range(self.ring.workers):
+                self.semaphores.append(segment.semaphore(worker))
+            self._take_over()
+        except BaseException:
+            self.close()
+            raise
 
     # ---- private state
 
