@@ -370,6 +370,33 @@ def test_an_interrupt_ends_a_program(run_program: RunProgram, where: str) -> Non
     program.assert_nothing_is_left()
 
 
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_an_interrupt_while_a_worker_starts_is_none_of_its_own(run_program: RunProgram, method: str) -> None:
+    """A terminal sends Ctrl-C to all. But what is no worker has it, when it comes to its work."""
+    program = run_program(
+        f"""
+        with Coordinator(1, mp_context={method!r}) as pool:
+            assert pool.submit_file_task(tasks.size, __file__).result() > 0
+        context = multiprocessing.get_context({method!r})
+        other = context.Process(target=print, args=("it was not interrupted",))
+        other.start()
+        other.join()
+        say("other", other.exitcode != 0)
+        """,
+        top="""
+        import multiprocessing
+
+        if __name__ != "__main__":
+            os.kill(os.getpid(), signal.SIGINT)  # while it imports this
+        """,
+    )
+    assert program.wait_for("other") == "True"
+    assert program.finish() == 0, program.err
+    assert "not interrupted" not in program.out
+    assert program.err.count("Traceback") <= 1, "the other's"
+    program.assert_no_process_is_left()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(
     "where", ["in a loop over results", "waiting for a result", "in close", "without a block", "with two pools"]

@@ -152,7 +152,8 @@ def _forget_processes() -> None:
 def _interrupts_held_back(context: BaseContext) -> Generator[None]:
     """A worker begins with SIGINT blocked, until it is bound to us: a Ctrl-C before would be a traceback of its own.
 
-    The fork server must not inherit that: it would pass it on to processes that are none of ours.
+    The fork server must not inherit that: it would pass it on to processes that are none of ours. There,
+    ``workers.ahead`` does this.
     """
     if context.get_start_method() == "forkserver":
         yield

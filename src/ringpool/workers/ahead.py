@@ -8,6 +8,9 @@ does a server outlive the program because a main module takes long.
 A fork that fails (EAGAIN, where ``ulimit -u`` or a container's ``pids.max`` is reached) ends the server of
 ``multiprocessing``, and all workers with it. Here it costs the one who asked: he reads the end of his pipe. The server
 goes on after ECONNABORTED, which it takes for a client that left.
+
+A worker begins with SIGINT blocked, until it is bound to its program: a Ctrl-C before would be a traceback of its own.
+A process of somebody else's has it back when it comes to its own work.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import sys
 from multiprocessing import process, spawn
 from types import FrameType
@@ -38,7 +42,23 @@ def _fork_or_hang_up() -> int:
         raise ConnectionAbortedError(errno.ECONNABORTED, str(error)) from error
     if pid == 0:
         os.fork = _fork  # what a worker forks is its own affair
+        _hold_back_interrupts()
     return pid
+
+
+def _hold_back_interrupts() -> None:
+    """Until it is known whose process this is; the server itself ignores them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    base: Any = process.BaseProcess
+    bootstrap = base._bootstrap
+
+    def begin(self: Any, *arguments: Any, **more: Any) -> Any:
+        base._bootstrap = bootstrap
+        if getattr(self._target, "__module__", None) != "ringpool.workers.process":
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return bootstrap(self, *arguments, **more)
+
+    base._bootstrap = begin
 
 
 def _hang_up(server: FrameType) -> bool:
