@@ -77,6 +77,11 @@ def shared_memory_of(pid: int) -> set[str]:
     return {name for name in names if (owner := segment.owner_of(name)) is not None and owner.pid == pid}
 
 
+def wait_until_gone(pid: int) -> None:
+    """Another pool that starts on this machine may be at its segment: then that one removes it."""
+    wait_until(lambda: not shared_memory_of(pid), "the end of a dead segment")
+
+
 class Program:
     """A program whose ``main()`` is ``body``, in a process group of its own; all it started is killed at the end.
 

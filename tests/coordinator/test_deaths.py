@@ -21,6 +21,7 @@ from tests.coordinator.program import (
     shared_memory_of,
     state_of,
     wait_until,
+    wait_until_gone,
 )
 
 from ringpool import Coordinator, PathLock, RingPoolExecutor, WorkerDiedError
@@ -465,11 +466,6 @@ def test_a_damaged_segment_leaves_no_semaphore_open(run_program: RunProgram) -> 
     wait_until_gone(program.pid)
     mapped = Path("/proc/self/maps").read_text().splitlines()
     assert not [line for line in mapped if "/sem." in line and f".{program.pid}." in line]
-
-
-def wait_until_gone(pid: int) -> None:
-    """Another pool that starts on this machine may be at its segment: then that one removes it."""
-    wait_until(lambda: not shared_memory_of(pid), "the end of a dead segment")
 
 
 def staged_in(place: Path) -> list[Path]:

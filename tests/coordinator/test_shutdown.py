@@ -14,7 +14,15 @@ from pathlib import Path
 
 import pytest
 from tests import task_functions as tasks
-from tests.coordinator.program import WATCHDOG_S, Program, is_alive, shared_memory_of, state_of, wait_until
+from tests.coordinator.program import (
+    WATCHDOG_S,
+    Program,
+    is_alive,
+    shared_memory_of,
+    state_of,
+    wait_until,
+    wait_until_gone,
+)
 
 from ringpool import Coordinator, RingPoolExecutor
 from ringpool.errors import CoordinatorClosedError
@@ -418,7 +426,7 @@ def test_a_signal_ends_a_program_whose_pool_was_made_in_a_thread(run_program: Ru
     program.finish()
     program.assert_no_process_is_left()
     with Coordinator(1):
-        assert shared_memory_of(program.pid) == set()
+        wait_until_gone(program.pid)
 
 
 def test_interrupts_one_after_the_other_end_a_program(run_program: RunProgram) -> None:
@@ -429,7 +437,7 @@ def test_interrupts_one_after_the_other_end_a_program(run_program: RunProgram) -
         threading.Event().wait(0.003)
     program.assert_no_process_is_left()
     with Coordinator(1):
-        assert shared_memory_of(program.pid) == set()
+        wait_until_gone(program.pid)
 
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn", "fork"])
@@ -537,7 +545,7 @@ def test_a_program_may_end_at_once_and_leave_it_to_the_next_start(run_program: R
     assert program.finish() == 4
     program.assert_no_process_is_left()
     with Coordinator(1):
-        assert shared_memory_of(program.pid) == set()
+        wait_until_gone(program.pid)
 
 
 def test_a_fork_of_a_program_may_make_a_pool_of_its_own_and_end(run_program: RunProgram) -> None:
