@@ -569,8 +569,8 @@ def test_the_pump_does_not_sleep_on_free_chunks(files: MakeFiles, monkeypatch: p
         pump, was_out_of_chunks, sleeps_on = own._pump, [], []
         take, wait = pump._take, pump.end.wait
 
-        def watched_take(n: int) -> Any:
-            taken = take(n)
+        def watched_take(*arguments: Any) -> Any:
+            taken = take(*arguments)
             was_out_of_chunks.append(pump._out_of_chunks)
             return taken
 
