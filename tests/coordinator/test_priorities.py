@@ -19,6 +19,7 @@ from tests.coordinator.program import WATCHDOG_S, wait_until
 from ringpool import RingPoolExecutor, WorkerDiedError
 from ringpool.coordinator.callpool import RING_SLOTS
 from ringpool.coordinator.pump import Pump
+from ringpool.shm.dispatch import CoordinatorEnd
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_a_full_ring_can_be_overtaken(executor: RingPoolExecutor, gate: Path, tm
     futures = [executor.submit(functions.note_slowly, path, item) for item in range(RING_SLOTS + 100)]
     wait_until(lambda: n_in_ring(executor) == RING_SLOTS, "a full ring")
     first = executor.options(priority=1).submit(functions.note, path, -1)
-    time.sleep(0.2)  # for the pump, which wakes every 0.1 s
+    wait_until(lambda: executor._pool.pump._precedence._refused, "the others to be refused")
     gate.touch()
     first.result(WATCHDOG_S)
     assert functions.noted(path)[0] == -1
@@ -114,6 +115,28 @@ def test_who_comes_while_others_are_put_into_the_ring_overtakes_them(
     assert functions.noted(path) == [-1, *range(301)]
 
 
+def test_the_last_ones_are_refused_first(
+    executor: RingPoolExecutor, gate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While that goes on, a worker that skips what is refused is not to come upon what is not yet."""
+    refused: list[int] = []
+    refuse = CoordinatorEnd.refuse
+
+    def note_and_refuse(end: CoordinatorEnd, slot: int, sequence: int) -> None:
+        refused.append(sequence)
+        refuse(end, slot, sequence)
+
+    futures = [executor.submit(abs, -1) for _ in range(300)]
+    wait_until(lambda: n_in_ring(executor) == 301, "all tasks in the ring")
+    monkeypatch.setattr(CoordinatorEnd, "refuse", note_and_refuse)
+    futures.append(executor.options(priority=1).submit(abs, -1))
+    wait_until(lambda: n_in_ring(executor) == 302, "the one that overtakes in the ring, too")
+    gate.touch()
+    wait(futures, WATCHDOG_S)
+    assert len(refused) >= 300
+    assert refused[:300] == sorted(refused[:300], reverse=True)
+
+
 def test_what_was_overtaken_does_not_wear_its_worker_out(tmp_path: Path) -> None:
     begun, gate = tmp_path / "begun", tmp_path / "gate"
     with RingPoolExecutor(1, max_tasks_per_child=50) as executor:
@@ -135,6 +158,7 @@ def test_what_was_overtaken_can_be_cancelled(executor: RingPoolExecutor, gate: P
     first = executor.options(priority=1).submit(functions.note, path, 1000)
     assert [future.cancel() for future in futures[::2]] == [True] * 50
     assert not any(future.running() or future.done() for future in futures[1::2])
+    wait_until(lambda: n_in_ring(executor) == 102, "the one that overtakes in the ring, too")
     gate.touch()
     assert first.result(WATCHDOG_S) == 1000
     assert [future.result(WATCHDOG_S) for future in futures[1::2]] == list(range(1, 100, 2))

@@ -49,7 +49,11 @@ def _remove_staged(name: str) -> bool:
             if living_worker(ring, WORKERS_DIE_S):
                 return False
         end = CoordinatorEnd(segment.attach(name))
-    except SegmentBusyError:  # another pool that starts is at it
+    except (
+        SegmentBusyError,
+        OSError,
+        MemoryError,
+    ):  # another pool that starts is at it; or there is no descriptor left
         return False
     except Exception:  # not whole, another version's, or damaged: it tells nothing, and must not stop who comes now
         return True
@@ -61,6 +65,8 @@ def _remove_staged(name: str) -> bool:
 
                     with suppress(RingpoolError, OSError):  # its blob is gone, or its directory
                         StagedOutputs(end).discard_unless_moved(claim.entry)
+    except (OSError, MemoryError):
+        return False
     except Exception:  # as above
         return True
     finally:

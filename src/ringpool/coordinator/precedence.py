@@ -12,6 +12,7 @@ them at hand. Vectors, and what is no call, are not taken out: of these few are 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -62,18 +63,27 @@ class Precedence:
         self._refused.discard(sequence)
 
     def _refuse_below(self, priority: int) -> bool:
-        """Keep those of lower priority from starting; whether there were any. What runs already, does."""
+        """Keep those of lower priority from starting; whether there were any. What runs already, does.
+
+        The last one first: workers go on meanwhile, and who skips what is refused is not to come to what is not yet.
+        """
         refused = self._refused
-        highest = self._highest_refused if refused else None
-        for ticket in self._tickets:
-            if ticket is None or ticket.priority >= priority or ticket.part is not None or ticket.spared:
-                continue
-            if isinstance(ticket.sink, PoolFuture):
-                ticket.spared = True  # so it is queued again when it comes back, unless it is cancelled until then
-                self._end.refuse(ticket.slot, ticket.sequence)
-                refused.add(ticket.sequence)
-                highest = ticket.priority if highest is None else max(highest, ticket.priority)
-        self._highest_refused = highest or 0
+        lower = [
+            ticket
+            for ticket in self._tickets
+            if ticket is not None
+            and ticket.priority < priority
+            and ticket.part is None
+            and not ticket.spared
+            and isinstance(ticket.sink, PoolFuture)
+        ]
+        if not refused:
+            self._highest_refused = -sys.maxsize
+        for ticket in sorted(lower, key=lambda ticket: -ticket.sequence):
+            ticket.spared = True  # so it is queued again when it comes back, unless it is cancelled until then
+            self._end.refuse(ticket.slot, ticket.sequence)
+            refused.add(ticket.sequence)
+            self._highest_refused = max(self._highest_refused, ticket.priority)
         return bool(refused)
 
     def _started(self) -> set[int]:
