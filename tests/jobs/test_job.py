@@ -631,7 +631,16 @@ def test_an_input_that_a_task_has_moved_is_kept_where_its_output_cannot_be(tmp_p
 def test_an_input_that_a_task_has_moved_is_kept_when_it_is_called_again(tmp_path: Path) -> None:
     source = named(tmp_path / "in", "a")
     (source / "a").write_text("the only copy")
-    command, retry = "mv {src} {dst}; exit 3", RetryPolicy(2, 0.0)
+    command, retry = "mv {src} {dst}; exit 3", RetryPolicy(2, 0.0, on=Exception)
+    assert not Job(command=command, inputs=str(source), output=f"{tmp_path}/out/{{name}}", retry=retry).run(1).ok
+    [kept] = (tmp_path / "out/.ringpool").glob("kept.*")
+    assert kept.read_text() == "the only copy"
+
+
+def test_what_is_kept_of_an_input_is_not_replaced_when_it_is_called_once_more(tmp_path: Path) -> None:
+    source = named(tmp_path / "in", "a")
+    (source / "a").write_text("the only copy")
+    command, retry = "mv {src} {dst} || echo half > {dst}; exit 3", RetryPolicy(3, 0.0, on=Exception)
     assert not Job(command=command, inputs=str(source), output=f"{tmp_path}/out/{{name}}", retry=retry).run(1).ok
     [kept] = (tmp_path / "out/.ringpool").glob("kept.*")
     assert kept.read_text() == "the only copy"

@@ -372,6 +372,9 @@ def discard_or_keep(staged: bytes, source: bytes) -> None:
     own = os.path.dirname(os.path.dirname(staging))
     # In no directory of its own, which a full disk may have no room for.
     kept = os.path.join(own, b"kept.%b.%b" % (os.path.basename(staging), name))
+    if os.path.lexists(kept):  # of an earlier call, which had the input; this is of one that had none
+        discard_staged(staged)
+        return
     try:
         calls.rename(staged, kept)
         where = f"not in its place but in {os.fsdecode(kept)}"
