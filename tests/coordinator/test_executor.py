@@ -274,6 +274,37 @@ def test_a_worker_has_the_environment_of_its_start(
     assert capfd.readouterr().err == ""
 
 
+def test_a_worker_has_what_its_main_module_and_c_code_have_set(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import os
+from ringpool import RingPoolExecutor
+
+if __name__ == "__mp_main__":
+    os.environ["ONLY"] = os.environ["BOTH"] = "of workers"
+
+if __name__ == "__main__":
+    os.environ["BOTH"] = "of all"
+    os.putenv("OF_C", "set")
+    for changed in ("", "since"):
+        if changed:
+            os.environ["BOTH"] = changed
+        with RingPoolExecutor(1) as pool:
+            print([pool.submit(os.getenv, name).result() for name in ("ONLY", "BOTH", "OF_C", "")])
+"""
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = ["env", "=a name that nobody can set", sys.executable, program]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=WATCHDOG_S)
+    nameless = "a name that nobody can set"
+    assert ran.stdout.splitlines() == [
+        str(["of workers", "of workers", "set", nameless]),
+        str(["of workers", "since", "set", nameless]),
+    ]
+    assert ran.stderr == ""
+
+
 @pytest.mark.parametrize(
     "what", ["Lock()", "RLock()", "Event()", "Queue()", "SimpleQueue()", "Value('i')", "Barrier(2)"]
 )

@@ -25,6 +25,7 @@ from types import FrameType
 from typing import Any
 
 from ringpool import startup
+from ringpool.workers import environment as environment  # before the main module: it may change that
 from ringpool.workers.confinement import end_with_parent
 
 _OF_A_REQUEST = {"child_r", "child_w", "fds"}  # in multiprocessing.forkserver.main, Python 3.11 to 3.13

@@ -1,4 +1,8 @@
-"""The environment of a program, for workers whose fork server was started before the program changed it."""
+"""The environment of a program, for workers whose fork server was started before the program changed it.
+
+Workers have what they have, but for what the program changed since: the main module may set variables for workers
+alone, and C code (``putenv``) those of which ``os.environ`` does not know.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,31 @@ import os
 import time
 
 
-def environment() -> dict[str, str]:
-    """That of this process, as it is now; other threads may be changing it."""
+def _now() -> dict[str, str]:
+    """Other threads may be changing it."""
     found = {name: os.environ.get(name) for name in list(os.environ)}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def take_environment(wanted: dict[str, str]) -> None:
-    """Have that one, and no other variables; the time zone as well, where it is another."""
-    if wanted == os.environ:
-        return
+_first = _now()  # in a fork server, and so in its workers: as its program had it when it was started, see ``ahead``
+_names = {*_first}  # that there were
+
+
+def environment() -> dict[str, str | None]:
+    """That of this process, as it is now; None: a variable that is there no more."""
+    _names.update(_now())
+    return {name: os.environ.get(name) for name in list(_names)}
+
+
+def take_environment(wanted: dict[str, str | None]) -> None:
+    """Have what has changed; the time zone as well, where it is another."""
     zone = os.environ.get("TZ")
-    for name in list(os.environ):
-        if name not in wanted:
-            del os.environ[name]
-    os.environ.update(wanted)
+    for name, value in wanted.items():
+        if value == _first.get(name):
+            continue
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     if os.environ.get("TZ") != zone:
         time.tzset()

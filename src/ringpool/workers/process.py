@@ -73,7 +73,7 @@ class WorkerArguments(msgspec.Struct, frozen=True):
     rss_max_bytes: int = 0
     umask: int | None = None
     main_file: str | None = None
-    environment: dict[str, str] | None = None
+    environment: dict[str, str | None] | None = None
 
 
 def main(arguments: WorkerArguments, guard: Descriptor, setup: Setup | None = None) -> None:
