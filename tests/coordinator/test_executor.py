@@ -305,6 +305,34 @@ if __name__ == "__main__":
     assert ran.stderr == ""
 
 
+def test_a_process_without_a_target_is_started_beside_workers(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import multiprocessing, signal
+from ringpool import RingPoolExecutor
+
+class Process(multiprocessing.get_context("forkserver").Process):
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "_target"}
+
+    def run(self):
+        print(signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True)
+
+if __name__ == "__main__":
+    with RingPoolExecutor(1) as pool:
+        pool.submit(abs, 1).result()
+        process = Process()
+        process.start()
+        process.join()
+"""
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, program]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=WATCHDOG_S)
+    assert (ran.stdout, ran.stderr) == ("set()\n", "")
+
+
 @pytest.mark.parametrize(
     "what", ["Lock()", "RLock()", "Event()", "Queue()", "SimpleQueue()", "Value('i')", "Barrier(2)"]
 )

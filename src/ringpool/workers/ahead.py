@@ -55,7 +55,8 @@ def _hold_back_interrupts() -> None:
 
     def begin(self: Any, *arguments: Any, **more: Any) -> Any:
         base._bootstrap = bootstrap
-        if getattr(self._target, "__module__", None) != "ringpool.workers.process":
+        target = getattr(self, "_target", None)  # not there, where a subclass pickles only what its ``run`` needs
+        if getattr(target, "__module__", None) != "ringpool.workers.process":
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return bootstrap(self, *arguments, **more)
 
