@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import gc
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
@@ -388,6 +391,26 @@ from tests.coordinator import executor_functions as functions
     assert program.finish() == 0, program.err
     assert program.err == ""
     program.assert_nothing_is_left()
+
+
+def test_an_executor_that_was_shut_down_lets_go_of_its_initargs() -> None:
+    argument = argparse.Namespace()
+    held = weakref.ref(argument)
+    with RingPoolExecutor(1, initializer=functions.identity, initargs=(argument,)) as pool:
+        assert pool.submit(abs, -1).result(WATCHDOG_S) == 1
+    del argument
+    gc.collect()
+    assert held() is None
+    pool.shutdown()
+
+
+def test_a_subclass_may_have_no_hash() -> None:
+    class Comparable(RingPoolExecutor):
+        def __eq__(self, other: object) -> bool:
+            return self is other
+
+    with Comparable(1) as pool:  # type: ignore[abstract]
+        assert pool.submit(abs, -1).result(WATCHDOG_S) == 1
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])

@@ -123,11 +123,11 @@ class _Deferred:
         return executor.make_deferred()
 
 
-_executors: weakref.WeakSet[RingPoolExecutor] = weakref.WeakSet()
+_executors: weakref.WeakValueDictionary[int, RingPoolExecutor] = weakref.WeakValueDictionary()  # by id
 
 
 def _renew_unused() -> None:
-    for executor in list(_executors):
+    for executor in list(_executors.values()):
         executor.renew_if_unused()
 
 
@@ -181,11 +181,11 @@ class RingPoolExecutor(_Tasks):
             "on_exit": _teller(on_worker_exit),
             "forward_logs": forward_logs,
         }
-        self._arguments = arguments
+        self._arguments: dict[str, Any] | None = arguments
         self._defer()
         if not startup.is_importing_main():  # else it is a global of the main module: its workers rarely use it
             self._make(arguments)
-        _executors.add(self)
+        _executors[id(self)] = self  # no set of them: a subclass may have no hash
 
     _calls: CallPool = _Deferred()  # pyright: ignore[reportAssignmentType]  (of the class; an executor's own hides it)
 
@@ -208,6 +208,7 @@ class RingPoolExecutor(_Tasks):
         calls = CallPool(**arguments)
         weakref.finalize(self, calls.pool.close_soon).atexit = False
         self._calls = calls
+        self._deferred = None
 
     def make_deferred(self) -> CallPool:
         """Make what was not made while the main module was imported."""
@@ -216,11 +217,13 @@ class RingPoolExecutor(_Tasks):
                 if self._deferred is None:
                     raise RuntimeError("cannot schedule new futures after shutdown")
                 self._make(self._deferred)
-                self._deferred = None
         return self._calls
 
     def _is_over_unmade(self) -> bool:
-        """Whether there was nothing to end: an executor that is not made yet will not be."""
+        """Whether there was nothing to end: an executor that is not made yet will not be. One that is lets go of the
+        initializer's arguments.
+        """
+        self._arguments = None
         if "_calls" in self.__dict__:
             return False
         with self._making:
