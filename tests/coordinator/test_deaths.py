@@ -379,12 +379,12 @@ def test_what_a_killed_coordinator_had_staged_is_removed_with_its_segment(
             """
         )
         wait_until(lambda: [path.stat().st_size for path in staged_in(tmp_path)] == [len("content")], "its output")
+        if is_moved:
+            source.unlink()
         program.signal(signal.SIGKILL, group=False)
         program.finish()
         program.assert_no_process_is_left()
         output.write_text("made since then")
-        if is_moved:
-            source.unlink()
     with RingPoolExecutor(1) as pool:
         assert pool.submit(int, "1").result(WATCHDOG_S) == 1
     wait_until_gone(program.pid)

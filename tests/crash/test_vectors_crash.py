@@ -212,4 +212,4 @@ def test_a_map_whose_workers_are_killed_gives_every_result_once(
     assert not [i for i in set(range(n_items)).difference(blamed) if not n_runs[i]]
     assert len(blamed) + sum(n_runs[i] - 1 for i in again) <= n_deaths
     assert not (blamed if retries else again)
-    assert n_deaths > n_kills // 4
+    assert n_deaths >= n_kills // 8, "a map that was fast, or a busy machine: too few kills to tell anything"

@@ -90,7 +90,10 @@ def decode(kind: int, body: memoryview) -> Any:
     if kind >= BLOB:
         assert not body
         return Elsewhere()
-    value = pickle.loads(body)
+    try:
+        value = pickle.loads(body)
+    except Exception as error:  # of bytes that nobody wrote as a value, anything is raised
+        raise AssertionError(f"no outcome: {bytes(body)!r}") from error
     return ("failed", *value) if kind == ERROR else value
 
 
