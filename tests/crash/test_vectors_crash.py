@@ -197,7 +197,7 @@ def test_a_map_whose_workers_are_killed_gives_every_result_once(
         while not finished.wait(random.uniform(0.001, 0.01)):
             n_bytes = log.stat().st_size
             if n_bytes > seen:  # nobody is killed for nothing
-                seen = n_bytes + random.uniform(0, 8 * n_items / n_kills)
+                seen = n_bytes + random.uniform(0, 3 * n_items / n_kills)  # more than n_kills: some come late
                 kill_a_worker(pool)
         taker.join()
         n_deaths = pool.stats().worker_deaths
@@ -212,4 +212,4 @@ def test_a_map_whose_workers_are_killed_gives_every_result_once(
     assert not [i for i in set(range(n_items)).difference(blamed) if not n_runs[i]]
     assert len(blamed) + sum(n_runs[i] - 1 for i in again) <= n_deaths
     assert not (blamed if retries else again)
-    assert n_deaths >= n_kills // 8, "a map that was fast, or a busy machine: too few kills to tell anything"
+    assert n_deaths > n_kills // 4
