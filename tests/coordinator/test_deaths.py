@@ -904,6 +904,53 @@ def test_a_process_that_cannot_be_forked_costs_no_other_worker(run_program: RunP
     wait_until_gone(program.pid)
 
 
+@pytest.mark.parametrize("sent", [b"", b"\x80\x05\x95"], ids=["nothing", "a part"])
+def test_a_process_whose_program_ends_before_it_has_said_what_it_is_to_be_ends_without_a_word(
+    run_program: RunProgram, sent: bytes
+) -> None:
+    """As Ctrl-C may end a program while its pool starts a worker."""
+    program = run_program(
+        f"""
+        with Coordinator(1) as pool:
+            pool.submit_file_task(tasks.size, __file__).result()
+            status, data = forkserver.connect_to_new_process([])
+            pid = forkserver.read_signed(status)
+            os.write(data, {sent!r})
+            os.close(data)
+            say(f"code {{forkserver.read_signed(status)}}")
+        """,
+        top="from multiprocessing import forkserver",
+    )
+    assert program.finish() == 0, program.err
+    assert program.wait_for("code") == "1"
+    assert program.err == ""
+    program.assert_no_process_is_left()
+    wait_until_gone(program.pid)
+
+
+def test_what_cannot_be_unpickled_in_a_process_of_a_fork_server_is_said(run_program: RunProgram) -> None:
+    program = run_program(
+        """
+        class Bad:
+            def __reduce__(self):
+                return tasks.end_of_file, ()
+
+        with Coordinator(1) as pool:
+            pool.submit_file_task(tasks.size, __file__).result()
+            process = multiprocessing.get_context("forkserver").Process(target=print, args=(Bad(),))
+            process.start()
+            process.join()
+            say(f"code {process.exitcode}")
+        """,
+        top="import multiprocessing",
+    )
+    assert program.finish() == 0, program.err
+    assert program.wait_for("code") == "1"
+    assert "EOFError: of a task" in program.err
+    program.assert_no_process_is_left()
+    wait_until_gone(program.pid)
+
+
 # ---- the full matrix -------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,8 @@ A fork that fails (EAGAIN, where ``ulimit -u`` or a container's ``pids.max`` is 
 goes on after ECONNABORTED, which it takes for a client that left.
 
 A worker begins with SIGINT blocked, until it is bound to its program: a Ctrl-C before would be a traceback of its own.
-A process of somebody else's has it back when it comes to its own work.
+A process of somebody else's has it back when it comes to its own work. One whose program ended before it had sent what
+the process is to be ends without a word: nobody waits for it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pickle
 import signal
 import sys
 from multiprocessing import process, spawn
@@ -44,6 +46,7 @@ def _fork_or_hang_up() -> int:
     if pid == 0:
         os.fork = _fork  # what a worker forks is its own affair
         _hold_back_interrupts()
+        _expect_no_data()
     return pid
 
 
@@ -61,6 +64,26 @@ def _hold_back_interrupts() -> None:
         return bootstrap(self, *arguments, **more)
 
     base._bootstrap = begin
+
+
+def _expect_no_data() -> None:
+    """Where what a process is to be is cut off, he who asked for it is gone."""
+    server: Any = spawn
+    main = server._main
+
+    def begin(*arguments: Any) -> int:
+        server._main = main
+        try:
+            return main(*arguments)
+        except (EOFError, pickle.UnpicklingError) as error:
+            raised = error.__traceback__
+            while raised is not None and raised.tb_next is not None:
+                raised = raised.tb_next
+            if raised is None or raised.tb_frame.f_code is not main.__code__:
+                raise  # by something that was unpickled
+            return 1
+
+    server._main = begin
 
 
 def _hang_up(server: FrameType) -> bool:
