@@ -277,6 +277,28 @@ def fail_if_marked(src: Path) -> str:
     return src.name
 
 
+def move(src: Path, dst: Path, *, ending: str = "") -> None:
+    """Its input becomes its output."""
+    src.rename(dst)
+    match ending:
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "raise":
+            raise ValueError(src.name)
+        case _:
+            return
+
+
+def write_unless_there(src: Path, dst: Path) -> None:
+    """Fails at its first call, half through; what it finds at a second one it leaves alone."""
+    if not dst.exists():
+        dst.write_text("half")
+        if not src.read_text():
+            src.write_text("was called")
+            raise ConnectionError(src.name)
+        dst.write_text("whole")
+
+
 # ---- dying ones ------------------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,14 @@ def test_an_output_is_that_of_the_attempt_that_succeeded(pool: Coordinator, tmp_
     assert (result.value, (tmp_path / "out").read_text()) == (2, "2")
 
 
+def test_what_a_call_that_failed_has_written_is_not_there_for_the_next(pool: Coordinator, tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    task = FileTask(tmp_path / "a", tmp_path / "out")
+    [result] = pool.run_file_tasks(tasks.write_unless_there, [task], retry=SWIFT)
+    assert result.ok
+    assert (tmp_path / "out").read_text() == "whole"
+
+
 def test_after_the_last_attempt_its_own_error_tells_of_all(pool: Coordinator, tmp_path: Path) -> None:
     (tmp_path / "a").touch()
     future = pool.submit_file_task(tasks.fail_until, tmp_path / "a", params={"attempts": 5}, retry=SWIFT)

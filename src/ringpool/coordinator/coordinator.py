@@ -123,6 +123,7 @@ class Coordinator:
 
         ``fn`` is a function of a module's top level, or ``"module:qualname"``. A call that raises is tried again by
         its worker as ``retry`` says (None: not at all); a worker's death is another matter, see ``attempts_max``.
+        What it has written to ``dst`` is removed before; or kept, as ``.rp-*.kept`` beside it, where ``src`` is gone.
         Raises at once, with nothing queued:
         ``UnknownFunctionError``, ``ParameterError``, ``InputMissingError``, ``SharedMemoryFullError``,
         ``CoordinatorClosedError``, or what broke the pool.

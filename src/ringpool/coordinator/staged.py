@@ -19,7 +19,7 @@ from ringpool.workers.files import output
 from ringpool.workers.files.durability import Durability
 from ringpool.workers.files.target import resolve_target
 from ringpool.workers.filetasks import staged_path
-from ringpool.workers.groupcommit import StagedOutput, StagedTask, StagingBeside, discard
+from ringpool.workers.groupcommit import StagedOutput, StagedTask, StagingBeside, discard, discard_or_keep
 
 LOCK_TIMEOUT_S = 0.5  # the pump waits that long for who holds the lock of a dead worker's output, and all else with it
 
@@ -38,10 +38,10 @@ class StagedOutputs:
         return Disk[output.which_side(one.staged, one.target, dev=one.device, ino=one.inode).name]
 
     def discard(self, entry: int) -> None:
-        """Remove what is staged, if there is anything."""
+        """Remove what is staged, if there is anything; or keep it, where the input is gone."""
         target = self._target(entry)
         if target is not None:
-            output.discard_staged(staged_path(self._token, entry, target))
+            discard_or_keep(staged_path(self._token, entry, target), self._payload(entry).source)
 
     def discard_unless_moved(self, entry: int) -> None:
         """``discard``, but where the input is gone: its task may have moved it there."""
@@ -53,10 +53,8 @@ class StagedOutputs:
 
         Durably, whatever was wanted: the run that wanted less may be over, and a death is rare.
         """
-        staging, staged = (
-            StagingBeside(LOCK_TIMEOUT_S),
-            [StagedTask(entry, (self._output(entry),)) for entry in entries],
-        )
+        staging = StagingBeside(LOCK_TIMEOUT_S)
+        staged = [StagedTask(entry, (self._output(entry),), source=self._payload(entry).source) for entry in entries]
         for task in staged:
             try:
                 staging.expect(task.outputs[0].target)

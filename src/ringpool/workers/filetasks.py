@@ -8,6 +8,7 @@ with one            call(src, staged) -> STAGED --commit--> in its place: OK
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ from ringpool.workers.confinement import Confinement
 from ringpool.workers.files import naming, output
 from ringpool.workers.files.durability import Durability
 from ringpool.workers.group import Group
-from ringpool.workers.groupcommit import StagedOutput, StagedTask, StagingBeside
+from ringpool.workers.groupcommit import StagedOutput, StagedTask, StagingBeside, discard_or_keep
 from ringpool.workers.posting import Post
 
 FUNCTIONS_MAX = 32  # bound at a time, with their parameters
@@ -118,7 +119,7 @@ class FileRunner:
         is_synced = function.durability in _SYNCED
         if is_synced:
             self._staging.expect(target)
-        staged = staged_path(self._token, entry, target)
+        staged, source = staged_path(self._token, entry, target), _if_there(task.source)
         try:
             value = function.call(function.source_type(task.source), function.target_type(staged), **parameters)
             self._confinement.disarm()  # what its handler raises is not to come between staging and the group
@@ -132,30 +133,40 @@ class FileRunner:
             post.results.stage(entry, encoding, body, end_ns - start_ns, blob_bytes, file.dev, file.ino)
         except BaseException:
             self._confinement.end_if_forked()
-            output.discard_staged(staged)
+            discard_or_keep(staged, source)
             blobs.unlink(post.blob(entry))  # its name is the error's now
             if is_synced:
                 self._staging.forget()
             raise
         one = StagedOutput(staged, target, file.n_links > 1, file.dev, file.ino)
-        self._group.add(StagedTask(entry, (one,)), self._staging, function.durability)
+        self._group.add(StagedTask(entry, (one,), source=source), self._staging, function.durability)
         return end_ns
 
     def _committing(self, call: tasks.TaskFunction) -> tasks.TaskFunction:
-        """``call``; where it raises, what is staged does not wait for the delay of its retry. The child of a call that
-        forked is not tried again: it would write to what the original has staged.
+        """``call``; where it raises, what is staged of others does not wait for the delay of its retry, and what it
+        has written itself must not be taken for the next call's. The child of a call that forked is not tried again: it
+        would write to what the original has staged.
         """
 
         @functools.wraps(call)
         def committing(*arguments: Any, **parameters: Any) -> Any:
+            source, *staged = map(os.fsencode, arguments)
+            source = _if_there(source) if staged else b""
             try:
                 return call(*arguments, **parameters)
             except Exception:
                 self._confinement.end_if_forked()
+                for one in staged:
+                    discard_or_keep(one, source)
                 self._group.commit()
                 raise
 
         return committing
+
+
+def _if_there(source: bytes) -> bytes:
+    """The input that a task may move to its output's place; b"": there is none, it is the name of anything."""
+    return source if os.access(source, os.F_OK, follow_symlinks=False) else b""
 
 
 def staged_path(token: str, entry: int, target: bytes) -> bytes:

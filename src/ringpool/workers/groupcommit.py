@@ -33,6 +33,7 @@ from ringpool.errors import DurabilityError, LockTimeoutError, RingpoolError
 from ringpool.workers.files.batch import TOGETHER_MIN, is_synced_whole
 from ringpool.workers.files.durability import Durability, close_quietly, make_directories, sync
 from ringpool.workers.files.locks import call_locked, root_of
+from ringpool.workers.files.naming import is_staging_name
 from ringpool.workers.files.oslayer import calls
 from ringpool.workers.files.output import discard_staged
 from ringpool.workers.files.target import failed, lstat
@@ -361,17 +362,14 @@ def discard(task: StagedTask) -> None:
 
 
 def discard_or_keep(staged: bytes, source: bytes) -> None:
-    """Remove a file that a job has staged of the input ``source``; b"": of none that could be looked for.
+    """Remove what a task has staged of its input ``source``; b"": of none that could be looked for.
 
-    Where that is gone, its task may have moved it: then this is kept, as ``.ringpool/kept.<token>.<its name>``.
+    Where that is gone, its task may have moved it: then this is kept, as ``_kept_name`` has it.
     """
     if not source or os.path.lexists(source) or not os.path.lexists(staged):
         discard_staged(staged)
         return
-    staging, name = os.path.split(staged)
-    own = os.path.dirname(os.path.dirname(staging))
-    # In no directory of its own, which a full disk may have no room for.
-    kept = os.path.join(own, b"kept.%b.%b" % (os.path.basename(staging), name))
+    kept = _kept_name(staged)
     if os.path.lexists(kept):  # of an earlier call, which had the input; this is of one that had none
         discard_staged(staged)
         return
@@ -383,6 +381,17 @@ def discard_or_keep(staged: bytes, source: bytes) -> None:
     words = f"ringpool: input {os.fsdecode(source)} is gone, and its output is {where}"
     with suppress(OSError, ValueError, AttributeError):  # nobody listens
         print(words.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+
+
+def _kept_name(staged: bytes) -> bytes:
+    """``<staged>.kept`` beside an output's place, else the job's ``.ringpool/kept.<token>.<name>``: in no directory of
+    its own, which a full disk may have no room for.
+    """
+    staging, name = os.path.split(staged)
+    if is_staging_name(name):
+        return staged + b".kept"
+    own = os.path.dirname(os.path.dirname(staging))
+    return os.path.join(own, b"kept.%b.%b" % (os.path.basename(staging), name))
 
 
 def _sync_file(output: StagedOutput) -> None:

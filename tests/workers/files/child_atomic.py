@@ -23,7 +23,7 @@ from ringpool.workers.files.batch import write_batch
 from ringpool.workers.files.durability import Durability
 from ringpool.workers.files.naming import is_staging_name, random_token, staging_name
 from ringpool.workers.files.oslayer import intercepted
-from ringpool.workers.files.output import finish_staged, prepare_target
+from ringpool.workers.files.output import discard_staged, finish_staged, prepare_target
 from ringpool.workers.groupcommit import StagedOutput, StagedTask, StagingBeside
 
 Call = tuple[str, tuple[Any, ...], Any]
@@ -92,7 +92,11 @@ def run_task(target: bytes, content: bytes, level: Durability) -> None:
         staged = staging_name(target, random_token())
         with open(staged, "wb") as output:
             output.write(content)
-        file = finish_staged(staged, target)
+        try:
+            file = finish_staged(staged, target)
+        except BaseException:
+            discard_staged(staged)
+            raise
         task = StagedTask(0, (StagedOutput(staged, target, file.n_links > 1, file.dev, file.ino),))
         staging.commit((task,), level)
     finally:

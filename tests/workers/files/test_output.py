@@ -63,6 +63,7 @@ def test_a_function_that_wrote_no_regular_file_is_told_so(
     with pytest.raises(OutputMissingError) as caught:
         finish_staged(b"s", b"a")
     assert (caught.value.output, caught.value.staged) == ("a", "s")
+    discard_staged(b"s")
     assert names(tmp_path) == set()
 
 

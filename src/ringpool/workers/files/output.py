@@ -65,8 +65,8 @@ def finish_staged(staged: bytes, target: bytes, *, digest: bool = False, is_new:
     """Make the output that a task function left at ``staged`` ready for its name ``target``; return its identity.
 
     It takes the owner, mode and extended attributes of the file that it will replace; where there is none (``is_new``:
-    the caller has seen so) it keeps those that the function gave it. Whatever is raised, the staged file is gone then:
-    ``OutputMissingError`` (the function wrote no regular file), ``AtomicWriteError`` (anything else).
+    the caller has seen so) it keeps those that the function gave it. Raises ``OutputMissingError`` (the function wrote
+    no regular file), ``AtomicWriteError`` (anything else); what is staged is the caller's to discard.
     """
     try:
         replaced = None if is_new else lstat(target)
@@ -84,14 +84,9 @@ def finish_staged(staged: bytes, target: bytes, *, digest: bool = False, is_new:
             calls.close(fd)
         return StagedFile(own.st_dev, own.st_ino, own.st_size, own.st_nlink, content, own.st_mtime_ns)
     except FileOperationError:
-        discard_staged(staged)
         raise
     except OSError as error:
-        discard_staged(staged)
         raise failed(target, "finish the output", error) from error
-    except BaseException:
-        discard_staged(staged)
-        raise
 
 
 def _stat_staged(staged: bytes, target: bytes) -> os.stat_result:
