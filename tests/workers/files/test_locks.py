@@ -381,3 +381,18 @@ def test_an_unlock_that_fails_is_named_and_the_lock_is_free(tmp_path: Path, erro
     assert is_free(lock_file(tmp_path, PathLock(tmp_path / "a")))
     with Child(try_it, tmp_path / "a") as child:
         child.wait_for("had")
+
+
+def test_what_was_done_under_a_lock_stands_when_its_unlock_fails(tmp_path: Path) -> None:
+    """Who is told of an error would do it again."""
+
+    def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "unlock_descriptor":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return call(*args, **kwargs)
+
+    store = FileStore(tmp_path)
+    with intercepted(around):
+        store.append("a", b"once")
+    assert store.read("a") == b"once"
+    assert is_free(lock_file(tmp_path, PathLock(tmp_path / "a")))

@@ -228,7 +228,8 @@ def under(lock: PathLock | LockSet, call: Callable[[], _T]) -> _T:
     try:
         lock.acquire()
         result = call()
-        lock.release()
+        with suppress(FileOperationError):  # what was done stands, and the lock is free all the same
+            lock.release()
     except BaseException:
         with suppress(RuntimeError, FileOperationError):  # it is not held any more
             lock.release()
