@@ -193,6 +193,11 @@ class VectorWorld(World):
 
         return self.start(body, life_s)
 
+    def is_there(self, index: int, worker: Child) -> bool:
+        """Whether the worker has entered itself into the ring, and is about to claim."""
+        ring = self.end.ring
+        return ring.words[ring.worker_word(index, layout.W_PID)] == worker.pid
+
     def bury(self, index: int, worker: Child) -> None:
         """Settle what a dead worker held; the pump's own way."""
         self.n_worker_deaths += 1
