@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 from types import FrameType
@@ -287,6 +288,41 @@ def move(src: Path, dst: Path, *, ending: str = "") -> None:
             raise ValueError(src.name)
         case _:
             return
+
+
+def move_what_it_leads_to(src: Path, dst: Path, *, ending: str) -> None:
+    """Its input is a symlink."""
+    move(src.resolve(), dst, ending=ending)
+
+
+def move_and_put_another_there(src: Path, dst: Path) -> None:
+    src.rename(dst)
+    src.write_text("a stub")
+    raise ValueError(src.name)
+
+
+def die_half_through_once(src: str, dst: Path, *, mark: str) -> None:
+    """Its input is no file."""
+    dst.write_text("half")
+    if not os.path.exists(mark):
+        Path(mark).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    dst.write_text("whole")
+
+
+def fail_under_alarms(src: Path, dst: Path) -> None:
+    """A timer of its own expires all the time while its failure is looked after."""
+
+    def raise_timeout(_number: int, _frame: FrameType | None) -> None:
+        raise TimeoutError("of the task")
+
+    dst.write_text("half")
+    signal.signal(signal.SIGALRM, raise_timeout)
+    signal.setitimer(signal.ITIMER_REAL, 0.0003)
+    until_ns = time.monotonic_ns() + 299_000 - int.from_bytes(os.urandom(1), "little") * 1000
+    while time.monotonic_ns() < until_ns:
+        pass
+    raise ValueError(src.name)
 
 
 def write_unless_there(src: Path, dst: Path) -> None:

@@ -154,6 +154,47 @@ def test_a_directory_that_was_moved_to_an_outputs_place_is_kept(pool: Coordinato
     assert (place / kept / "inside").read_text() == "hello"
 
 
+@pytest.mark.parametrize("ending", ["raise", "kill"])
+def test_what_a_symlink_led_to_is_kept_where_a_task_that_fails_has_moved_it(
+    pool: Coordinator, tmp_path: Path, file: Path, place: Path, ending: str
+) -> None:
+    (tmp_path / "link").symlink_to(file)
+    params = {"ending": ending}
+    future = pool.submit_file_task(tasks.move_what_it_leads_to, tmp_path / "link", place / "moved", params=params)
+    assert future.exception(WATCHDOG_S) is not None
+    [kept] = names_in(place)
+    assert (place / kept).read_text() == "hello"
+
+
+def test_an_input_that_was_moved_is_kept_though_another_has_its_name(
+    pool: Coordinator, file: Path, place: Path
+) -> None:
+    future = pool.submit_file_task(tasks.move_and_put_another_there, file, place / "moved")
+    assert isinstance(future.exception(WATCHDOG_S), ValueError)
+    [kept] = names_in(place)
+    assert (place / kept).read_text() == "hello"
+
+
+def test_what_a_dead_worker_wrote_of_an_input_that_is_no_file_is_removed(
+    pool: Coordinator, tmp_path: Path, place: Path
+) -> None:
+    task = FileTask("s3://bucket/1", place / "made")
+    params = {"mark": str(tmp_path / "mark")}
+    [result] = pool.run_file_tasks(tasks.die_half_through_once, [task], params=params)
+    assert result.ok
+    assert (place / "made").read_text() == "whole"
+    assert names_in(place) == ["made"]
+
+
+def test_a_tasks_own_alarm_does_not_come_into_what_is_done_about_its_failure(files: MakeFiles, place: Path) -> None:
+    inputs = [FileTask(path, place / path.name) for path in files(300)]
+    with Coordinator(1) as own:
+        for result in own.run_file_tasks(tasks.fail_under_alarms, inputs):
+            assert isinstance(result.error, (ValueError, TimeoutError))
+        assert own.stats().worker_deaths == 0
+    assert names_in(place) == []
+
+
 def test_what_a_task_wrote_of_an_input_that_never_was_is_removed_when_it_fails(
     pool: Coordinator, tmp_path: Path, place: Path
 ) -> None:

@@ -19,7 +19,15 @@ from ringpool.workers.files import output
 from ringpool.workers.files.durability import Durability
 from ringpool.workers.files.target import resolve_target
 from ringpool.workers.filetasks import staged_path
-from ringpool.workers.groupcommit import StagedOutput, StagedTask, StagingBeside, discard, discard_or_keep
+from ringpool.workers.groupcommit import (
+    Source,
+    StagedOutput,
+    StagedTask,
+    StagingBeside,
+    discard,
+    discard_or_keep,
+    may_be_only_copy,
+)
 
 LOCK_TIMEOUT_S = 0.5  # the pump waits that long for who holds the lock of a dead worker's output, and all else with it
 
@@ -38,15 +46,18 @@ class StagedOutputs:
         return Disk[output.which_side(one.staged, one.target, dev=one.device, ino=one.inode).name]
 
     def discard(self, entry: int) -> None:
-        """Remove what is staged, if there is anything; or keep it, where the input is gone."""
+        """Remove what is staged, if there is anything; or keep it, where it may be the only copy of the input."""
         target = self._target(entry)
         if target is not None:
-            discard_or_keep(staged_path(self._token, entry, target), self._payload(entry).source)
+            discard_or_keep(*self._staged(entry, target))
 
     def discard_unless_moved(self, entry: int) -> None:
-        """``discard``, but where the input is gone: its task may have moved it there."""
-        if os.path.lexists(self._payload(entry).source):
-            self.discard(entry)
+        """``discard``, but leave alone what may be the only copy of the input."""
+        target = self._target(entry)
+        if target is not None:
+            staged, source = self._staged(entry, target)
+            if not may_be_only_copy(staged, source):
+                output.discard_staged(staged)
 
     def commit(self, entries: Sequence[int]) -> list[StagedTask]:
         """Put the outputs of ``entries`` in their places, and post them; those that could not be, with their errors.
@@ -54,7 +65,7 @@ class StagedOutputs:
         Durably, whatever was wanted: the run that wanted less may be over, and a death is rare.
         """
         staging = StagingBeside(LOCK_TIMEOUT_S)
-        staged = [StagedTask(entry, (self._output(entry),), source=self._payload(entry).source) for entry in entries]
+        staged = [self._task(entry) for entry in entries]
         for task in staged:
             try:
                 staging.expect(task.outputs[0].target)
@@ -69,12 +80,24 @@ class StagedOutputs:
                 self._end.post_for_dead(task.entry, Status.OK)
         return [task for task in staged if task.error is not None]
 
+    def _task(self, entry: int) -> StagedTask:
+        target = self._target(entry)
+        assert target is not None
+        return StagedTask(entry, (self._output(entry),), source=self._staged(entry, target)[1])
+
     def _output(self, entry: int) -> StagedOutput:
         """It may have other links: nobody knows any more."""
         target = self._target(entry)
         assert target is not None
         device, inode = self._end.results.staged_file(entry)
-        return StagedOutput(staged_path(self._token, entry, target), target, True, device, inode)
+        return StagedOutput(self._staged(entry, target)[0], target, True, device, inode)
+
+    def _staged(self, entry: int, target: bytes) -> tuple[bytes, Source | None]:
+        """Where its output is staged, and the input; None: that was no file."""
+        of_a_name = staged_path(self._token, entry, target, of_file=False)
+        if os.path.lexists(of_a_name):
+            return of_a_name, None
+        return staged_path(self._token, entry, target, of_file=True), Source(self._payload(entry).source)
 
     def _target(self, entry: int) -> bytes | None:
         """Where the output of ``entry`` belongs, symlinks followed as its worker has followed them."""

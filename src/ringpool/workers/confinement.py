@@ -119,6 +119,16 @@ class Confinement:
         if any(signal.getitimer(signal.ITIMER_REAL)):  # the interval: a signal on its way starts the timer anew
             signal.setitimer(signal.ITIMER_REAL, 0)
 
+    @classmethod
+    def disarm_for_good(cls) -> None:
+        """``disarm``, where an error is at hand already: what the timer's handler raises meanwhile is dropped."""
+        while True:
+            try:
+                cls.disarm()
+                return
+            except BaseException:  # at most once for each time that it expires
+                continue
+
     def renew(self) -> bool:
         """``disarm`` and ``restore``."""
         self.disarm()

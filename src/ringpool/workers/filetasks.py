@@ -22,7 +22,7 @@ from ringpool.workers.confinement import Confinement
 from ringpool.workers.files import naming, output
 from ringpool.workers.files.durability import Durability
 from ringpool.workers.group import Group
-from ringpool.workers.groupcommit import StagedOutput, StagedTask, StagingBeside, discard_or_keep
+from ringpool.workers.groupcommit import StagedOutput, StagedTask, StagingBeside, discard_or_keep, find_source
 from ringpool.workers.posting import Post
 
 FUNCTIONS_MAX = 32  # bound at a time, with their parameters
@@ -114,12 +114,12 @@ class FileRunner:
     ) -> int:
         """Run, and stage. A death leaves all or nothing."""
         assert task.target is not None
-        post = self._post
+        post, source = self._post, find_source(task.source)
         target = output.prepare_target(task.target, function.durability)
         is_synced = function.durability in _SYNCED
         if is_synced:
             self._staging.expect(target)
-        staged, source = staged_path(self._token, entry, target), _if_there(task.source)
+        staged = staged_path(self._token, entry, target, of_file=source is not None)
         try:
             value = function.call(function.source_type(task.source), function.target_type(staged), **parameters)
             self._confinement.disarm()  # what its handler raises is not to come between staging and the group
@@ -132,11 +132,14 @@ class FileRunner:
             body, encoding, blob_bytes = post.place(entry, encoded)
             post.results.stage(entry, encoding, body, end_ns - start_ns, blob_bytes, file.dev, file.ino)
         except BaseException:
-            self._confinement.end_if_forked()
-            discard_or_keep(staged, source)
-            blobs.unlink(post.blob(entry))  # its name is the error's now
-            if is_synced:
-                self._staging.forget()
+            try:
+                self._confinement.disarm_for_good()
+            finally:
+                self._confinement.end_if_forked()
+                discard_or_keep(staged, source)
+                blobs.unlink(post.blob(entry))  # its name is the error's now
+                if is_synced:
+                    self._staging.forget()
             raise
         one = StagedOutput(staged, target, file.n_links > 1, file.dev, file.ino)
         self._group.add(StagedTask(entry, (one,), source=source), self._staging, function.durability)
@@ -150,25 +153,27 @@ class FileRunner:
 
         @functools.wraps(call)
         def committing(*arguments: Any, **parameters: Any) -> Any:
-            source, *staged = map(os.fsencode, arguments)
-            source = _if_there(source) if staged else b""
+            path, *staged = map(os.fsencode, arguments)
+            source = find_source(path) if staged else None
             try:
                 return call(*arguments, **parameters)
             except Exception:
-                self._confinement.end_if_forked()
-                for one in staged:
-                    discard_or_keep(one, source)
+                try:
+                    self._confinement.disarm_for_good()
+                finally:
+                    self._confinement.end_if_forked()
+                    for one in staged:
+                        discard_or_keep(one, source)
                 self._group.commit()
                 raise
 
         return committing
 
 
-def _if_there(source: bytes) -> bytes:
-    """The input that a task may move to its output's place; b"": there is none, it is the name of anything."""
-    return source if os.access(source, os.F_OK, follow_symlinks=False) else b""
+def staged_path(token: str, entry: int, target: bytes, *, of_file: bool) -> bytes:
+    """Where an attempt writes its output until it commits: the coordinator finds it by the same name after a death.
 
-
-def staged_path(token: str, entry: int, target: bytes) -> bytes:
-    """Where an attempt writes its output until it commits: the coordinator finds it by the same name after a death."""
-    return naming.staging_name(target, f"{token}-{layout.sequence_of(entry)}-{layout.attempt_of(entry)}")
+    ``of_file``: the input was a file when the attempt began, and not the name of anything else.
+    """
+    attempt = f"{layout.attempt_of(entry)}" if of_file else f"a{layout.attempt_of(entry)}"
+    return naming.staging_name(target, f"{token}-{layout.sequence_of(entry)}-{attempt}")

@@ -45,6 +45,16 @@ CHARACTER_BYTES_MAX = 4
 _CONTINUATIONS = bytes(range(0x80, 0xC0))  # what any byte of a character but the first is in UTF-8
 
 
+class Source(NamedTuple):
+    """The input of a task that may have moved it to where its output is staged: its path, and the device and inode that
+    it had when the task began; 0: they are not known.
+    """
+
+    path: bytes
+    device: int = 0
+    inode: int = 0
+
+
 class StagedOutput(NamedTuple):
     """One output: where it is, where it belongs (both absolute), whether its file has other names (rename(2) may do
     nothing); device and inode of that file, where they are known.
@@ -59,13 +69,13 @@ class StagedOutput(NamedTuple):
 
 class StagedTask(msgspec.Struct, eq=False, gc=False):
     """The outputs of the task of ``entry``; ``error``: why they are not in their places, once that was tried;
-    ``source``: its input, see ``discard_or_keep``.
+    ``source``: its input; None: it is no file. See ``discard_or_keep``.
     """
 
     entry: int
     outputs: Sequence[StagedOutput]
     error: BaseException | None = None
-    source: bytes = b""
+    source: Source | None = None
 
 
 def staged_name(directory: bytes, sequence: int, attempt: int, number: int, target: bytes) -> bytes:
@@ -361,16 +371,37 @@ def discard(task: StagedTask) -> None:
         discard_or_keep(output.staged, task.source)
 
 
-def discard_or_keep(staged: bytes, source: bytes) -> None:
-    """Remove what a task has staged of its input ``source``; b"": of none that could be looked for.
+def find_source(path: bytes) -> Source | None:
+    """The file at ``path``; None: there is none, it is the name of anything."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return Source(path, found.st_dev, found.st_ino)
 
-    Where that is gone, its task may have moved it: then this is kept, as ``_kept_name`` has it.
+
+def may_be_only_copy(staged: bytes, source: Source | None) -> bool:
+    """Whether what is staged may be all that there is of the input: the file itself, moved, or made of one that is
+    gone. A symlink is where it leads.
     """
-    if not source or os.path.lexists(source) or not os.path.lexists(staged):
-        discard_staged(staged)
-        return
+    try:
+        found = os.lstat(staged)
+    except OSError:
+        return False
+    if source is None:
+        return False
+    if source.inode and (found.st_dev, found.st_ino, found.st_nlink) == (source.device, source.inode, 1):
+        return True
+    return not os.path.exists(source.path)
+
+
+def discard_or_keep(staged: bytes, source: Source | None) -> None:
+    """Remove what a task has staged of its input ``source``; or keep it, as ``_kept_name`` has it, where it may be the
+    only copy. The caller has stopped the timers of the task.
+    """
     kept = _kept_name(staged)
-    if os.path.lexists(kept):  # of an earlier call, which had the input; this is of one that had none
+    # What is kept already is of an earlier call, which had the input; this is of one that had none.
+    if source is None or not may_be_only_copy(staged, source) or os.path.lexists(kept):
         discard_staged(staged)
         return
     try:
@@ -378,7 +409,7 @@ def discard_or_keep(staged: bytes, source: bytes) -> None:
         where = f"not in its place but in {os.fsdecode(kept)}"
     except OSError as error:
         where = f"lost, for {os.fsdecode(kept)} cannot be made: {error.strerror}"
-    words = f"ringpool: input {os.fsdecode(source)} is gone, and its output is {where}"
+    words = f"ringpool: input {os.fsdecode(source.path)} is gone, and its output is {where}"
     with suppress(OSError, ValueError, AttributeError):  # nobody listens
         print(words.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
 

@@ -31,7 +31,7 @@ from ringpool.workers.files import output
 from ringpool.workers.files.durability import Durability, make_directories
 from ringpool.workers.files.target import refused
 from ringpool.workers.group import Group
-from ringpool.workers.groupcommit import StagedOutput, StagedTask, Staging, discard_or_keep, staged_name
+from ringpool.workers.groupcommit import Source, StagedOutput, StagedTask, Staging, discard_or_keep, staged_name
 from ringpool.workers.posting import Post
 
 COMMAND = "ringpool.workers.commands:run_command"
@@ -195,10 +195,13 @@ class JobRunner:
                 body, encoding, blob_bytes = self._post.place(entry, values.Encoded(_MSGPACK, body))
             self._post.results.post(entry, _STAGED if staged else _OK, encoding, body, end_ns - start_ns, blob_bytes)
         except BaseException:
-            self._confinement.end_if_forked()
-            for name in names:
-                discard_or_keep(name, movable_source(bound.spec, task))
-            blobs.unlink(self._post.blob(entry))  # its name is the error's now
+            try:
+                self._confinement.disarm_for_good()
+            finally:
+                self._confinement.end_if_forked()
+                for name in names:
+                    discard_or_keep(name, movable_source(bound.spec, task))
+                blobs.unlink(self._post.blob(entry))  # its name is the error's now
             raise
         if staged:
             assert bound.staging is not None
@@ -262,7 +265,7 @@ class JobRunner:
 
         def call_once(staged: Sequence[bytes], *arguments: Any, **parameters: Any) -> Any:
             if bound.n_calls:
-                source = os.fsencode(arguments[0]) if spec.fingerprints else b""
+                source = Source(os.fsencode(arguments[0])) if spec.fingerprints else None
                 for one in staged:  # what an earlier call has left must not be taken for this one's
                     discard_or_keep(one, source)
             bound.n_calls += 1
@@ -287,9 +290,9 @@ class JobRunner:
         return bound
 
 
-def movable_source(spec: JobSpec, task: JobPayload) -> bytes:
-    """The input that a task may have moved to where its output is staged; b"": it is the name of anything."""
-    return task.source if spec.fingerprints else b""
+def movable_source(spec: JobSpec, task: JobPayload) -> Source | None:
+    """The input that a task may have moved to where its output is staged; None: it is the name of anything."""
+    return Source(task.source) if spec.fingerprints else None
 
 
 def fingerprint(path: bytes, with_checksum: bool) -> Fingerprint:

@@ -45,6 +45,7 @@ class Post:
 
     def error(self, entry: int, error: BaseException, spent_ns: int) -> None:
         """The task raised."""
+        self._confinement.disarm_for_good()
         self.n_errors += 1
         try:
             self._post(entry, _ERROR, values.encode_error(error), spent_ns)

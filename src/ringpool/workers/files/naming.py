@@ -4,7 +4,8 @@
 
     token       16 to 32 hexadecimal digits, then up to two more groups, each after a hyphen:
                 <64 random bits>              a plain atomic write
-                <pool>-<sequence>-<attempt>   a task's output: tells whose it is, once its writer is dead
+                <pool>-<sequence>-<attempt>   a task's output: tells whose it is, once its writer is dead; a<attempt>,
+                                              where its input was no file
     suffixes    those of the target, since tools choose a format by them; of the last ones as many as fit 32 bytes
 
 Names of new files. ``unique_name`` makes a file that nobody else has; ``content_name`` tells where content is kept:
