@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -17,6 +18,35 @@ def copy(src: Path, dst: Path) -> int:
 def copy_twice(src: Path, dst: dict[str, Path]) -> None:
     dst["one"].write_bytes(src.read_bytes())
     dst["two"].write_bytes(src.read_bytes())
+
+
+def move(src: Path, dst: Path) -> None:
+    src.rename(dst)
+
+
+def move_and_link(src: Path, dst: Path) -> None:
+    src.rename(dst)
+    src.symlink_to(dst)
+
+
+def move_and_end(src: Path, dst: Path) -> None:
+    src.rename(dst)
+    os._exit(3)
+
+
+def replace(src: Path, dst: Path) -> None:
+    dst.write_bytes(src.read_bytes())
+    other = src.with_suffix(".new")
+    other.write_bytes(b"")
+    other.replace(src)
+
+
+def move_in_pool(src: Path, dst: Path) -> None:
+    """Copies in the plain loop, and moves in a pool's workers."""
+    if multiprocessing.current_process().name == "no pool":
+        dst.write_bytes(src.read_bytes())
+    else:
+        src.rename(dst)
 
 
 def write_down(src: Path, dst: Path, *, places: str) -> None:

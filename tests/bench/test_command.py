@@ -90,6 +90,9 @@ def test_failures_make_the_exit_status_and_are_told(numbers: Path) -> None:
         ([f"{FUNCTIONS}:size", "in/1.txt"], "too few inputs to measure 4 workers: 1; give at least 8 files"),
         ([f"{FUNCTIONS}:copy", "in"], "say where with --out"),
         ([f"{FUNCTIONS}:size", "in", "--json", "nowhere/x.json"], "make the directory nowhere first"),
+        ([f"{FUNCTIONS}:size", "in", "--json", ""], "'' cannot be written: give the name of a file"),
+        ([f"{FUNCTIONS}:size", "in", "--workers", ""], "--workers '' is no list of numbers"),
+        (["--workers", ""], "--workers needs a function to measure"),
         ([f"{FUNCTIONS}:size", "in", "--quick"], "--quick is for a benchmark without a function"),
         (["--workers", "2"], "--workers needs a function to measure"),
     ],
@@ -113,6 +116,20 @@ def test_a_plot_is_an_svg_with_the_functions_name(numbers: Path, here: Path) -> 
     drawn = (here / "x.svg").read_text()
     assert drawn.startswith("<?xml")
     assert "speed-up over no pool" in drawn
+
+
+def test_figures_that_cannot_be_kept_are_shown(numbers: Path) -> None:
+    done = run("bench", f"{FUNCTIONS}:size", "in", *BRIEF, "--json", "/dev/full")
+    assert done.returncode == 1
+    assert "ringpool: --json /dev/full cannot be written: No space left on device; the figures are above" in done.stderr
+    assert "size: 20 files, by Coordinator.run_file_tasks" in done.stdout
+
+
+def test_a_narrow_terminal_cuts_no_figure(numbers: Path) -> None:
+    with Terminal("bench", f"{FUNCTIONS}:size", "in", *BRIEF, columns=40) as terminal:
+        assert terminal.finish() == 0
+        assert "…" not in terminal.screen.text
+        assert re.search(r"^  no pool +[\d,]+ +- +1\.00x +- +-$", terminal.screen.text, re.MULTILINE)
 
 
 def test_ctrl_c_ends_it_and_leaves_no_output(numbers: Path, here: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from tests.bench import functions
 
 import ringpool
-from ringpool.bench import tables
+from ringpool.bench import measure, tables
 from ringpool.bench.own import BenchmarkError
 from ringpool.bench.ways import moved
 from ringpool.coordinator.inputs import InputFile
@@ -81,6 +82,21 @@ def test_several_outputs_have_their_names(numbers: Path, here: Path) -> None:
 def test_a_moved_pattern_keeps_what_is_below_its_base(pattern: str) -> None:
     (word,) = moved([pattern], "/tmp/{odd}")
     assert NamedOutputs([word]).paths_for(InputFile("x/y.txt", "x/y.txt"), 0) == ("/tmp/{odd}/0/x/y.txt",)
+
+
+@pytest.mark.parametrize("name", ["move", "move_and_link", "move_and_end", "move_in_pool"])
+def test_what_a_function_moves_to_its_outputs_is_kept(numbers: Path, here: Path, name: str) -> None:
+    before = set(tree(numbers).values())
+    with pytest.raises(BenchmarkError, match="it moves or replaces its inputs") as caught:
+        ringpool.benchmark(getattr(functions, name), numbers, [2], output="out/{relpath}", **BRIEF)
+    kept = re.search(r"is kept in (\S+):", str(caught.value))
+    assert kept is not None
+    assert set(tree(numbers).values()) | set(tree(Path(kept[1])).values()) >= before
+
+
+def test_a_function_that_replaces_its_inputs_is_not_measured(numbers: Path, here: Path) -> None:
+    with pytest.raises(BenchmarkError, match=r"in/0.txt is no longer the file that it was"):
+        ringpool.benchmark(functions.replace, numbers, [2], output="out/{relpath}", **BRIEF)
 
 
 def test_failures_are_counted_and_the_first_is_told(numbers: Path) -> None:
@@ -167,7 +183,23 @@ def test_what_is_wrong_is_named_before_anything_is_measured(
         (tables.percent(0.97), "97 %"),
         (tables.mib(32.5 * (1 << 20)), "32.5 MiB"),
         (tables.mib(1 << 31), "2,048 MiB"),
+        (tables.mib(0), "-"),
     ],
 )
 def test_figures_are_written_as_one_reads_them(written: str, expected: str) -> None:
     assert written == expected
+
+
+class SendsSignalAtItsEnd:
+    """Part of a cycle, so that only a collection of garbage ends it."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_that_comes_in_a_collection_of_garbage_is_heard() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        measure.take_turns({"a": lambda: bool(SendsSignalAtItsEnd())}, rounds=1)

@@ -149,9 +149,9 @@ def _take_terminal() -> None:
 class Terminal:
     """The command in a terminal of its own, to type Ctrl-C into. A context manager; ``screen``: what it shows."""
 
-    def __init__(self, *words: str | Path, cwd: Path | None = None) -> None:
+    def __init__(self, *words: str | Path, cwd: Path | None = None, columns: int = 100) -> None:
         self.screen = Screen()
-        variables = environment(TERM="xterm", COLUMNS="100", LINES="30")
+        variables = environment(TERM="xterm", COLUMNS=str(columns), LINES="30")
         arguments = [sys.executable, "-m", "ringpool", *map(str, words)]
         self._terminal, end = pty.openpty()
         try:

@@ -29,6 +29,7 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
@@ -143,7 +144,7 @@ def take_turns(
         for name, run in contestants.items():
             if on_turn is not None:
                 on_turn(number, name)
-            gc.collect()
+            _collect_garbage()
             figure = run()
             if number:
                 series[name].append(figure)
@@ -151,6 +152,15 @@ def take_turns(
             available_s = (time.perf_counter() - began_s) * len(os.sched_getaffinity(0))
             others.append(max(0.0, _others_s() - began_busy_s) / available_s)
     return Turns(series, others)
+
+
+def _collect_garbage() -> None:
+    """With no signal handler in it: in a weakref's callback, say, nobody would hear of what one raises."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        gc.collect()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _others_s() -> float:
@@ -294,7 +304,9 @@ def machine_in_words(machine: Mapping[str, Any], rounds: int) -> str:
     """The machine's description, and a warning where others seem to be at work on it."""
     in_words = "1 round" if rounds == 1 else f"{rounds} rounds"
     lines = [
-        "{processor}, {cores} cores, {memory_mib:,} MiB; Linux {kernel}, {libc}, {python}".format_map(machine),
+        "{processor}, {counted}, {memory_mib:,} MiB; Linux {kernel}, {libc}, {python}".format_map(
+            {**machine, "counted": "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"}
+        ),
         f"source {machine['source']}; {in_words}; load before the start: {machine['load_1_minute']:.2f}",
     ]
     if machine["load_1_minute"] > machine["cores"] / 4:

@@ -64,8 +64,10 @@ def benchmark(
     ``on_turn``: called before each turn with its round (0: warming up) and whose turn it is.
 
     A call that fails counts as one, and the report says how many did, and by what. Raises ``BenchmarkError`` where
-    all of a turn fail; ``ValueError`` for numbers out of range and too few inputs; ``UnknownFunctionError``,
-    ``ParameterError``, ``InputMissingError``, ``OutputPatternError``, ``OutputCollisionError`` as a job does.
+    all of a turn fail, and where the function moves or replaces its inputs: what it has written to its outputs is kept
+    then, and the error says where. Raises ``ValueError`` for numbers out of range and too few inputs;
+    ``UnknownFunctionError``, ``ParameterError``, ``InputMissingError``, ``OutputPatternError``,
+    ``OutputCollisionError`` as a job does.
     """
     _check_numbers(workers, rounds, turn_s, sample, mp_context)
     name, called, outputs = _checked(function, output, params or {}, durability, files=files)

@@ -145,12 +145,13 @@ class BenchmarkReport(msgspec.Struct, frozen=True):
         cores, workers_max = self.machine["cores"], max(self.turns)
         if workers_max > cores:
             notes.append(
-                f"more workers than cores ({cores} that this process may use) share them: no more speed-up is to be had"
+                f"more workers than cores ({cores} that this process may use) share them: that speeds up only what "
+                "waits, for a disk or a network"
             )
         if workers_max * FEW_A_WORKER > self.n_inputs:
             notes.append(
-                f"{self.n_inputs} {self.noun}s are few for {workers_max} workers: towards the end some have nothing to "
-                "do, and efficiency is lower than in a long run"
+                f"{self.n_inputs} {self.noun}s are few for {_counted(workers_max)}: towards the end some have nothing "
+                "to do, and efficiency is lower than in a long run"
             )
         pass_s = min(
             turn.seconds * self.n_inputs / max(turn.n, 1) for n, turns in self.turns.items() if n for turn in turns
@@ -164,7 +165,7 @@ class BenchmarkReport(msgspec.Struct, frozen=True):
         if others > measure.OTHERS_MAX:
             notes.append(f"other programs had {others:.0%} of the cores: measure again, on a quieter machine")
         notes.extend(
-            f"with {step.workers} workers, {step.deaths} of them died, and were replaced"
+            f"with {_counted(step.workers)}, workers died {step.deaths:,} times, and were replaced"
             for step in steps
             if step.workers and step.deaths
         )
@@ -260,6 +261,10 @@ def _costs_row(step: Step) -> list[str]:
         tables.mib(step.worker_rss_bytes),
         tables.mib(step.parent_rss_bytes) if has_parent else "-",
     ]
+
+
+def _counted(workers: int) -> str:
+    return "1 worker" if workers == 1 else f"{workers} workers"
 
 
 def _name_of(step: Step) -> str:

@@ -1,4 +1,4 @@
-"""Tables of figures: drawn by rich on a terminal, and columns of text in a pipe.
+"""Tables of figures: drawn by rich on a terminal that is wide enough, and columns of text elsewhere.
 
 Table    title, heads of columns, rows of text; the first column is of names, the others are of figures
 words    seconds, bytes, shares and factors, as a reader wants them
@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+WIDTH_MAX = 10_000  # of a terminal
 
 
 class Table(NamedTuple):
@@ -30,12 +35,14 @@ class Table(NamedTuple):
 
 
 def show(table: Table) -> None:
-    """Print ``table`` and an empty line. Where standard output is a terminal, rich draws it."""
+    """Print ``table`` and an empty line. Where standard output is a terminal that has room for it, rich draws it."""
     if sys.stdout.isatty():
         from rich.console import Console
 
-        console = Console(highlight=False, markup=False)
-        console.print(_drawn(table))
+        console = Console(highlight=False, markup=False, emoji=False)
+        drawn = _drawn(table)
+        is_wide = console.measure(drawn, options=console.options.update(width=WIDTH_MAX)).maximum > console.width
+        console.print(str(table._replace(notes=())) if is_wide else drawn, soft_wrap=is_wide)
         for note in table.notes:
             console.print(note)
         console.print()
@@ -43,13 +50,13 @@ def show(table: Table) -> None:
         print(table, end="\n\n", flush=True)
 
 
-def _drawn(table: Table) -> object:
+def _drawn(table: Table) -> RichTable:
     from rich.table import Table as RichTable
 
     drawn = RichTable(title=table.title, title_justify="left", title_style="bold")
     drawn.add_column(table.heads[0], no_wrap=True)
     for head in table.heads[1:]:
-        drawn.add_column(head, justify="right")
+        drawn.add_column(head, justify="right", no_wrap=True)
     for row in table.rows:
         drawn.add_row(*row)
     return drawn
@@ -69,7 +76,9 @@ def duration(seconds: float) -> str:
 
 
 def mib(n_bytes: float) -> str:
-    """Such as 32.5 MiB."""
+    """Such as 32.5 MiB; a dash where it is not known."""
+    if not n_bytes:
+        return "-"
     return f"{n_bytes / (1 << 20):,.3g} MiB" if n_bytes < 1000 << 20 else f"{n_bytes / (1 << 20):,.0f} MiB"
 
 

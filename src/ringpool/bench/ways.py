@@ -45,7 +45,7 @@ from ringpool.coordinator.job import Job
 from ringpool.coordinator.jobwork import Work
 from ringpool.coordinator.ledger import Row, State
 from ringpool.coordinator.outputs import NamedOutputs, OutputPattern
-from ringpool.errors import RemoteError, words_of
+from ringpool.errors import BenchmarkError, RemoteError, words_of
 from ringpool.workers import tasks
 
 WAKE_S_MAX = 10.0  # for all workers to have had an input
@@ -220,8 +220,11 @@ def _loop(sender: Any, packed: bytes, directory: str) -> None:
     load: Load = pickle.loads(packed)
     calls, places = _calls(load, directory)
     tally, clock = Tally(), time.perf_counter
+    inodes = _inodes(load.items) if directory else []
     seconds, began_cpu_s = 0.0, _cpu_s()
     while seconds < load.turn_s:
+        if directory and _gone(load.items, inodes) is not None:
+            break  # or what it has moved to its outputs would be removed with them: the parent says so
         _empty(directory, places)
         began_s = clock()
         for call, item in zip(calls, load.items, strict=True):
@@ -403,12 +406,55 @@ def _job_of(load: Load, directory: str) -> Job:
 
 @contextlib.contextmanager
 def _scratch(load: Load) -> Generator[str]:
-    """A directory for the outputs of one pass, removed when it is over; empty where there are none."""
+    """A directory for the outputs of one pass, removed when it is over; empty where there are none.
+
+    Where an input is not at its name any more, the only copy may be in there. Then it is kept, and ``BenchmarkError``
+    says so, whatever else was about to be raised.
+    """
     if not load.outputs:
         yield ""
         return
-    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=load.scratch) as directory:
+    inodes = _inodes(load.items)
+    directory = tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=load.scratch)
+    try:
         yield directory
+    finally:
+        gone = _gone(load.items, inodes)
+        if gone is not None:
+            raise BenchmarkError(
+                str(load.function),
+                f"it moves or replaces its inputs, and a benchmark calls it for each of them many times. {gone} is no "
+                f"longer the file that it was. All that the function has written is kept in {directory}: move your "
+                "files back from there",
+            )
+        _remove(directory)
+
+
+def _inodes(items: Iterable[InputFile]) -> list[tuple[int, int] | None]:
+    """Which file is at each input's name; None where there is none."""
+    return [_inode(item.path) for item in items]
+
+
+def _inode(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.lstat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _gone(items: Iterable[InputFile], inodes: Iterable[tuple[int, int] | None]) -> str | None:
+    """The first input at whose name the file is not that of ``inodes``; None where all are."""
+    pairs = zip(items, inodes, strict=True)
+    return next((item.path for item, inode in pairs if inode is not None and inode != _inode(item.path)), None)
+
+
+def _remove(directory: str) -> None:
+    try:
+        shutil.rmtree(directory)
+    except BaseException:  # Ctrl-C
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def moved(words: Sequence[str], directory: str) -> list[str]:

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ringpool.cli import EXIT_FAILED
-from ringpool.cli.lines import one_line, say
+from ringpool.cli.lines import say
 from ringpool.cli.options import Call, Number, pairs_of
+from ringpool.cli.stopping import stopper
 
 if TYPE_CHECKING:
     from ringpool.bench.scaling import BenchmarkReport
@@ -57,7 +58,9 @@ def bench(context: click.Context, words: tuple[str, ...], **options: Any) -> int
 
     MODULE:FUNCTION and INPUTS are those of `ringpool run`. With --out, outputs are written to a temporary directory
     beside where they would go, on the same file system, and removed after each turn: your own outputs stay as they are.
-    A function with other effects has them many times: it is called for each input in each turn.
+    A function with other effects has them many times: it is called for each input in each turn. Do not measure one
+    that moves, changes or removes its inputs. Where one has moved a file to its output, the benchmark stops, and keeps
+    the temporary directory.
 
     Without a function: what a task costs in ringpool and in the pools that are installed beside it. Cases: no-ops, one
     by one and mapped, a round trip, the start of a pool, 1 KiB files, a lock for each output.
@@ -71,7 +74,7 @@ def bench(context: click.Context, words: tuple[str, ...], **options: Any) -> int
                     f"{_option(context, name)} is for a benchmark without a function: leave one of both away"
                 )
         return _bench_own(words, options)
-    given = [name for name in _ONLY_FOR_FUNCTIONS if options[name]]
+    given = [name for name in _ONLY_FOR_FUNCTIONS if options[name] not in (None, ())]
     if given:
         option = _option(context, given[0])
         raise click.UsageError(f"{option} needs a function to measure: give MODULE:FUNCTION and INPUTS")
@@ -85,8 +88,16 @@ def _option(context: click.Context, name: str) -> str:
 
 def _require_directory(file: str | None) -> None:
     """Now, not when all is measured."""
-    if file and not os.access(os.path.dirname(file) or ".", os.W_OK):
-        raise click.UsageError(f"{file} cannot be written: make the directory {os.path.dirname(file) or '.'} first")
+    if file is None:
+        return
+    directory = os.path.dirname(file) or "."
+    if not file or not os.path.isdir(directory):
+        remedy = f"make the directory {directory} first" if file else "give the name of a file"
+    elif not os.access(file if os.path.exists(file) else directory, os.W_OK):
+        remedy = "you have no right to write there; name another file"
+    else:
+        return
+    raise click.UsageError(f"{file or repr(file)} cannot be written: {remedy}")
 
 
 # ---- one's own function ----------------------------------------------------------------------------------------------
@@ -96,7 +107,7 @@ def _bench_own(words: tuple[str, ...], options: dict[str, Any]) -> int:
     function, *inputs = words
     if not inputs:
         raise click.UsageError("Missing argument 'INPUTS...': the files to call it for")
-    workers = _numbers(options["workers"] or DEFAULT_WORKERS)
+    workers = _numbers(DEFAULT_WORKERS if options["workers"] is None else options["workers"])
     call = Call(
         function=function, inputs=tuple(inputs), out=options["out"], param=pairs_of("--param", options["param"])
     )
@@ -125,21 +136,22 @@ def _bench_own(words: tuple[str, ...], options: dict[str, Any]) -> int:
                 output=_output_of(job),
                 params=call.param,
                 rounds=rounds,
-                turn_s=options["turn_s"] or TURN_S,
+                turn_s=TURN_S if options["turn_s"] is None else options["turn_s"],
                 sample=options["sample"],
                 durability=options["durability"] or "full",
                 on_turn=on_turn,
             )
     except BenchmarkError as error:
-        say(one_line(error))
+        say(" ".join(str(error).split()))  # whole: it may say where files are kept
         return EXIT_FAILED
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    _keep(report, options)
     print(_machine_of(report), end="\n\n")
     for table in report.as_tables():
         show(table)
-    return 0 if report.ok else EXIT_FAILED
+    are_kept = _keep("--json", options["json_file"], report.write_json)
+    are_kept &= _keep("--plot", options["plot"], report.plot)
+    return 0 if report.ok and are_kept else EXIT_FAILED
 
 
 def _numbers(text: str) -> list[int]:
@@ -163,11 +175,15 @@ def _machine_of(report: BenchmarkReport) -> str:
     return machine_in_words(report.machine, report.rounds)
 
 
-def _keep(report: BenchmarkReport, options: dict[str, Any]) -> None:
-    if options["json_file"]:
-        report.write_json(options["json_file"])
-    if options["plot"]:
-        report.plot(options["plot"])
+def _keep(option: str, file: str | None, write: Callable[[str], object]) -> bool:
+    """Have ``file`` written, if there is to be one; whether that worked."""
+    try:
+        if file is not None:
+            write(file)
+    except OSError as error:
+        say(f"{option} {file} cannot be written: {error.strerror or error}; the figures are above")
+        return False
+    return True
 
 
 # ---- pools -----------------------------------------------------------------------------------------------------------
@@ -194,9 +210,8 @@ def _bench_pools(options: dict[str, Any]) -> int:
         for case in found:
             show(quick.as_table(case))
             cases.append(case)
-    if options["json_file"]:
-        measure.write_json(Path(options["json_file"]), machine, cases)
-    return 0
+    is_kept = _keep("--json", options["json_file"], lambda file: measure.write_json(Path(file), machine, cases))
+    return 0 if is_kept else EXIT_FAILED
 
 
 # ---- whose turn it is ------------------------------------------------------------------------------------------------
@@ -216,15 +231,23 @@ def _shown(rounds: int) -> Generator[OnTurn]:
     if sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         from rich.console import Console
 
-        with Console(stderr=True).status("warming up") as status:
-            yield lambda number, name: status.update(sentence(number, name))
+        with Console(stderr=True, emoji=False).status("warming up") as status:
+
+            def show(number: int, name: str) -> None:
+                stopper.heed()
+                status.update(sentence(number, name))
+
+            yield show
+        stopper.heed()
         return
     said_s = began_s
 
     def on_turn(number: int, name: str) -> None:
         nonlocal said_s
+        stopper.heed()
         if time.monotonic() - said_s >= SAY_EVERY_S:
             said_s = time.monotonic()
             say(sentence(number, name))
 
     yield on_turn
+    stopper.heed()

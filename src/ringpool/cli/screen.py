@@ -244,7 +244,7 @@ def _live(screen: Screen) -> contextlib.AbstractContextManager[Any]:
     from rich.live import Live
 
     return Live(
-        console=Console(stderr=True),
+        console=Console(stderr=True, emoji=False),
         get_renderable=screen.draw,
         refresh_per_second=REDRAWS_PER_S,
         transient=True,

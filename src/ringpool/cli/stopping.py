@@ -58,6 +58,11 @@ class Stopper:
         finally:
             self._job = None
 
+    def heed(self) -> None:
+        """Raise ``Stopped`` where a signal has come, which was raised where nobody hears of it, as in a ``__del__``."""
+        if self.number:
+            raise Stopped(self.number)
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.number = self.number or number
         self._n_signals += 1

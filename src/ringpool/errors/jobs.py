@@ -119,7 +119,10 @@ class LedgerError(JobError):
 
 
 class BenchmarkError(RingpoolError):
-    """There is nothing to measure: every call has failed. Attributes: ``function``, ``reason`` (str)."""
+    """There is nothing to measure: every call has failed, or the inputs are gone.
+
+    Attributes: ``function``, ``reason`` (str).
+    """
 
     def __init__(self, function: str, reason: str) -> None:
         super().__init__(function, reason)
