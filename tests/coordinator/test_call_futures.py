@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import (
     ALL_COMPLETED,
     FIRST_COMPLETED,
@@ -24,7 +24,7 @@ from tests.coordinator import call_functions as functions
 from tests.coordinator.program import WATCHDOG_S, wait_until
 
 from ringpool import RingPoolExecutor
-from ringpool.errors import PoolError, WorkerDiedError
+from ringpool.errors import PoolError, WorkerDiedError, WrongThreadError
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +273,35 @@ def test_a_callback_may_map(executor: RingPoolExecutor) -> None:
     executor.submit(functions.double, 1).add_done_callback(start)
     assert called.wait(WATCHDOG_S)
     assert list(made[0]) == list(range(0, 2000, 2))
+
+
+@pytest.mark.parametrize(
+    "wait_for_it",
+    [
+        lambda executor: executor.submit(functions.double, 1).result(),
+        lambda executor: executor.submit(functions.double, 1).exception(),
+        lambda executor: list(executor.map(functions.double, range(10))),
+        lambda executor: list(executor.map_unordered(functions.double, range(10))),
+    ],
+    ids=["result", "exception", "map", "map_unordered"],
+)
+def test_a_callback_does_not_wait_for_its_own_pool(
+    executor: RingPoolExecutor, wait_for_it: Callable[[RingPoolExecutor], object]
+) -> None:
+    ended: list[object] = []
+    called = threading.Event()
+
+    def call(_: object) -> None:
+        try:
+            ended.append(wait_for_it(executor))
+        except WrongThreadError as error:
+            ended.append(type(error))
+        finally:
+            called.set()
+
+    executor.submit(functions.double, 1).add_done_callback(call)
+    assert called.wait(WATCHDOG_S)
+    assert ended == [WrongThreadError]
 
 
 # ---- very many -------------------------------------------------------------------------------------------------------

@@ -22,10 +22,12 @@ from ringpool.errors import (
     CoordinatorClosedError,
     InputMissingError,
     ParameterError,
+    PathNameError,
     RemoteError,
     ResultTransportError,
     UnknownFunctionError,
     WrongProcessError,
+    WrongThreadError,
 )
 
 MakeFiles = Callable[[int], list[Path]]
@@ -283,6 +285,76 @@ def test_a_single_path_is_no_run_of_its_letters(pool: Coordinator) -> None:
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError):  # noqa: PT011  (the messages are ringpool's, Enum's and multiprocessing's)
         Coordinator(**{"workers": 1} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("workers", "4"), ("workers", 2.5), ("claims_max", 8.0), ("attempts_max", None)]
+)
+def test_numbers_that_are_not_whole_are_refused_by_their_names(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"^{name} must be a whole number, not {value!r}$"):
+        Coordinator(**{"workers": 1} | {name: value})
+
+
+def test_what_a_run_cannot_use_is_named(pool: Coordinator) -> None:
+    with pytest.raises(TypeError, match=r"^window must be a whole number, not 2\.5$"):
+        pool.run_file_tasks(tasks.size, [], window=2.5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"^output must be a function .*, not '{name}'"):
+        pool.run_file_tasks(tasks.copy, [], output="{name}")  # pyright: ignore[reportArgumentType]
+
+
+UNUSABLE = {"": "it is empty", "\ud800": "Invalid", "a\0": "NUL", "/a\0b": "NUL"}
+
+
+@pytest.mark.parametrize("window", [1, None])
+def test_a_path_that_can_name_no_file_is_that_files_failure(pool: Coordinator, file: Path, window: int | None) -> None:
+    given = [file, *UNUSABLE, file]
+    results = list(pool.run_file_tasks(tasks.size, given, window=window))
+    assert sorted(str(r.path) for r in results) == sorted(map(str, given))
+    assert [r.value for r in results if r.path == file] == [5, 5]
+    for r in results:
+        if r.path != file:
+            assert isinstance(r.error, PathNameError)
+            assert UNUSABLE[r.path] in str(r.error)
+            assert "\0" not in str(r.error)
+            assert (r.attempts, r.worker) == (0, -1)
+            with pytest.raises((PathNameError, InputMissingError)):
+                pool.submit_file_task(tasks.size, r.path)
+
+
+def test_an_output_that_can_name_no_file_is_that_files_failure(pool: Coordinator, files: MakeFiles) -> None:
+    paths = files(3)
+    outputs: dict[Any, Any] = dict(zip(paths, ["\ud800", paths[1].with_suffix(".out"), "a\0"], strict=True))
+    found = {r.path: r for r in pool.run_file_tasks(tasks.copy, paths, output=outputs.__getitem__)}
+    assert [type(found[path].error) for path in paths] == [PathNameError, type(None), PathNameError]
+    assert outputs[paths[1]].read_bytes() == paths[1].read_bytes()
+
+
+def test_a_callback_does_not_wait_for_its_own_pool(pool: Coordinator, file: Path) -> None:
+    """It would wait for ever: nobody else takes results out of the ring."""
+    errors: list[BaseException] = []
+    called = threading.Event()
+    other = pool.submit_file_task(tasks.size, file)
+    waits: list[Callable[[], object]] = [
+        lambda: pool.submit_file_task(tasks.size, file).result(),
+        lambda: pool.submit_file_task(tasks.size, file).exception(),
+        lambda: pool.wait_for_task_result(pool.submit_file_task(tasks.size, file).task_id),
+        lambda: list(pool.run_file_tasks(tasks.size, [file])),
+    ]
+
+    def call(_: object) -> None:
+        assert other.result() == 5, "it is done"
+        for wait_for_it in waits:
+            try:
+                wait_for_it()
+            except WrongThreadError as error:
+                errors.append(error)
+        called.set()
+
+    assert other.result(WATCHDOG_S) == 5
+    pool.submit_file_task(tasks.size, file).add_done_callback(call)
+    assert called.wait(WATCHDOG_S)
+    assert len(errors) == len(waits)
+    assert "a future's callback cannot wait for results of its pool" in str(errors[0])
 
 
 # ---- results by id ---------------------------------------------------------------------------------------------------

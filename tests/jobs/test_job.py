@@ -32,6 +32,7 @@ from ringpool.errors import (
     OutputCollisionError,
     OutputPatternError,
     ParameterError,
+    PathNameError,
     ThreadStartError,
 )
 from ringpool.shm import blobs, owner, segment
@@ -774,6 +775,18 @@ def test_a_file_that_is_set_aside_counts_as_a_failure(tmp_path: Path) -> None:
 def test_a_missing_source_is_an_error_and_makes_no_job(tmp_path: Path) -> None:
     with pytest.raises(InputMissingError):
         Job(functions.compress, str(tmp_path / "gone"), f"{tmp_path}/out/{{name}}").run(2)
+
+
+@pytest.mark.parametrize("path", ["", "\ud800", "a\0b"])
+@pytest.mark.parametrize("form", [list, iter])
+def test_an_input_that_can_name_no_file_is_named(tmp_path: Path, path: str, form: Callable[[list[str]], Any]) -> None:
+    job = Job(functions.size_of, form([path]), directory=tmp_path / "job")
+    if "\0" in path and form is iter:  # as a file that is missing there
+        assert job.run(1).progress.failed == 1
+        return
+    with pytest.raises((PathNameError, InputMissingError)) as caught:
+        job.run(1)
+    assert str(caught.value).isprintable() or "\0" in path
 
 
 def run_slowly(source: Path, target: Path, *directory: Path) -> None:

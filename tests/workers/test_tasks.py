@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Optional
 
@@ -75,7 +75,12 @@ class Thumbnails:
     def __call__(self, src: Path) -> None: ...
 
 
+class Unhashable(Thumbnails):
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
 callable_instance = Thumbnails()
+unhashable = Unhashable()
 not_callable = 5
 
 
@@ -213,6 +218,11 @@ def test_a_function_without_a_name_that_leads_to_it_is_refused(function: Callabl
     assert caught.value.function in str(caught.value)
 
 
+def test_an_object_without_a_hash_is_refused_as_any_other() -> None:
+    with pytest.raises(UnknownFunctionError, match="it has no module and qualified name"):
+        tasks.describe(unhashable)
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -220,12 +230,14 @@ def test_a_function_without_a_name_that_leads_to_it_is_refused(function: Callabl
         ("count", "write it as module:function"),
         (":count", "write it as module:function"),
         ("math:", "write it as module:function"),
+        ("a/mine.py:count", "write mine:count, the module and not its file"),
+        ("mine.py:count", "write mine:count, the module and not its file"),
         ("no_such_module:f", "module no_such_module cannot be imported: ModuleNotFoundError: No module named"),
         (".relative:f", "module .relative cannot be imported: TypeError"),
         ("math:nothing", "math has no nothing"),
         ("math:sin.more", "math has no sin.more"),
-        ("math:pi", "pi is no function, it is a float"),
-        (f"{HERE}:not_callable", "not_callable is no function, it is a int"),
+        ("math:pi", "pi is no function, it is of type float"),
+        (f"{HERE}:not_callable", "not_callable is no function, it is of type int"),
     ],
 )
 def test_a_name_that_leads_nowhere_says_which_part_was_not_found(name: str, reason: str) -> None:
@@ -331,6 +343,30 @@ def test_a_decorated_function_is_called_as_what_it_wraps() -> None:
 def test_a_function_that_takes_no_path_is_refused(function: Callable[..., Any]) -> None:
     with pytest.raises(ParameterError, match="it takes no positional argument; the first one is the path of the input"):
         signature(function)
+
+
+async def asynchronous(src: Path) -> None: ...
+
+
+def generator(src: Path) -> Iterator[int]:
+    yield 1
+
+
+async def asynchronous_generator(src: Path) -> AsyncIterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (asynchronous, "it is an async function"),
+        (generator, "it is a generator function"),
+        (asynchronous_generator, "it is a generator function"),
+    ],
+)
+def test_a_function_that_does_nothing_when_it_is_called_is_refused(function: Callable[..., Any], reason: str) -> None:
+    with pytest.raises(ParameterError, match=reason):
+        tasks.describe(function)
 
 
 def test_a_second_positional_only_parameter_is_refused_unless_it_may_be_left_out() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.context import BaseContext
 from types import ModuleType, TracebackType
@@ -21,11 +22,12 @@ from ringpool.coordinator.futures import TaskBoard, TaskFuture
 from ringpool.coordinator.pool import Pool, require_importable
 from ringpool.coordinator.staged import StagedOutputs as StagedOutputs  # not when it is needed: see there
 from ringpool.coordinator.tickets import Ticket
-from ringpool.errors import InputMissingError, ParameterError
+from ringpool.errors import InputMissingError, ParameterError, PathNameError
 from ringpool.shm import blobs, layout
 from ringpool.shm.dispatch import Task
 from ringpool.shm.layout import INLINE_BYTES, Encoding
 from ringpool.workers import tasks, values
+from ringpool.workers.files import naming
 from ringpool.workers.files.atomic import Durability
 from ringpool.workers.retry import RetryPolicy
 
@@ -97,8 +99,7 @@ class Coordinator:
     ) -> None:
         cores = len(os.sched_getaffinity(0))
         n_workers = min(cores, layout.WORKERS_MAX) if workers is None else workers
-        if not 1 <= attempts_max <= layout.ATTEMPT_MAX:
-            raise ValueError(f"attempts_max must be from 1 to {layout.ATTEMPT_MAX}, not {attempts_max}")
+        layout.check_number("attempts_max", attempts_max, layout.ATTEMPT_MAX)
         self._durability = Durability(durability)
         self._attempts_max = attempts_max
         self._task_ids = itertools.count(1)
@@ -125,8 +126,8 @@ class Coordinator:
         its worker as ``retry`` says (None: not at all); a worker's death is another matter, see ``attempts_max``.
         What it has written to ``dst`` is removed before; or kept, as ``.rp-*.kept`` beside it, where ``src`` is gone.
         Raises at once, with nothing queued:
-        ``UnknownFunctionError``, ``ParameterError``, ``InputMissingError``, ``SharedMemoryFullError``,
-        ``CoordinatorClosedError``, or what broke the pool.
+        ``UnknownFunctionError``, ``ParameterError``, ``InputMissingError``, ``PathNameError``,
+        ``SharedMemoryFullError``, ``CoordinatorClosedError``, or what broke the pool.
         """
         self._pool.check_open()
         function = self._function(fn, {}, retry)
@@ -134,9 +135,9 @@ class Coordinator:
         _check_output(function, has_output=dst is not None)
         own = tasks.validate(name, signature, params or {})
         tasks.require(name, signature, own)
-        source, target = _absolute(src), None if dst is None else _absolute(dst)
-        if not src or not os.path.exists(source):
-            raise InputMissingError(os.fsdecode(source) if src else "''")
+        if not os.path.exists(naming.encoded(src)):
+            raise InputMissingError(os.fsdecode(src) or "''")
+        source, target = _usable(src), None if dst is None else _usable(dst)
         payload = tasks.encode_payload(tasks.FilePayload(source, target, tasks.pack_parameters(name, own) or None))
         future = TaskFuture(next(self._task_ids), self._pump, self._board)
         task = self._pool.task(function.id, values.Encoded(Encoding.MSGPACK, payload))
@@ -175,8 +176,12 @@ class Coordinator:
         tasks.require(*tasks.describe(fn), params or {})
         if isinstance(inputs, str | bytes | os.PathLike):
             raise TypeError(f"inputs must be an iterable of paths, not one path ({inputs!r}); put it into a list")
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1, not {window}")
+        if output is not None and not callable(output):
+            raise TypeError(
+                f"output must be a function that gives an input's output, not {output!r}; a Job takes patterns"
+            )
+        if window is not None:
+            layout.check_number("window", window, sys.maxsize)
         function = self._function(fn, params or {}, retry, group_commit=group_commit)
         inbox = FileInbox(self._pump, lambda: self._release(function), self._attempts_max - 1)
 
@@ -306,9 +311,9 @@ def _draw(
     output: Callable[[Any], Path] | None,
     inbox: FileInbox,
     ticket_of: Callable[[bytes, Any, Any, bytes], Ticket],
-) -> Iterator[tuple[bytes, Any] | Ticket]:
-    """Path and source of each input, or its ticket, where it has an output. The loop in which a run spends its time:
-    what can be known before it, is.
+) -> Iterator[tuple[bytes, Any] | Ticket | FileResult]:
+    """Path and source of each input; its ticket, where it has an output; its result, where a path can name no file.
+    The loop in which a run spends its time: what can be known before it, is.
     """
     directory = os.getcwdb()
     may_lack_output, may_have_output = _outputs_allowed(function)
@@ -317,24 +322,33 @@ def _draw(
         src, dst = item if isinstance(item, FileTask) else (item, None)
         if dst is None and output is not None:
             dst = output(src)
-        path = fsencode(src)
-        if not path.startswith(b"/"):
-            path = os.path.join(directory, path)
         if dst is None:
             if not may_lack_output:
                 _check_output(function, has_output=False)
-            yield path, src
-            continue
-        if not may_have_output:
+        elif not may_have_output:
             _check_output(function, has_output=True)
-        target = _DETOURS.sub(b"/", _absolute(dst, directory))
-        inbox.expect(target, src)
-        yield ticket_of(path, src, dst, target)
+        try:
+            path = fsencode(src)
+            if not path.startswith(b"/") or b"\0" in path:
+                path = _usable(src, directory)
+            target = None if dst is None else _DETOURS.sub(b"/", _usable(dst, directory))
+        except (UnicodeEncodeError, PathNameError) as error:
+            found = error if isinstance(error, PathNameError) else naming.not_encodable(src)
+            yield FileResult(src, dst, None, found, 0, 0.0, -1)
+            continue
+        if target is None:
+            yield path, src
+        else:
+            inbox.expect(target, src)
+            yield ticket_of(path, src, dst, target)
 
 
-def _absolute(path: Path, directory: bytes | None = None) -> bytes:
-    """As bytes, and absolute: a task that changes its working directory must not move its neighbours' files."""
-    raw = os.fsencode(path)
+def _usable(path: Path, directory: bytes | None = None) -> bytes:
+    """As bytes, and absolute: a task that changes its working directory must not move its neighbours' files. Raises
+    ``PathNameError`` where it can name no file.
+    """
+    raw = naming.encoded(path)
+    naming.check_path(raw)
     return raw if raw.startswith(b"/") else os.path.join(directory or os.getcwdb(), raw)
 
 

@@ -40,15 +40,12 @@ TOGETHER_PATH_BYTES_MAX = 4096  # a longer one goes by itself; the kernel takes 
 _PACKED_HEAD_BYTES = 5  # at most, of a path among others
 
 
-_Found = Piece | tuple[Ticket, ResultRecord] | BaseException
-
-
 class FileResult(msgspec.Struct, frozen=True):  # seen by the collector: raising its error makes a cycle
     """What became of one file.
 
     ``path`` and ``output`` as they were given (``output``: None where there is none); ``value``: what the function
     returned; ``error``: None, or what it raised, or why it could not run; ``attempts``: how often it was started;
-    ``duration_s``: of the last attempt, in the function; ``worker``: the index of the worker that ran it.
+    ``duration_s``: of the last attempt, in the function; ``worker``: the index of the worker that ran it, -1 for none.
     """
 
     path: Any
@@ -71,10 +68,14 @@ class FileResult(msgspec.Struct, frozen=True):  # seen by the collector: raising
         return self.value
 
 
+_Found = Piece | FileResult | tuple[Ticket, ResultRecord] | BaseException
+
+
 class FileRun(Iterator[FileResult]):
     """The results of a run, as they come. Inputs are drawn while results are taken.
 
-    ``drawn``: path and source of each input, or the ticket of one with an output. ``alone``: makes the ticket of one
+    ``drawn``: path and source of each input, the ticket of one with an output, or the result of one that cannot be run.
+    ``alone``: makes the ticket of one
     without. ``never_waits``: an input never has to be waited for. ``together``: whether short tasks may go together.
     Leaving the loop early, ``close()``, or dropping it, cancels what has not started. An error of the input iterator is
     raised when all that was drawn before it has been given out. One thread at a time takes from it.
@@ -86,7 +87,7 @@ class FileRun(Iterator[FileResult]):
         self,
         pool: Pool,
         inbox: FileInbox,
-        drawn: Iterator[tuple[bytes, Any] | Ticket],
+        drawn: Iterator[tuple[bytes, Any] | Ticket | FileResult],
         alone: Callable[[bytes, Any], Ticket],
         function_id: int,
         *,
@@ -161,6 +162,7 @@ class FileRun(Iterator[FileResult]):
             if self._ready:
                 break
             if self._n_drawn != self._n_arrived and not self._closed:
+                self._pool.pump.check_thread()
                 self._inbox.wait()
             elif self._exhausted:
                 self.close()
@@ -170,7 +172,10 @@ class FileRun(Iterator[FileResult]):
         if isinstance(found, BaseException):  # the pool has ended: one error, not one for each file
             self.close()
             raise found
-        self._at_hand = self._results_of(found) if isinstance(found, Piece) else [self._result_of(*found)]
+        if isinstance(found, Piece):
+            self._at_hand = self._results_of(found)
+        else:
+            self._at_hand = [found if isinstance(found, FileResult) else self._result_of(*found)]
         self._n_at_hand = len(self._at_hand)
 
     def _sort(self) -> None:
@@ -241,6 +246,9 @@ class FileRun(Iterator[FileResult]):
                     break
                 if isinstance(drawn, Ticket):
                     queue(drawn)
+                elif isinstance(drawn, FileResult):
+                    self._n_arrived += 1
+                    ready.append(drawn)
                 elif together_max == 1 or len(drawn[0]) > TOGETHER_PATH_BYTES_MAX:
                     queue(self._alone(*drawn))
                 else:

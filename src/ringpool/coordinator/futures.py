@@ -109,7 +109,8 @@ def _name_of(source: Any) -> str:
 
 class PoolFuture(Future[Any]):
     """The future of one task. ``result()`` and ``exception()`` raise what the task raised, with the worker's traceback
-    as ``__cause__``, and ``WorkerDiedError`` where workers died in it.
+    as ``__cause__``, and ``WorkerDiedError`` where workers died in it. In a callback of the same pool's futures, where
+    they would wait for ever, they raise ``WrongThreadError``.
 
     Most futures are read when they are done: nobody waits in one, or has put a callback into it. So what that takes is
     made when somebody first asks for it: ``_condition``, ``_waiters`` and ``_done_callbacks`` are those of
@@ -157,7 +158,17 @@ class PoolFuture(Future[Any]):
         """The value, waiting up to ``timeout`` seconds (None: for ever)."""
         if self._state == FINISHED and self._exception is None:
             return self._result
+        self._check_wait(timeout)
         return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The error or None, waiting up to ``timeout`` seconds (None: for ever)."""
+        self._check_wait(timeout)
+        return super().exception(timeout)
+
+    def _check_wait(self, timeout: float | None) -> None:
+        if timeout is None and self._state not in _DONE:
+            self._pump.check_thread()
 
     def cancel(self) -> bool:
         """Keep the task from starting; False where a worker has it already, or it is done. Waits for nobody."""

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ringpool.coordinator.lists import STANDARD_INPUT, InputFile as InputFile, read_list
 from ringpool.errors import InputMissingError, ListError
-from ringpool.workers.files.naming import is_staging_name
+from ringpool.workers.files import naming
 
 if TYPE_CHECKING:
     import sqlite3
@@ -121,6 +121,7 @@ def _open_source(source: str | Path, limits: _Limits) -> Iterable[InputFile]:
     except PermissionError:
         raise
     except (OSError, ValueError):
+        naming.encoded(source)  # or its name could not be shown either
         if not _MAGIC.search(source):
             raise InputMissingError(source) from None
         return _open_glob(source, limits)
@@ -193,7 +194,7 @@ def _list(directory: _Directory, glob: _Glob | None) -> tuple[list[str], list[st
                 if is_directory:
                     if entry.name != OWN_DIRECTORY:
                         subdirectories.append(entry.name)
-                elif not is_file or (entry.name.startswith(".") and is_staging_name(os.fsencode(entry.name))):
+                elif not is_file or (entry.name.startswith(".") and naming.is_staging_name(os.fsencode(entry.name))):
                     continue
                 elif glob is None or glob.accepts(directory.states, entry.name):
                     files.append(entry.name)

@@ -42,8 +42,8 @@ from ringpool.errors import OutputPatternError, ParameterError, RingpoolError, w
 from ringpool.shm import blobs, layout, segment
 from ringpool.shm.layout import Encoding
 from ringpool.workers import jobtasks, tasks
+from ringpool.workers.files import naming
 from ringpool.workers.files.locks import PathLock
-from ringpool.workers.files.naming import absolute
 from ringpool.workers.jobtasks import COMMAND, JobSpec
 from ringpool.workers.setup import Setup
 
@@ -142,7 +142,8 @@ class Job:
             names = self.outputs.names or ("",)
             patterns = (str(pattern.pattern) for pattern in self.outputs.patterns)
             return "outputs " + " ".join(
-                f"{name}={os.fsdecode(absolute(os.fsencode(p)))}" for name, p in zip(names, patterns, strict=True)
+                f"{name}={os.fsdecode(naming.absolute(os.fsencode(p)))}"
+                for name, p in zip(names, patterns, strict=True)
             )
         return f"values of {self.name if self._template is None else self._template.text}"
 
@@ -305,7 +306,7 @@ class Job:
                 )
             else:
                 own_digest, packed, parameters = b"", b"", self.digest
-            source = _absolute(file.path, here) if self.options.fingerprints else os.fsencode(file.path)
+            source = _absolute(file.path, here) if self.options.fingerprints else naming.encoded(file.path)
             if source in targets:
                 assert self.outputs is not None
                 raise OutputPatternError(
@@ -463,16 +464,21 @@ def _as_input_file(item: FilePath | InputFile) -> InputFile:
 
 
 def _absolute(path: str, directory: bytes) -> bytes:
-    raw = path.encode(_ENCODING, _ENCODING_ERRORS)  # os.fsencode, at half the price
+    try:
+        raw = path.encode(_ENCODING, _ENCODING_ERRORS)  # os.fsencode, at half the price
+    except UnicodeEncodeError:
+        raise naming.not_encodable(path) from None
     if raw[:1] != b"/":
+        if not raw:
+            raise naming.unusable(raw, "it is empty")
         raw = os.path.join(directory, raw)
     if b"/.." in raw:
         parent, _, name = raw.rpartition(b"/")
-        return os.path.join(_real(parent), name) if name != b".." else absolute(raw)
+        return os.path.join(_real(parent), name) if name != b".." else naming.absolute(raw)
     return os.path.normpath(raw) if b"/." in raw or b"//" in raw else raw
 
 
-_real = functools.lru_cache(maxsize=1024)(absolute)
+_real = functools.lru_cache(maxsize=1024)(naming.absolute)
 
 
 def _found_locks(base: Path) -> None:

@@ -333,6 +333,7 @@ class MapRun:
                     continue
                 if self._n_drawn == self._n_given:
                     return None
+                self._pool.pump.check_thread()
                 timeout_s = -1 if end_s is None else max(0.0, end_s - time.monotonic())
                 if not self.inbox.wait(timeout_s):
                     raise TimeoutError

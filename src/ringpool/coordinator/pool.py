@@ -37,7 +37,6 @@ from ringpool.errors import (
     ThreadStartError,
     WorkingDirectoryError,
     WrongProcessError,
-    WrongThreadError,
 )
 from ringpool.shm import blobs, layout, segment
 from ringpool.shm.dispatch import CoordinatorEnd, Task
@@ -248,8 +247,7 @@ class Pool:
         """
         if self.closed or os.getpid() != self.pid:
             return
-        if self.pump.is_current_thread:
-            raise WrongThreadError
+        self.pump.check_thread("close its pool")
         self.closing = True
         try:
             with self._beginning:  # whoever came before waits for threads to begin; who comes now finds it closing

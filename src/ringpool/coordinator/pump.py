@@ -27,7 +27,7 @@ from ringpool.coordinator.precedence import Precedence
 from ringpool.coordinator.staff import Staff
 from ringpool.coordinator.supervisor import Death
 from ringpool.coordinator.tickets import LEAVING, QUEUED, Part, Sink, Ticket
-from ringpool.errors import CoordinatorClosedError, RingpoolError
+from ringpool.errors import CoordinatorClosedError, RingpoolError, WrongThreadError
 from ringpool.shm import layout
 from ringpool.shm.dispatch import CoordinatorEnd, Task
 from ringpool.shm.layout import Encoding, Status
@@ -168,10 +168,10 @@ class Pump:
         self._wake()
         return not self._begun or self._ending_of_thread.wait(STOP_TIMEOUT_S)
 
-    @property
-    def is_current_thread(self) -> bool:
-        """Whether the caller runs in the pump's thread: in a future's callback."""
-        return threading.current_thread() is self._thread
+    def check_thread(self, action: str = "wait for results of its pool") -> None:
+        """Raise ``WrongThreadError`` where the caller runs in the pump's thread, in a future's callback."""
+        if threading.current_thread() is self._thread:
+            raise WrongThreadError(action)
 
     @property
     def in_flight(self) -> tuple[int, int]:

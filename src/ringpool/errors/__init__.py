@@ -44,7 +44,7 @@
         WorkingDirectoryError      the current directory was removed, or may not be entered
         DaemonicProcessError       a process of multiprocessing that may have none of its own came to it
         WrongProcessError          it was made by another process, before a fork
-        WrongThreadError           it cannot be closed in a future's callback
+        WrongThreadError           a future's callback would wait for it, in its own thread
       FileOperationError         ``workers.files``: an operation on one file (also an OSError)
         AtomicWriteError           the target was not replaced; its old content stands
         BatchWriteError            a batch ended early; so many of its files stand

@@ -64,6 +64,10 @@ class BatchWriteError(FileOperationError):
 class PathNameError(FileOperationError):
     """A path that can name no file here: empty, with a NUL byte, too long, or a name that ringpool keeps for itself."""
 
+    def __str__(self) -> str:
+        shown = self.path.replace("\0", "\\0") or "''"
+        return f"{shown}: {self.operation}: {self.reason}"
+
 
 class PathOutsideError(FileOperationError):
     """A path leads out of the directory that it is relative to: by ``..``, a leading slash, or a symbolic link."""

@@ -201,13 +201,20 @@ class WrongProcessError(PoolError):
 
 
 class WrongThreadError(PoolError):
-    """``close`` was called in a future's callback, which runs in the thread that ``close`` has to wait for."""
+    """A future's callback would wait for its pool, and runs in the thread that it would wait for.
 
-    def __init__(self) -> None:
-        super().__init__()
+    Attribute: ``action`` (str), what it may not do.
+    """
+
+    def __init__(self, action: str) -> None:
+        super().__init__(action)
+        self.action = action
 
     def __str__(self) -> str:
-        return "a coordinator cannot be closed in a future's callback; close it where it was made, or in another thread"
+        return (
+            f"a future's callback cannot {self.action}: it runs in the pool's own thread, which would wait for itself; "
+            "do that where the pool was made, or in another thread"
+        )
 
 
 class OutputPatternError(RingpoolError):

@@ -105,6 +105,7 @@ Truth is which list holds a slot: ready [H, T), retry [RH, RT), a worker's claim
 
 from __future__ import annotations
 
+import operator
 import struct
 import zlib
 from enum import IntEnum
@@ -358,3 +359,13 @@ def attempt_of(entry: int) -> int:
 def slot_of(entry: int) -> int:
     """The slot index in an entry."""
     return entry & SLOT_MASK
+
+
+def check_number(what: str, value: object, top: int) -> None:
+    """Raise ``TypeError`` where ``value`` is no whole number, ``ValueError`` where it is not from 1 to ``top``."""
+    try:
+        number = operator.index(value)  # pyright: ignore[reportArgumentType]  (that is what is asked)
+    except TypeError:
+        raise TypeError(f"{what} must be a whole number, not {value!r}") from None
+    if not 1 <= number <= top:
+        raise ValueError(f"{what} must be from 1 to {top}, not {value}")

@@ -84,8 +84,7 @@ def create(slots: int, workers: int, claims_max: int = layout.CLAIMS_MAX, *, kep
         ("workers", workers, layout.WORKERS_MAX),
         ("claims_max", claims_max, layout.CLAIMS_MAX),
     ):
-        if not 1 <= value <= top:
-            raise ValueError(f"{what} must be from 1 to {top}, not {value}")
+        layout.check_number(what, value, top)
     me = owner.this_process()
     name = f"rp{'j' if kept else ''}.{owner.pid_namespace()}.{me.pid}.{me.start}.{os.urandom(4).hex()}"
     places = layout.sections(slots, workers, claims_max)

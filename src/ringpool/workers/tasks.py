@@ -81,9 +81,17 @@ class Signature(NamedTuple):
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=256)
 def describe(function: TaskFunction | str) -> tuple[str, Signature]:
     """``name_of`` and ``signature_of`` a task function, remembered: both look into its module and its annotations."""
+    try:
+        return _described(function)
+    except TypeError:  # it has no hash to be remembered by
+        name = name_of(function)
+        return name, signature_of(resolve(name), name)
+
+
+@functools.lru_cache(maxsize=256)
+def _described(function: TaskFunction | str) -> tuple[str, Signature]:
     name = name_of(function)
     return name, signature_of(resolve(name), name)
 
@@ -112,6 +120,9 @@ def resolve(name: str) -> TaskFunction:
     module_name, colon, qualname = name.partition(":")
     if not colon or not module_name or not qualname:
         raise UnknownFunctionError(name, "write it as module:function")
+    if "/" in module_name or module_name.endswith(".py"):
+        module = os.path.basename(module_name).removesuffix(".py")
+        raise UnknownFunctionError(name, f"write {module}:{qualname}, the module and not its file")
     try:
         found: Any = sys.modules.get(module_name) or importlib.import_module(module_name)
     except Exception as error:
@@ -123,7 +134,7 @@ def resolve(name: str) -> TaskFunction:
         except AttributeError:
             raise UnknownFunctionError(name, f"{module_name} has no {qualname}") from None
     if not callable(found):
-        raise UnknownFunctionError(name, f"{qualname} is no function, it is a {type(found).__name__}")
+        raise UnknownFunctionError(name, f"{qualname} is no function, it is of type {type(found).__name__}")
     return found
 
 
@@ -148,6 +159,14 @@ def signature_of(function: TaskFunction, name: str) -> Signature:
         return Signature(_as_path, _as_path, True, False, _struct({}), frozenset(), frozenset(), True)
     if not parameters or parameters[0].kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
         raise ParameterError(name, "it takes no positional argument; the first one is the path of the input")
+    if inspect.iscoroutinefunction(function):
+        raise ParameterError(
+            name, "it is an async function, and a task function is just called: have it call asyncio.run"
+        )
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise ParameterError(
+            name, "it is a generator function, and a task function is just called: have it return a list"
+        )
     hints = _hints(function)
     dst = next((p for p in parameters[1:] if p.name == "dst"), None)
     if dst is not None and dst.kind is inspect.Parameter.KEYWORD_ONLY:

@@ -163,8 +163,13 @@ def encoded(path: FilePath) -> bytes:
     try:
         return os.fsencode(path)
     except UnicodeEncodeError:
-        shown = str(path).encode("utf-8", "backslashreplace").decode()
-        raise PathNameError(shown, "use the name", errno.EILSEQ, os.strerror(errno.EILSEQ)) from None
+        raise not_encodable(path) from None
+
+
+def not_encodable(path: FilePath) -> PathNameError:
+    """The error of text that stands for no bytes; to be raised."""
+    shown = str(path).encode("utf-8", "backslashreplace").decode()
+    return PathNameError(shown, "use the name", errno.EILSEQ, os.strerror(errno.EILSEQ))
 
 
 def check_path(path: bytes) -> None:
