@@ -281,6 +281,16 @@ def fail_if_marked(src: Path) -> str:
 def move(src: Path, dst: Path, *, ending: str = "") -> None:
     """Its input becomes its output."""
     src.rename(dst)
+    _end(src, ending)
+
+
+def move_and_link(src: Path, dst: Path, *, ending: str) -> None:
+    src.rename(dst)
+    src.symlink_to(dst)
+    _end(src, ending)
+
+
+def _end(src: Path, ending: str) -> None:
     match ending:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)

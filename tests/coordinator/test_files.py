@@ -175,6 +175,16 @@ def test_an_input_that_was_moved_is_kept_though_another_has_its_name(
     assert (place / kept).read_text() == "hello"
 
 
+@pytest.mark.parametrize("ending", ["raise", "kill"])
+def test_an_input_that_was_moved_is_kept_though_a_symlink_leads_to_it(
+    pool: Coordinator, file: Path, place: Path, ending: str
+) -> None:
+    future = pool.submit_file_task(tasks.move_and_link, file, place / "moved", params={"ending": ending})
+    assert future.exception(WATCHDOG_S) is not None
+    [kept] = names_in(place)
+    assert (place / kept).read_text() == "hello"
+
+
 def test_what_a_dead_worker_wrote_of_an_input_that_is_no_file_is_removed(
     pool: Coordinator, tmp_path: Path, place: Path
 ) -> None:

@@ -629,6 +629,19 @@ def test_an_input_that_a_task_has_moved_is_kept_where_its_output_cannot_be(tmp_p
     assert not (tmp_path / "out/.ringpool/staging").exists() or not any((tmp_path / "out/.ringpool/staging").iterdir())
 
 
+@pytest.mark.parametrize(
+    "ending",
+    ["echo stub > {src}", "echo stub > {src}; exit 3", "ln -s {dst} {src}; exit 3", "ln -s {dst} {src}; kill -9 $PPID"],
+)
+def test_an_input_that_a_task_has_moved_is_kept_though_another_has_its_name(tmp_path: Path, ending: str) -> None:
+    source = named(tmp_path / "in", "a")
+    (source / "a").write_text("the only copy")
+    report = Job(command=f"mv {{src}} {{dst}}; {ending}", inputs=str(source), output=f"{tmp_path}/out/{{name}}").run(1)
+    assert not report.ok
+    [kept] = (tmp_path / "out/.ringpool").glob("kept.*")
+    assert kept.read_text() == "the only copy"
+
+
 def test_an_input_that_a_task_has_moved_is_kept_when_it_is_called_again(tmp_path: Path) -> None:
     source = named(tmp_path / "in", "a")
     (source / "a").write_text("the only copy")

@@ -91,7 +91,8 @@ class StagedJobs:
         return [task for task in tasks if task.error is not None]
 
     def _staged(self, entry: int) -> StagedTask:
-        return StagedTask(entry, self._outputs(entry), source=jobtasks.movable_source(*self.task(entry)))
+        spec, task = self.task(entry)
+        return StagedTask(entry, self._outputs(entry), source=jobtasks.movable_source(spec, task.source))
 
     def _outputs(self, entry: int) -> list[StagedOutput]:
         """Symlinks are followed, as the worker has followed them. Each may have other links: nobody knows any more."""

@@ -47,7 +47,7 @@ _CONTINUATIONS = bytes(range(0x80, 0xC0))  # what any byte of a character but th
 
 class Source(NamedTuple):
     """The input of a task that may have moved it to where its output is staged: its path, and the device and inode that
-    it had when the task began; 0: they are not known.
+    it had when the task began, as far as they are known (0: not).
     """
 
     path: bytes
@@ -390,9 +390,13 @@ def may_be_only_copy(staged: bytes, source: Source | None) -> bool:
         return False
     if source is None:
         return False
-    if source.inode and (found.st_dev, found.st_ino, found.st_nlink) == (source.device, source.inode, 1):
+    if found.st_nlink == 1 and found.st_ino == source.inode and found.st_dev == (source.device or found.st_dev):
         return True
-    return not os.path.exists(source.path)
+    try:
+        there = os.stat(source.path)
+    except (OSError, ValueError):
+        return True
+    return found.st_nlink == 1 and os.path.samestat(there, found)  # a symlink to what is staged
 
 
 def discard_or_keep(staged: bytes, source: Source | None) -> None:

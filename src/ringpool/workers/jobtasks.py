@@ -14,7 +14,7 @@ import errno
 import os
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
@@ -121,7 +121,7 @@ _NO_FINGERPRINT = Fingerprint()
 class _Bound(msgspec.Struct):
     """A task function, resolved, with what its tasks share. ``directories``: of targets, known to be there;
     ``new_directories``: those that may not be on disk themselves; ``n_calls``: since the task began;
-    ``peak_rss_of_command``: where commands are run, and not functions.
+    ``inode``: of its input, before the last call; ``peak_rss_of_command``: where commands are run, and not functions.
     """
 
     spec: JobSpec
@@ -135,6 +135,7 @@ class _Bound(msgspec.Struct):
     directories: set[bytes] = msgspec.field(default_factory=set[bytes])
     new_directories: list[bytes] = msgspec.field(default_factory=list[bytes])
     n_calls: int = 0
+    inode: int = 0
 
 
 class JobRunner:
@@ -199,13 +200,12 @@ class JobRunner:
                 self._confinement.disarm_for_good()
             finally:
                 self._confinement.end_if_forked()
-                for name in names:
-                    discard_or_keep(name, movable_source(bound.spec, task))
+                _discard_or_keep(names, bound, task.source)
                 blobs.unlink(self._post.blob(entry))  # its name is the error's now
             raise
         if staged:
             assert bound.staging is not None
-            done = StagedTask(entry, staged, source=movable_source(bound.spec, task))
+            done = StagedTask(entry, staged, source=movable_source(bound.spec, task.source, bound.inode))
             self._group.add(done, bound.staging, bound.durability, bound.new_directories)
         return end_ns
 
@@ -246,11 +246,14 @@ class JobRunner:
             arguments.append({name: bound.target_type(one) for name, one in zip(spec.names, staged, strict=True)})
         elif staged:
             arguments.append(bound.target_type(staged[0]))
-        bound.n_calls = 0
+        bound.n_calls = bound.inode = 0
         if not spec.fingerprints:
             return bound.retried(staged, *arguments, **parameters), _NO_FINGERPRINT
         for _ in range(CHANGES_MAX):
             before = fingerprint(task.source, spec.checksums)
+            if bound.n_calls:
+                _discard_or_keep(staged, bound, task.source)
+            bound.inode = before.inode
             value = bound.retried(staged, *arguments, **parameters)
             if _is_as_it_was(before, task.source, spec.checksums):
                 return value, before
@@ -265,9 +268,7 @@ class JobRunner:
 
         def call_once(staged: Sequence[bytes], *arguments: Any, **parameters: Any) -> Any:
             if bound.n_calls:
-                source = Source(os.fsencode(arguments[0])) if spec.fingerprints else None
-                for one in staged:  # what an earlier call has left must not be taken for this one's
-                    discard_or_keep(one, source)
+                _discard_or_keep(staged, bound, os.fsencode(arguments[0]))
             bound.n_calls += 1
             try:
                 return call(*arguments, **parameters)
@@ -290,9 +291,16 @@ class JobRunner:
         return bound
 
 
-def movable_source(spec: JobSpec, task: JobPayload) -> Source | None:
+def _discard_or_keep(staged: Iterable[bytes], bound: _Bound, path: bytes) -> None:
+    """What a call has left must not be taken for the next one's."""
+    source = movable_source(bound.spec, path, bound.inode)
+    for one in staged:
+        discard_or_keep(one, source)
+
+
+def movable_source(spec: JobSpec, path: bytes, inode: int = 0) -> Source | None:
     """The input that a task may have moved to where its output is staged; None: it is the name of anything."""
-    return Source(task.source) if spec.fingerprints else None
+    return Source(path, inode=inode) if spec.fingerprints else None
 
 
 def fingerprint(path: bytes, with_checksum: bool) -> Fingerprint:
