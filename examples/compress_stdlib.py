@@ -37,7 +37,7 @@ def compress(root: Path, target: Path) -> int:
             else:
                 failed += 1
                 print(f"{result.path}: {result.error}", file=sys.stderr)
-    atomic_write(target / "SHA256SUMS", "".join(sorted(checksums, key=lambda line: line.split()[1])))
+    atomic_write(target / "SHA256SUMS", "".join(sorted(checksums, key=lambda line: line.split("  ", 1)[1])))
     print(f"{len(checksums)} files compressed into {target}, {failed} failed")
     return failed
 
@@ -45,4 +45,6 @@ def compress(root: Path, target: Path) -> int:
 if __name__ == "__main__":  # worker processes import this module, too
     arguments = [Path(argument) for argument in sys.argv[1:]]
     root = arguments[0] if arguments else Path(sysconfig.get_paths()["stdlib"])
+    if not root.is_dir():
+        sys.exit(f"{root} is no directory; name one whose files are to be compressed")
     sys.exit(bool(compress(root, arguments[1] if len(arguments) > 1 else Path("stdlib.gz"))))

@@ -230,3 +230,38 @@ def test_help_imports_neither_the_pool_nor_rich() -> None:
     names = set(done.stdout.splitlines()[-1].split())
     assert "ringpool.cli.run" in names
     assert not {"rich", "sqlite3", "multiprocessing", "ringpool.coordinator.job"} & names
+
+
+@pytest.mark.parametrize("verb", ["status", "results", "clean", "resume", "retry"])
+def test_a_directory_without_a_name_is_not_the_current_one(verb: str) -> None:
+    """As that of a shell's variable that is not set."""
+    done = run(verb, "")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "it is empty; write . for the current directory" in done.stderr
+
+
+@pytest.mark.usefixtures("mixed")
+def test_names_have_no_power_over_the_terminal(here: Path) -> None:
+    for name in ("new\nline", "\x1b[31mred", "\x9b31mred"):
+        (here / "in" / name).write_text("x")
+    done = run("run", "--exec", "cat {src}; exit 3", "in", "--include", "*line", "--include", "*red")
+    assert done.returncode == 1
+    shown = done.stderr + run("status").stdout
+    assert "new\\nline" in shown
+    assert "\\x1b[31mred" in shown
+    assert not any(character in shown for character in "\x1b\x9b")
+
+
+@pytest.mark.usefixtures("mixed")
+def test_filters_that_leave_nothing_are_told(here: Path) -> None:
+    done = run("run", f"{TASKS}:size", "in", "--include", "*.jpgg")
+    assert done.returncode == 0
+    assert done.stderr.endswith("ringpool: the inputs have no file; what there is, --include and --exclude leave out\n")
+
+
+@pytest.mark.usefixtures("mixed")
+def test_a_file_in_the_place_of_a_directory_is_named(here: Path) -> None:
+    (here / "file").touch()
+    done = run("run", f"{TASKS}:size", "in", "--job", "file")
+    assert done.returncode == 2
+    assert "file: File exists; it is no directory, and one is needed" in done.stderr

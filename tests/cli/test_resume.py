@@ -222,9 +222,22 @@ def test_retry_does_the_failed_files_of_a_kind_and_nothing_else() -> None:
     assert sorted(line["path"] for line in objects(done)) == ["in/bad1.txt", "in/bad2.txt"]
     done = run("retry", "--dead")
     assert done.stdout == "in/dead1.txt\twell\n"
-    assert run("retry").stderr == ("ringpool: .: no file has failed; --dead does those that are set aside too\n")
+    assert run("retry").stderr == "ringpool: .: no file has failed\n"
     assert run("retry", "--kind", "OSError", "--dead").stderr == "ringpool: .: no file of kind OSError has failed\n"
     assert run("resume").stdout == "in/new.txt\twell\n"
+
+
+@pytest.mark.usefixtures("mixed")
+def test_a_retry_says_what_it_was_not_asked_for() -> None:
+    run(*FAIL)
+    Path("healed").touch()
+    done = run("retry", "--kind", "Nope")
+    assert done.stderr == (
+        "ringpool: .: no file of kind Nope has failed; besides: 2 ValueError, 1 TimeoutError, "
+        "1 set aside, which --dead does too\n"
+    )
+    done = run("retry")
+    assert "ringpool: 1 file not asked for is not done either; `ringpool status .` says why" in done.stderr
 
 
 @pytest.mark.usefixtures("mixed")

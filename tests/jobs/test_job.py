@@ -451,6 +451,40 @@ def test_too_many_failures_stop_the_run(tmp_path: Path, limit: dict[str, float])
     assert len(rows_of(tmp_path / "out")) == report.progress.failed
 
 
+@pytest.mark.parametrize(
+    ("limit", "n"),
+    [
+        ({"max_failures": 0}, 1),
+        ({"max_failures": 3}, 4),
+        ({"max_failures": 80}, 81),
+        ({"max_failure_share": 0.05}, 100),
+    ],
+)
+def test_no_file_is_begun_after_one_failure_too_many(tmp_path: Path, limit: dict[str, float], n: int) -> None:
+    source = named(tmp_path / "in", *(f"{i:04}.bad" for i in range(300)))
+    report = Job(functions.fail_by_name, str(source), f"{tmp_path}/out/{{name}}", **limit).run(1)
+    assert report.progress.failed == n
+
+
+def test_files_that_do_not_fail_are_all_done_under_a_limit(tmp_path: Path) -> None:
+    source = named(tmp_path / "in", *(f"{i:04}{'' if i % 50 else '.bad'}" for i in range(500)))
+    job = Job(functions.fail_by_name, str(source), f"{tmp_path}/out/{{name}}", max_failure_share=0.05)
+    assert counts(job.run(2)) == (490, 0, 10, 0)
+
+
+def test_a_pipe_is_no_input(tmp_path: Path) -> None:
+    """To open it might be to wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    report = Job(functions.compress, str(tmp_path / "pipe"), f"{tmp_path}/out/{{name}}").run(1)
+    [failure] = report.failures
+    assert "it is a pipe" in failure.message
+
+
+def test_a_job_in_a_directory_without_a_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="directory is empty"):
+        Job(functions.size_of, "in", directory="")
+
+
 # ---- stopping
 
 

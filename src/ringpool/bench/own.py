@@ -70,6 +70,8 @@ def benchmark(
     ``OutputCollisionError`` as a job does.
     """
     _check_numbers(workers, rounds, turn_s, sample, mp_context)
+    if params is not None and not isinstance(params, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"params must be a mapping of names to values, not {params!r}")
     name, called, outputs = _checked(function, output, params or {}, durability, files=files)
     drawn = _files(inputs, () if outputs is None else outputs.bases) if files else _values(inputs)
     items, n_listed = _sample(drawn, sample)
@@ -114,11 +116,12 @@ def _checked_turn(name: str, run: Callable[[], Turn]) -> Turn:
 
 
 def _check_numbers(workers: Sequence[int], rounds: int, turn_s: float, sample: int | None, method: str) -> None:
+    if isinstance(workers, int | str):
+        raise TypeError(f"workers must be a sequence of numbers, such as [1, 2, 4], not {workers!r}")
     if not workers:
         raise ValueError("workers names no number of workers; give some, such as [1, 2, 4]")
     for n in workers:
-        if not 1 <= n <= layout.WORKERS_MAX:
-            raise ValueError(f"workers must be numbers from 1 to {layout.WORKERS_MAX}, not {n!r}")
+        layout.check_number("workers", n, layout.WORKERS_MAX)
     if len({*workers}) < len(workers):
         raise ValueError(f"workers names a number twice: {', '.join(map(str, workers))}; leave one of them away")
     if rounds < 1:
@@ -181,7 +184,10 @@ def _files(inputs: Any, bases: Sequence[Path]) -> Iterator[InputFile]:
 
 
 def _values(inputs: Any) -> Iterator[Any]:
-    return iter(inputs)
+    try:
+        return iter(inputs)
+    except TypeError:
+        raise TypeError(f"inputs must be an iterable of values, not {inputs!r}") from None
 
 
 def _as_file(one: Any) -> InputFile:

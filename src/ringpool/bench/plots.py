@@ -41,7 +41,13 @@ def plot_scaling(report: BenchmarkReport, target: Path) -> None:
 def _draw_speed_up(axes: Any, steps: list[Step], cores: int, base_workers: int | None) -> None:
     workers = [step.workers for step in steps]
     if workers:
-        axes.plot(workers, [min(n, cores) for n in workers], "--", color="grey", label=f"ideal, {cores} cores")
+        axes.plot(
+            workers,
+            [min(n, cores) for n in workers],
+            "--",
+            color="grey",
+            label=f"ideal, {cores} core{'' if cores == 1 else 's'}",
+        )
         medians = [step.speed_up or 0.0 for step in steps]
         quartiles = [step.speed_up_quartiles or (0.0, 0.0) for step in steps]
         below = [median - lower for median, (lower, _) in zip(medians, quartiles, strict=True)]

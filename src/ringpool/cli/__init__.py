@@ -80,7 +80,10 @@ def _said(error: Exception) -> str:
     if type(error).__module__ != "builtins" or not isinstance(error, OSError):
         return str(error)
     path = error.filename
-    return f"{os.fsdecode(path)}: {error.strerror}" if isinstance(path, str | bytes) else str(error)
+    if not isinstance(path, str | bytes):
+        return str(error)
+    remedy = "; it is no directory, and one is needed: name another" if isinstance(error, FileExistsError) else ""
+    return f"{os.fsdecode(path)}: {error.strerror}{remedy}"
 
 
 def _run_command(arguments: list[str]) -> int:

@@ -44,7 +44,12 @@ OnTurn = Callable[[int, str], None]
     "--rounds", metavar="N", type=click.IntRange(1), help="Default: 5; without a function 9, or 3 if --quick."
 )
 @click.option("--turn", "turn_s", type=Number("S"), help="Seconds that a turn lasts at least. Default: 1.")
-@click.option("--sample", metavar="N", type=click.IntRange(1), help="Use so many of the inputs, drawn evenly.")
+@click.option(
+    "--sample",
+    metavar="N",
+    type=click.IntRange(1),
+    help="Use so many of the inputs, drawn evenly; at least 2 for each worker.",
+)
 @click.option(
     "--durability", type=click.Choice(["none", "atomic", "data", "full"]), help="Of outputs, as in run. Default: full."
 )
@@ -67,6 +72,8 @@ def bench(context: click.Context, words: tuple[str, ...], **options: Any) -> int
     """
     for option in ("json_file", "plot"):
         _require_directory(options[option])
+    if options["plot"] and not options["plot"].endswith(".svg"):
+        raise click.UsageError(f"--plot {options['plot']}: it is drawn as SVG; write a name that ends in .svg")
     if words:
         for name in ("quick", "cases"):
             if options[name]:
@@ -125,6 +132,8 @@ def _bench_own(words: tuple[str, ...], options: dict[str, Any]) -> int:
     from ringpool.errors import BenchmarkError
 
     job = job_of(call, b"")  # whatever is wrong with function, parameters and patterns, in the command's words
+    if options["durability"] and not call.out:
+        raise click.UsageError("--durability is that of outputs, and there are none: leave it away, or say --out")
     rounds = options["rounds"] or ROUNDS
     start_server()
     try:

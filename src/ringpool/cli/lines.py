@@ -32,6 +32,7 @@ import msgspec
 from ringpool.cli.stopping import Stopped, stopper
 
 MESSAGE_LENGTH_MAX = 300
+_CONTROLS = {code: ascii(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0))}
 
 
 # ---- lines -----------------------------------------------------------------------------------------------------------
@@ -41,7 +42,12 @@ def say(sentence: str) -> None:
     """One line on standard error. Paths in it may be of any bytes."""
     sys.stderr.flush()
     with contextlib.suppress(OSError):  # nobody listens any more
-        os.write(2, _as_bytes(f"ringpool: {sentence}\n"))
+        os.write(2, _as_bytes(f"ringpool: {printable(sentence)}\n"))
+
+
+def printable(text: str) -> str:
+    """``text`` without the power to do anything to a terminal: control characters, new lines too, are escaped."""
+    return text.translate(_CONTROLS)
 
 
 def print_line(line: str) -> None:

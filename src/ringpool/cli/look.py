@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from ringpool.cli.lines import command, counted, one_line, print_line, say, size_in_words
+from ringpool.cli.lines import command, counted, one_line, print_line, printable, say, size_in_words
+from ringpool.cli.options import DIRECTORY
 
 if TYPE_CHECKING:
     from ringpool.coordinator.ledger import Cause, JobInfo, Ledger, RunInfo
 
 RUNNING, KILLED = "running", "killed"
-_DIRECTORY = click.argument("directory", metavar="[DIR]", default=".")
+_DIRECTORY = click.argument("directory", metavar="[DIR]", type=DIRECTORY, default=".")
 _LEDGER_FILES = ("ledger.db-wal", "ledger.db-shm", "ledger.db")
 
 
@@ -51,7 +52,7 @@ def status(directory: str, as_object: bool) -> int:
         if number:
             print_line("")
         for line in _in_lines(job, directory, is_last_job=number == 0):
-            print_line(line)
+            print_line(printable(line))
     return 0
 
 

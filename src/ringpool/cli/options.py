@@ -69,6 +69,20 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid
 # ---- what an option's text means -------------------------------------------------------------------------------------
 
 
+class Filled(click.types.StringParamType):
+    """Text that is not empty, as that of a shell's unset variable is; ``remedy``: what to write instead."""
+
+    def __init__(self, name: str, remedy: str) -> None:
+        self.name = name
+        self._remedy = remedy
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Raises ``click.BadParameter``, which names the option."""
+        if not value:
+            self.fail(f"it is empty; {self._remedy}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class Size(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  (generic in some versions)
     """Bytes, an int: ``512M``."""
 
@@ -167,15 +181,21 @@ def _option(name: str, field: str = "", **more: Any) -> Callable[[Any], Any]:
     return click.option(name, *([field] if field else []), **more)
 
 
+DIRECTORY = Filled("DIR", "write . for the current directory")
+_GLOB = Filled("GLOB", "write one such as '*.jpg'")
 PLACES = (
     _option("--out", metavar="PATTERN", multiple=True, help="Where outputs go; NAME=PATTERN for each of several."),
-    _option("--job", metavar="DIR", help="Where the ledger is. Default: where outputs go, or else here."),
-    _option("--manifest", metavar="FILE", help="Inputs from CSV or JSON lines, with parameters for each."),
+    _option("--job", type=DIRECTORY, help="Where the ledger is. Default: where outputs go, or else here."),
+    _option(
+        "--manifest",
+        type=Filled("FILE", "name a file"),
+        help="Inputs from CSV or JSON lines, with parameters for each.",
+    ),
 )
 WAYS = (
     _option("--param", metavar="NAME=VALUE", multiple=True, help="A parameter of the function."),
-    _option("--include", metavar="GLOB", multiple=True, help="Of what a walk finds, only what matches one of these."),
-    _option("--exclude", metavar="GLOB", multiple=True, help="... and nothing that matches one of these."),
+    _option("--include", type=_GLOB, multiple=True, help="Of what a walk finds, only what matches one of these."),
+    _option("--exclude", type=_GLOB, multiple=True, help="... and nothing that matches one of these."),
     _option("--names", is_flag=True, help="Inputs are names of anything, not files."),
     _option("--largest-first", is_flag=True, help="List all inputs, then begin with the largest."),
     _option(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +22,7 @@ import msgspec
 from ringpool.cli import EXIT_FAILED, EXIT_SIGNAL_BASE
 from ringpool.cli.config import settings
 from ringpool.cli.lines import as_json, as_text, command, counted, one_line, print_line, say
-from ringpool.cli.options import PLACES, WAYS, Call, combined, given, with_options
+from ringpool.cli.options import DIRECTORY, PLACES, WAYS, Call, Filled, combined, given, with_options
 from ringpool.cli.stopping import stopper
 
 if TYPE_CHECKING:
@@ -31,14 +32,26 @@ if TYPE_CHECKING:
     from ringpool.coordinator.jobwork import Planned, Progress, Work
 
 
-class Selection(NamedTuple):
-    """The files of a ledger that a retry is about: ``keys``, hashed, and how many."""
+class Selection:
+    """The files of a ledger that a retry is about: ``keys``, hashed; ``others``: of files that are not done either.
+    ``kinds``: of errors, with how many files each. ``n_left``: how many of ``others`` were among the inputs.
+    """
 
-    keys: frozenset[int]
+    def __init__(self, keys: frozenset[int], others: frozenset[int], kinds: dict[str, int]) -> None:
+        self.keys = keys
+        self.others = others
+        self.kinds = kinds
+        self.n_left = 0
 
     def __call__(self, work: Work) -> bool:
         """Whether ``work`` is one of them."""
         return hash((work.source, work.targets[0] if work.targets else b"")) in self.keys
+
+    def only(self, work: Work) -> bool:
+        """The same, of each input once."""
+        key = hash((work.source, work.targets[0] if work.targets else b""))
+        self.n_left += key in self.others
+        return key in self.keys
 
 
 class Order(NamedTuple):
@@ -96,7 +109,7 @@ def _function_and_inputs(call: Call, words: tuple[str, ...], told: dict[str, Any
 
 
 @click.command(short_help="Go on with the last job of a directory.")
-@click.argument("directory", metavar="[DIR]", default=".")
+@click.argument("directory", metavar="[DIR]", type=DIRECTORY, default=".")
 @with_options(WAYS)
 @click.pass_context
 def resume(context: click.Context, directory: str, **_options: Any) -> int:
@@ -116,8 +129,12 @@ def resume(context: click.Context, directory: str, **_options: Any) -> int:
 
 
 @click.command(short_help="Do the failed files of a job again.")
-@click.argument("directory", metavar="[DIR]", default=".")
-@click.option("--kind", metavar="KIND", help="Only what failed by an error of this name, or one that ends in it.")
+@click.argument("directory", metavar="[DIR]", type=DIRECTORY, default=".")
+@click.option(
+    "--kind",
+    type=Filled("KIND", "name an error, such as ValueError"),
+    help="Only what failed by an error of this name, or one that ends in it.",
+)
 @click.option("--dead", is_flag=True, help="Also what is set aside, because workers died in it again and again.")
 @with_options(WAYS)
 @click.pass_context
@@ -130,8 +147,7 @@ def retry(context: click.Context, directory: str, kind: str | None, dead: bool, 
     selection = _selection(Path(directory), stored.id, kind, dead=dead)
     if not selection.keys:
         which = "" if kind is None else f" of kind {kind}"
-        aside = "" if dead else "; --dead does those that are set aside too"
-        say(f"{directory}: no file{which} has failed{aside}")
+        say(f"{directory}: no file{which} has failed{_others_in_words(selection)}")
         return 0
     from ringpool.cli.calls import spec_of
 
@@ -169,11 +185,27 @@ def _selection(directory: Path, job: int, kind: str | None, *, dead: bool) -> Se
 
     states = (State.FAILED, State.DEAD) if dead else (State.FAILED,)
     keys: set[int] = set()
+    others: set[int] = set()
+    kinds: Counter[str] = Counter()
     with Ledger.open(directory, create=False, read_only=True) as ledger:
         for cause in ledger.failures_by_cause(job):
-            if cause.state in states and (kind is None or cause.kind.endswith(kind)):
-                keys.update(hash((row.input, row.output)) for row in ledger.failed(job, cause.kind, cause.state))
-    return Selection(frozenset(keys))
+            is_meant = cause.state in states and (kind is None or cause.kind.endswith(kind))
+            found = [hash((row.input, row.output)) for row in ledger.failed(job, cause.kind, cause.state)]
+            (keys if is_meant else others).update(found)
+            kinds["set aside" if cause.state == State.DEAD else cause.kind] += len(found)
+    return Selection(frozenset(keys), frozenset(others), kinds)
+
+
+def _others_in_words(selection: Selection) -> str:
+    """What has failed besides, and how that is done again; empty for nothing."""
+    if not selection.others:
+        return ""
+    kinds = dict(selection.kinds)
+    n_aside = kinds.pop("set aside", 0)
+    words = [f"{n} {name}" for name, n in kinds.items()]
+    if n_aside:
+        words.append(f"{n_aside} set aside, which --dead does too")
+    return f"; besides: {', '.join(words)}"
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -202,7 +234,7 @@ def execute(order: Order) -> int:
             report = job.run(
                 call.workers,
                 verify="digest" if call.verify == "digest" else "size",
-                only=selection,
+                only=None if selection is None else selection.only,
                 redo=selection,
                 on_progress=advance,
                 on_row=_writer(order, failures),
@@ -211,18 +243,21 @@ def execute(order: Order) -> int:
     except BaseException:
         failures.say()
         if progress.seen and not call.quiet:
-            _say_summary(progress, directory)
+            _say_summary(call, progress, directory)
         raise
     failures.say()
     if not call.quiet:
-        _say_summary(progress, directory)
+        _say_summary(call, progress, directory)
     return _ending(order, progress, report.stopped)
 
 
-def _say_summary(progress: Progress, directory: str) -> None:
+def _say_summary(call: Call, progress: Progress, directory: str) -> None:
     from ringpool.cli.screen import in_words, ways_on
 
     say(in_words(progress))
+    if not progress.seen:
+        filters = "; what there is, --include and --exclude leave out" if call.include or call.exclude else ""
+        say(f"the inputs have no file{filters}")
     ways = ways_on(progress, directory)
     if ways:
         say(ways)
@@ -231,6 +266,10 @@ def _say_summary(progress: Progress, directory: str) -> None:
 def _ending(order: Order, progress: Progress, stopped: str) -> int:
     from ringpool.cli.calls import is_repeatable
 
+    n_left = 0 if order.selection is None else order.selection.n_left
+    if n_left and not order.call.quiet:
+        which = f"{counted(n_left, 'file')} not asked for {'is' if n_left == 1 else 'are'} not done either"
+        say(f"{which}; `{command('status', order.directory)}` says why")
     if stopped:
         how = f"by {signal.Signals(stopper.number).name}" if stopper.number else f"({stopped})"
         on = f"`{command('resume', order.directory)}` goes on"
@@ -274,8 +313,6 @@ def _writer(order: Order, failures: Failures) -> Callable[[Work, tuple[Any, ...]
 
 def _plan(order: Order) -> int:
     """What would be done with each file, and why."""
-    from collections import Counter
-
     call, job, _, selection = order
     n_by_action: Counter[str] = Counter()
     level = "digest" if call.verify == "digest" else "size"

@@ -261,6 +261,6 @@ def _line_progress() -> Callable[[Progress], None]:
         now = time.monotonic()
         if now - said >= PROGRESS_INTERVAL_S:
             said = now
-            say(in_words(progress))
+            say(f"so far {in_words(progress)}")
 
     return advance

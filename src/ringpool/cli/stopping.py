@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ringpool.coordinator.job import Job
 
+AGAIN_S = 0.005
 HANDLED = (signal.SIGINT, signal.SIGTERM)
 REASONS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -63,7 +64,11 @@ class Stopper:
         if self.number:
             raise Stopped(self.number)
 
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if _is_unheard(frame):
+            signal.signal(signal.SIGALRM, lambda _number, later: self._handle(number, later))
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+            return
         self.number = self.number or number
         self._n_signals += 1
         job = self._job
@@ -75,6 +80,15 @@ class Stopper:
             is_stopping = job.interrupt(REASONS[number])
         if not is_stopping:
             raise Stopped(number)
+
+
+def _is_unheard(frame: FrameType | None) -> bool:
+    """Whether what is raised in ``frame`` is printed and lost: it is a finalizer's, or was called by one."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__" or frame.f_globals.get("__name__") in ("weakref", "_weakrefset"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 stopper = Stopper()

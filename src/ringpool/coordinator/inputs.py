@@ -161,6 +161,10 @@ def _walk(root: _Directory, limits: _Limits, glob: _Glob | None) -> Iterator[Inp
                 continue
             files, subdirectories = _list(directory, glob)
         except OSError as error:  # the others are walked all the same, and then it is said
+            if error.errno == errno.EACCES:
+                error.strerror = (
+                    f"{error.strerror}; the files in it are not known: get the right to read it, or exclude it"
+                )
             limits.refused.append(error)
             continue
         if limits.filters is not None:

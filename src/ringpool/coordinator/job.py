@@ -118,6 +118,8 @@ class Job:
         own = tasks.validate(self.name, self._signature, params or {})
         self._parameters = tasks.pack_parameters(self.name, own)
         self.digest = function_digest(self.name, own)
+        if directory is not None and not os.fspath(directory):
+            raise ValueError("directory is empty; leave it out for the default, or write '.' for the current directory")
         self.directory = Path(directory if directory is not None else self.outputs.base if self.outputs else ".")
         self._inputs = inputs
         self._include, self._exclude = tuple(include), tuple(exclude)
@@ -154,9 +156,11 @@ class Job:
             self._template.check({"src", "name", "stem", "suffix", *_FIELDS_OF_FILE, *names})
             return
         if self.outputs is None and signature.needs_output:
-            raise ParameterError(self.name, "it has a parameter dst, and the job has no output")
+            raise ParameterError(self.name, "it has a parameter dst, and the job has no output: give one")
         if self.outputs is not None and not signature.takes_output:
-            raise ParameterError(self.name, "it has no parameter dst, and the job has an output")
+            raise ParameterError(
+                self.name, "it has no parameter dst, and an output is given: leave it out, or give the function a dst"
+            )
 
     # ---- looking only
 

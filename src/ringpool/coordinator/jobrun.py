@@ -15,6 +15,7 @@ A batch is written when it has 1,024 rows or is a quarter of a second old. Used 
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter
@@ -248,7 +249,8 @@ class JobRun:
         pump, arrived, clock = self._pool.pump, self._inbox.arrived, time.monotonic  # pyright: ignore[reportOptionalMemberAccess]
         began_s, not_told = clock(), 0 if self._under_way else FLUSH_TICKETS
         rate_per_s, now_s = self._settings.rate_per_s, began_s
-        while self._under_way < self._window and not self._stops:
+        window = min(self._window, self._n_may_fail())
+        while self._under_way < window and not self._stops:
             if rate_per_s is not None and clock() < self._next_start_s:
                 break
             work = self._draw()
@@ -357,14 +359,32 @@ class JobRun:
             wait_s = min(wait_s, max(0.001, self._next_start_s - time.monotonic()))
         return wait_s
 
+    def _n_may_fail(self) -> float:
+        """How many files may be under way, so that should all of them fail, no other is begun after the one that stops
+        the run. At least one for each worker.
+        """
+        settings, n = self._settings, self._n_failed
+        most = math.inf
+        if settings.max_failures is not None:
+            most = settings.max_failures - n + 1
+        share = settings.max_failure_share
+        if share is not None and share < 1:
+            n_run = self.progress.done + n
+            most = max(SHARE_OF_MIN - n_run, (share * n_run - n) // (1 - share) + 1)
+        assert self._pool is not None
+        return max(self._pool.n_workers, most)
+
+    @property
+    def _n_failed(self) -> int:
+        return self.progress.failed + self._n_dead  # not those that were set aside before
+
     def _limit_failures(self) -> None:
-        settings, progress = self._settings, self.progress
-        n = progress.failed + self._n_dead  # not those that were set aside before
+        settings, progress, n = self._settings, self.progress, self._n_failed
         n_run = progress.done + n
         if self._stops or not n:
             return
         if settings.max_failures is not None and n > settings.max_failures:
-            self.stop(f"more than {settings.max_failures} failures")
+            self.stop(f"more than {settings.max_failures} failure{'' if settings.max_failures == 1 else 's'}")
         share = settings.max_failure_share
         if share is not None and n_run >= SHARE_OF_MIN and n > share * n_run:
             self.stop(f"more than {100 * share:g} % of the files failed")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
@@ -21,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from ringpool.errors import InputChangedError, InputMissingError
+from ringpool.errors import FileOperationError, InputChangedError, InputMissingError
 from ringpool.shm import blobs, layout
 from ringpool.shm.layout import Encoding, Status
 from ringpool.shm.segment import Segment
@@ -307,6 +308,10 @@ def fingerprint(path: bytes, with_checksum: bool) -> Fingerprint:
     """What the file at ``path`` is. Raises ``InputMissingError`` where there is none, ``OSError``."""
     try:
         found = os.stat(path)
+        if stat.S_ISFIFO(found.st_mode):  # to open it may be to wait for ever, and what it gives is gone then
+            raise FileOperationError(
+                os.fsdecode(path), "read the input", errno.EINVAL, "it is a pipe; write a file first"
+            )
         checksum = b""
         if with_checksum:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

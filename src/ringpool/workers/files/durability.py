@@ -37,6 +37,10 @@ class Durability(StrEnum):
     DATA = "data"
     FULL = "full"
 
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        raise ValueError(f"durability must be one of {', '.join(cls)}, not {value!r}")
+
 
 _LEVELS = {level.value: level for level in Durability}
 
