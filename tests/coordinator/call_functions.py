@@ -10,9 +10,11 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 import threading
 import time
@@ -510,3 +512,50 @@ class Keeper:
     def kept(cls, more: int = 0) -> int:
         """What the initializer has put there, and ``more``."""
         return _kept + more
+
+
+# ---- what travels by a descriptor ------------------------------------------------------------------------------------
+
+_ends: list[Any] = []
+
+
+def send_to(end: Any, value: object) -> None:
+    """``end``: of a pipe, or a socket."""
+    if isinstance(end, socket.socket):
+        end.sendall(str(value).encode())
+    else:
+        end.send(value)
+
+
+def open_pipe() -> Any:
+    """One end; ``answer`` writes to the other."""
+    _ends[:] = multiprocessing.Pipe()
+    return _ends[0]
+
+
+def answer(value: object) -> None:
+    _ends[1].send(value)
+
+
+class Registered:
+    """Tests register a reducer for it, that ``multiprocessing`` uses and pickle does not."""
+
+    def __init__(self, words: str) -> None:
+        self.words = words
+
+
+def reduce_registered(value: Registered) -> tuple[type[Registered], tuple[str]]:
+    return Registered, (f"{value.words} by its reducer",)
+
+
+def words_of_registered(value: Registered) -> str:
+    return value.words
+
+
+def hand_back(value: Any) -> Any:
+    return value
+
+
+def every_other(array: Any) -> dict[str, Any]:
+    """A view of its argument."""
+    return {"array": array[::2]}

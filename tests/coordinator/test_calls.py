@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import operator
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import zipapp
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -497,6 +500,52 @@ if __name__ == "__main__":
     assert (run.returncode, run.stdout, run.stderr) == (0, "well done\n", "")
 
 
+# ---- descriptors, and what has a reducer of its own ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["spawn", "forkserver", "fork"])
+def by_method(request: pytest.FixtureRequest) -> Iterator[RingPoolExecutor]:
+    with RingPoolExecutor(1, multiprocessing.get_context(request.param)) as made:
+        yield made
+
+
+def test_an_end_of_a_pipe_arrives_as_that(by_method: RingPoolExecutor) -> None:
+    here, there = multiprocessing.Pipe()
+    by_method.submit(functions.send_to, there, 1).result(WATCHDOG_S)
+    list(by_method.map(functions.send_to, [there] * 3, [2, 3, 4]))
+    by_method.submit(lambda: there.send(5)).result(WATCHDOG_S)
+    assert [here.recv() for _ in range(5) if here.poll(WATCHDOG_S)] == [1, 2, 3, 4, 5]
+
+
+def test_an_end_of_a_pipe_comes_back_as_that(by_method: RingPoolExecutor) -> None:
+    end = by_method.submit(functions.open_pipe).result(WATCHDOG_S)
+    by_method.submit(functions.answer, "well").result(WATCHDOG_S)
+    assert end.poll(WATCHDOG_S)
+    assert end.recv() == "well"
+
+
+def test_a_socket_arrives_and_comes_back(by_method: RingPoolExecutor) -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        here.settimeout(WATCHDOG_S)
+        by_method.submit(functions.send_to, there, "hi").result(WATCHDOG_S)
+        assert here.recv(10) == b"hi"
+        with by_method.submit(functions.hand_back, there).result(WATCHDOG_S) as back:
+            back.sendall(b"ho")
+        assert here.recv(10) == b"ho"
+
+
+def test_reducers_that_are_registered_with_multiprocessing_are_used(
+    by_method: RingPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ForkingPickler._extra_reducers, functions.Registered, functions.reduce_registered)  # pyright: ignore
+    sent = functions.Registered("sent")
+    expected = "sent by its reducer"
+    assert by_method.submit(functions.words_of_registered, sent).result(WATCHDOG_S) == expected
+    assert by_method.submit(lambda: sent.words).result(WATCHDOG_S) == expected
+    assert list(by_method.map(functions.words_of_registered, [sent, sent])) == [expected] * 2
+
+
 # ---- arrays ----------------------------------------------------------------------------------------------------------
 
 
@@ -512,6 +561,22 @@ def test_an_array_is_read_where_it_lies_in_shared_memory(
     assert list(executor.map(functions.look_at_array, [array])) == [expected]
     with pytest.raises(ValueError, match="read-only"):
         executor.submit(functions.write_to_array, array).result(WATCHDOG_S)
+
+
+@pytest.mark.parametrize("n", [10, 1_000, 100_000])
+@pytest.mark.parametrize("way", ["submit", "map", "map_unordered"])
+def test_an_argument_that_comes_back_can_be_written_to(executor: RingPoolExecutor, way: str, n: int) -> None:
+    """It was read-only in the worker."""
+    array = np.arange(n, dtype=np.float64)
+    for function in (functions.hand_back, functions.every_other):
+        if way == "submit":
+            found: Any = executor.submit(function, array).result(WATCHDOG_S)
+        else:
+            [found] = getattr(executor, way)(function, [array])
+        back = found["array"] if isinstance(found, dict) else found
+        assert back[0] == 0
+        back[0] = 5
+        assert array[0] == 0
 
 
 def test_an_array_that_comes_back_can_be_written_to(executor: RingPoolExecutor) -> None:

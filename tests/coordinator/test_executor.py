@@ -9,12 +9,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.coordinator import executor_functions as functions
@@ -24,6 +26,7 @@ from ringpool import RingPoolExecutor, TaskOptions, WorkerDiedError, WorkerExit
 from ringpool.coordinator import staff
 from ringpool.errors import CrashLoopError, MemoryLimitError, TaskTimeoutError
 from ringpool.workers import process
+from ringpool.workers.setup import has_fork_lock
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +142,19 @@ def test_no_worker_is_started_before_there_is_a_task() -> None:
         assert made.worker_pids == ()
         assert made.submit(pow, 2, 8).result(WATCHDOG_S) == 256
         assert len(made.worker_pids) == 1
+
+
+class HoldsLock:
+    """As tqdm's lock is made."""
+
+    def __init__(self, lock: Any) -> None:
+        self.locks = [threading.Lock(), {"another": (lock,)}]
+        self.itself = self
+
+
+def test_a_lock_that_only_a_fork_can_have_is_found_in_what_holds_it() -> None:
+    assert has_fork_lock([1, HoldsLock(multiprocessing.get_context("fork").RLock())])
+    assert not has_fork_lock([1, HoldsLock(multiprocessing.get_context("forkserver").RLock()), threading, HoldsLock])
 
 
 def test_initargs_that_cannot_be_sent_are_named_by_the_error() -> None:

@@ -17,6 +17,7 @@ from types import FunctionType
 from typing import Any
 
 from ringpool.errors import RemoteError, words_of
+from ringpool.workers import reducers
 
 
 def dumps(value: object, keep: Callable[[pickle.PickleBuffer], bool] | None = None) -> bytes:
@@ -40,6 +41,7 @@ class _Pickler(pickle.Pickler):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.sent: dict[str, object] = {}
+        self.dispatch_table = reducers.table()
 
     def reducer_override(self, obj: Any, /) -> Any:
         if not (type(obj) is FunctionType or issubclass(type(obj), type)) or obj.__module__ != "__main__":

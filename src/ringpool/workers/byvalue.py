@@ -8,25 +8,21 @@ import pickle
 import sys
 from collections import ChainMap
 from collections.abc import Callable
-from multiprocessing.reduction import ForkingPickler
 from types import MethodType
 from typing import Any, cast
 
 import cloudpickle
 
+from ringpool.workers import reducers
+
 _STATE_SETTER = 5  # where a reducer's tuple has it, see ``object.__reduce__``
 _Base: type[pickle.Pickler] = cast("Any", cloudpickle).CloudPickler  # it has no types
 
 
-def dumps(
-    value: object, keep: Callable[[pickle.PickleBuffer], bool] | None = None, *, for_new_process: bool = False
-) -> bytes:
-    """``value`` as bytes, with ``keep`` as its ``buffer_callback``. Raises what pickle raises.
-
-    ``for_new_process``: with what only a process that is being started can be given, such as connections.
-    """
+def dumps(value: object, keep: Callable[[pickle.PickleBuffer], bool] | None = None) -> bytes:
+    """``value`` as bytes, with ``keep`` as its ``buffer_callback``. Raises what pickle raises."""
     file = io.BytesIO()
-    (_StartPickler if for_new_process else _Pickler)(file, 5, buffer_callback=keep).dump(value)
+    _Pickler(file, 5, buffer_callback=keep).dump(value)
     return file.getvalue()
 
 
@@ -35,6 +31,11 @@ class _Pickler(_Base):
     method goes as pickle sends it: by its name in its class. Its function is not found there as such, so cloudpickle
     would send that by value, with globals of its own.
     """
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        own: Any = _Base.dispatch_table
+        self.dispatch_table = ChainMap(own, reducers.table())  # before the base's, which reads it
+        super().__init__(*arguments, **keywords)
 
     def reducer_override(self, obj: Any, /) -> Any:
         if type(obj) is MethodType and _is_named(obj.__self__) and getattr(obj.__self__, obj.__name__, None) == obj:
@@ -45,13 +46,6 @@ class _Pickler(_Base):
         if reduced is NotImplemented or len(reduced) <= _STATE_SETTER:  # it goes by name
             return reduced
         return (*reduced[:_STATE_SETTER], functools.partial(set_state, reduced[_STATE_SETTER], obj.__qualname__))
-
-
-class _StartPickler(_Pickler):
-    def __init__(self, file: io.BytesIO, *arguments: Any, **keywords: Any) -> None:
-        tables: Any = _Base.dispatch_table, ForkingPickler(file).dispatch_table
-        self.dispatch_table = ChainMap(*tables)  # before the base's, which reads it
-        super().__init__(file, *arguments, **keywords)
 
 
 def _is_named(owner: object) -> bool:

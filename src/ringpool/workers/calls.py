@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ringpool.shm.layout import INLINE_BYTES, Encoding, Form, ItemsEncoding
-from ringpool.workers import values
+from ringpool.workers import reducers, values
 
 _pack: Callable[[object], bytes] = msgspec.msgpack.Encoder().encode
 _unpack: Callable[[bytes | memoryview], Any] = msgspec.msgpack.Decoder().decode
@@ -128,7 +128,7 @@ def _dumps(value: object, buffers: list[memoryview] | None = None) -> bytes:
     keep = None if buffers is None else values.keeper(buffers)
     if not is_lost("__main__"):
         try:
-            return pickle.dumps(value, 5, buffer_callback=keep)
+            return reducers.dumps(value, keep, buffers)
         except Exception:
             if buffers:
                 buffers.clear()

@@ -7,16 +7,19 @@ worker would not find by its name, cloudpickle sends by value.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import pickle
 import traceback
 from collections.abc import Callable, Iterable
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any, Protocol, cast
 
 from ringpool.workers import calls
 
 Initializer = Callable[..., object]
+PARTS_DEPTH, PARTS_MAX = 4, 100  # how far locks are looked for in the arguments of an initializer
 _WITH_LOCKS = {f"multiprocessing.{name}" for name in ("synchronize", "queues", "sharedctypes")}
 
 
@@ -47,7 +50,7 @@ class Setup:
         if calls.is_lost("__main__"):
             from ringpool.workers import byvalue  # here, because most programs never need cloudpickle
 
-            return self.sender, byvalue.dumps((self._initializer, self._initargs), for_new_process=True)
+            return self.sender, byvalue.dumps((self._initializer, self._initargs))
         try:
             return self.sender, bytes(ForkingPickler.dumps((self._initializer, self._initargs)))
         except (pickle.PicklingError, AttributeError, TypeError):
@@ -80,15 +83,23 @@ def has_fork_lock(initargs: Iterable[Any]) -> bool:
     """Whether there is a lock among them that only a fork can have, or an event, queue or value with such a lock: its
     semaphore has no name.
     """
-    for value in initargs:
-        if type(value).__module__ not in _WITH_LOCKS:
-            continue
-        parts = getattr(value, "__dict__", {})
-        if "_semlock" in parts and parts["_semlock"].name is None:
+    return any(_has_fork_lock(value, PARTS_DEPTH) for value in initargs)
+
+
+def _has_fork_lock(value: Any, depth: int) -> bool:
+    """Whether ``value`` is one, or has one among its items or attributes, up to ``depth`` of them deep."""
+    if isinstance(value, list | tuple | set | frozenset | dict):
+        items: Any = cast("Any", value)
+        parts: Iterable[Any] = items.values() if isinstance(value, dict) else items
+    else:
+        attributes: Any = getattr(value, "__dict__", None)
+        if not isinstance(attributes, dict) or isinstance(value, type | ModuleType):
+            return False
+        named = cast("dict[str, Any]", attributes)
+        if type(value).__module__ in _WITH_LOCKS and getattr(named.get("_semlock"), "name", "") is None:
             return True
-        if has_fork_lock(parts.values()):
-            return True
-    return False
+        parts = named.values()
+    return depth > 0 and any(_has_fork_lock(part, depth - 1) for part in itertools.islice(parts, PARTS_MAX))
 
 
 class _Pickled:

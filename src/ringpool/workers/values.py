@@ -15,6 +15,7 @@ from __future__ import annotations
 import pickle
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import NoneType, TracebackType
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ import msgspec
 from ringpool.errors import RemoteError, RingpoolError
 from ringpool.shm import blobs
 from ringpool.shm.layout import INLINE_BYTES, Encoding
-from ringpool.workers import byname
+from ringpool.workers import byname, reducers
 
 OUT_OF_BAND_MIN_BYTES = 4096
 PLAIN = frozenset({NoneType, bool, int, float, str, bytes})
@@ -65,10 +66,14 @@ def encode(value: object) -> Encoded:
             pass  # an int beyond 64 bits, a str with surrogates (a path that is not UTF-8)
     large: list[memoryview] = []
     try:
-        return Encoded(_PICKLE, pickle.dumps(value, 5, buffer_callback=keeper(large)), tuple(large))
+        body = reducers.dumps(value, keeper(large), large)
     except pickle.PicklingError:
         large.clear()
-    body = byname.dumps(value, keeper(large))  # raises the same, unless it was for that
+        body = byname.dumps(value, keeper(large))  # raises the same, unless it was for that
+    if any(buffer.readonly for buffer in large):
+        # Of an argument, perhaps, which is read-only here. Protocol 5 would say so of the result; others copy it.
+        with suppress(pickle.PicklingError):
+            return Encoded(_PICKLE, reducers.dumps(value, None, None, protocol=4))
     return Encoded(_PICKLE, body, tuple(large))
 
 
