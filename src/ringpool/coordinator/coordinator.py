@@ -329,7 +329,7 @@ def _draw(
             _check_output(function, has_output=True)
         try:
             path = fsencode(src)
-            if not path.startswith(b"/") or b"\0" in path:
+            if not path.startswith(b"/") or 0 in path:  # a byte; bytes are looked for at ten times the cost
                 path = _usable(src, directory)
             target = None if dst is None else _DETOURS.sub(b"/", _usable(dst, directory))
         except (UnicodeEncodeError, PathNameError) as error:
@@ -348,7 +348,7 @@ def _usable(path: Path, directory: bytes | None = None) -> bytes:
     ``PathNameError`` where it can name no file anywhere.
     """
     raw = naming.encoded(path)
-    if not raw or b"\0" in raw:
+    if not raw or 0 in raw:
         naming.check_path(raw)
     return raw if raw.startswith(b"/") else os.path.join(directory or os.getcwdb(), raw)
 

@@ -218,8 +218,15 @@ def encode_items(items: list[Any], *, starred: bool) -> tuple[int, bytes]:
             return (ItemsEncoding.PLAIN_STARRED if starred else ItemsEncoding.PLAIN), _pack(items)
         except (OverflowError, UnicodeEncodeError):
             pass
-    pickles = [_dumps(item) for item in items]
-    return (ItemsEncoding.PICKLED_STARRED if starred else ItemsEncoding.PICKLED), _pack(pickles)
+    encoding = ItemsEncoding.PICKLED_STARRED if starred else ItemsEncoding.PICKLED
+    if not is_lost("__main__") and not reducers.are_foreign():
+        try:
+            body = _pack([pickle.dumps(item, 5) for item in items])
+        except Exception:  # one by one, then
+            body = b""
+        if body and reducers.may_do_without(body):
+            return encoding, body
+    return encoding, _pack([_dumps(item) for item in items])
 
 
 def decode_items(

@@ -34,16 +34,29 @@ def table() -> dict[type, Callable[[Any], Any]]:
     return {**copyreg.dispatch_table, **_reducers}
 
 
+def are_foreign() -> bool:
+    """Whether the program has registered reducers of its own."""
+    if len(_reducers) != _Seen.n:
+        _Seen.are_foreign = any(kind.__module__.partition(".")[0] not in _STANDARD for kind in _reducers)
+        _Seen.n = len(_reducers)
+    return _Seen.are_foreign
+
+
+def may_do_without(body: bytes) -> bool:
+    """Whether what ``pickle.dumps`` has made is right without the table, where no reducers are foreign."""
+    return body.find(_PACKAGE) < 0  # six times as fast as ``in``
+
+
 def dumps(value: object, keep: Keep | None, buffers: list[memoryview] | None, protocol: int = 5) -> bytes:
     """``value`` as bytes, with ``keep`` as its ``buffer_callback``, which puts buffers into ``buffers``. Raises what
     pickle raises.
     """
-    if not _are_foreign():
+    if not are_foreign():
         try:
             body = pickle.dumps(value, protocol, buffer_callback=keep)
         except TypeError:  # a socket, say
             body = _PACKAGE
-        if _PACKAGE not in body:
+        if may_do_without(body):
             return body
         if buffers:
             buffers.clear()
@@ -52,10 +65,3 @@ def dumps(value: object, keep: Keep | None, buffers: list[memoryview] | None, pr
     pickler.dispatch_table = table()
     pickler.dump(value)
     return file.getvalue()
-
-
-def _are_foreign() -> bool:
-    if len(_reducers) != _Seen.n:
-        _Seen.are_foreign = any(kind.__module__.partition(".")[0] not in _STANDARD for kind in _reducers)
-        _Seen.n = len(_reducers)
-    return _Seen.are_foreign
