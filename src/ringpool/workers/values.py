@@ -70,7 +70,7 @@ def encode(value: object) -> Encoded:
     except pickle.PicklingError:
         large.clear()
         body = byname.dumps(value, keeper(large))  # raises the same, unless it was for that
-    if any(buffer.readonly for buffer in large):
+    if any(buffer.readonly and type(buffer.obj).__module__ == "numpy" for buffer in large):
         # Of an argument, perhaps, which is read-only here. Protocol 5 would say so of the result; others copy it.
         with suppress(pickle.PicklingError):
             return Encoded(_PICKLE, reducers.dumps(value, None, None, protocol=4))
