@@ -303,7 +303,9 @@ def test_in_a_pipe_progress_is_a_line_now_and_then(endless: Path) -> None:
         progress = command.stderr.readline()
         command.send_signal(signal.SIGINT)
         done = finish(command)
-    assert re.fullmatch(r"ringpool: so far \d+ files done, 0 failed, 0 B of input, [\d.]+ s, [\d.]+ files/s\n", progress)
+    assert re.fullmatch(
+        r"ringpool: so far \d+ files done, 0 failed, 0 B of input, [\d.]+ s, [\d.]+ files/s\n", progress
+    )
     assert done.returncode == 130
     assert len(done.stderr.splitlines()) <= 4
 

@@ -559,3 +559,30 @@ def hand_back(value: Any) -> Any:
 def every_other(array: Any) -> dict[str, Any]:
     """A view of its argument."""
     return {"array": array[::2]}
+
+
+def hand_back_last(*values: Any) -> Any:
+    return values[-1]
+
+
+def die_once_with(end: Any, mark: str) -> None:
+    if not os.path.exists(mark):
+        Path(mark).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    end.send(1)
+
+
+class ByProtocol5:
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if protocol < 5:
+            raise ValueError("by protocol 5 alone")
+        return ByProtocol5, (self.array,)
+
+
+def read_only_by_protocol_5() -> ByProtocol5:
+    array = ones(1000)
+    array.flags.writeable = False
+    return ByProtocol5(array)

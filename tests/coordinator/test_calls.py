@@ -535,6 +535,43 @@ def test_a_socket_arrives_and_comes_back(by_method: RingPoolExecutor) -> None:
         assert here.recv(10) == b"ho"
 
 
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+def test_a_function_that_holds_a_socket_can_be_mapped(method: str) -> None:
+    """A descriptor is fetched once, and a map's function is otherwise sent once for all workers."""
+    here, there = socket.socketpair()
+    with here, there, RingPoolExecutor(2, multiprocessing.get_context(method)) as own:
+        here.settimeout(WATCHDOG_S)
+        for function in (partial(functions.send_to, there), lambda word: functions.send_to(there, word)):
+            list(own.map(function, "abcdefgh", chunksize=1))
+            assert sorted(here.recv(1) for _ in range(8)) == [b"a", b"b", b"c", b"d", b"e", b"f", b"g", b"h"]
+        assert list(own.map(partial(functions.hand_back_last, there), range(3), range(3))) == [0, 1, 2]
+        end, other = multiprocessing.Pipe()
+        list(own.map(partial(functions.send_to, other), range(4), chunksize=1))
+        assert sorted(end.recv() for _ in range(4) if end.poll(WATCHDOG_S)) == [0, 1, 2, 3]
+
+
+def test_no_descriptor_is_left_of_what_pickle_refuses(executor: RingPoolExecutor) -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        executor.submit(functions.hand_back_last, there, lambda: 1, 2).result(WATCHDOG_S)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(20):
+            assert executor.submit(functions.hand_back_last, there, lambda: 1, 2).result(WATCHDOG_S) == 2
+        assert len(os.listdir("/proc/self/fd")) < before + 20
+
+
+def test_a_call_whose_connection_was_fetched_says_so_when_it_is_tried_again(tmp_path: Path) -> None:
+    here, there = multiprocessing.Pipe()
+    with here, there, RingPoolExecutor(1) as own:
+        future = own.options(retries=1).submit(functions.die_once_with, there, str(tmp_path / "mark"))
+        with pytest.raises(ArgumentTransportError, match="can be fetched once"):
+            future.result(WATCHDOG_S)
+
+
+def test_a_read_only_result_that_knows_protocol_5_alone_comes_back(executor: RingPoolExecutor) -> None:
+    assert executor.submit(functions.read_only_by_protocol_5).result(WATCHDOG_S).array[0] == 1
+
+
 def test_reducers_that_are_registered_with_multiprocessing_are_used(
     by_method: RingPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,6 +157,27 @@ def test_a_lock_that_only_a_fork_can_have_is_found_in_what_holds_it() -> None:
     assert not has_fork_lock([1, HoldsLock(multiprocessing.get_context("forkserver").RLock()), threading, HoldsLock])
 
 
+class Proxy:
+    """As those of web frameworks are outside of a request."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"there is no {name} here")
+
+    @property
+    def __class__(self) -> Any:
+        raise RuntimeError("there is no class here")
+
+
+def test_nothing_is_run_of_what_may_hold_a_lock_and_much_is_not_looked_through() -> None:
+    assert not has_fork_lock([Proxy()])
+    deep: Any = 1
+    for _ in range(5):
+        deep = [list(deep) if isinstance(deep, list) else deep for _ in range(30)]
+    assert not has_fork_lock([deep, [[*range(1_000)] for _ in range(1_000)]])
+
+
 def test_initargs_that_cannot_be_sent_are_named_by_the_error() -> None:
     lock = multiprocessing.get_context("fork").Lock()
     with RingPoolExecutor(1, "forkserver", initializer=functions.identity, initargs=(lock,)) as made:

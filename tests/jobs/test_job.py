@@ -458,6 +458,7 @@ def test_too_many_failures_stop_the_run(tmp_path: Path, limit: dict[str, float])
         ({"max_failures": 3}, 4),
         ({"max_failures": 80}, 81),
         ({"max_failure_share": 0.05}, 100),
+        ({"max_failures": 3, "max_failure_share": 0.9}, 4),
     ],
 )
 def test_no_file_is_begun_after_one_failure_too_many(tmp_path: Path, limit: dict[str, float], n: int) -> None:

@@ -152,7 +152,11 @@ class CallPool:
         pool.check_open(first=lambda: calls.prepare(fn))
         _require_function(fn)
         pool.make_arena()
-        function_id = self._write_function(fn)
+        try:
+            function_id = self._write_function(fn)
+        except calls.NotSharedError:  # then each item has it
+            function_id = self._write_function(calls.apply)
+            iterables = (repeat(fn), *iterables) if iterables else ()
         starred = len(iterables) != 1
         run = MapRun(
             pool,

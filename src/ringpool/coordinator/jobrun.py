@@ -370,7 +370,7 @@ class JobRun:
         share = settings.max_failure_share
         if share is not None and share < 1:
             n_run = self.progress.done + n
-            most = max(SHARE_OF_MIN - n_run, (share * n_run - n) // (1 - share) + 1)
+            most = min(most, max(SHARE_OF_MIN - n_run, (share * n_run - n) // (1 - share) + 1))
         assert self._pool is not None
         return max(self._pool.n_workers, most)
 

@@ -19,10 +19,14 @@ _STATE_SETTER = 5  # where a reducer's tuple has it, see ``object.__reduce__``
 _Base: type[pickle.Pickler] = cast("Any", cloudpickle).CloudPickler  # it has no types
 
 
-def dumps(value: object, keep: Callable[[pickle.PickleBuffer], bool] | None = None) -> bytes:
-    """``value`` as bytes, with ``keep`` as its ``buffer_callback``. Raises what pickle raises."""
+def dumps(
+    value: object, keep: Callable[[pickle.PickleBuffer], bool] | None = None, *, is_shared: bool = False
+) -> bytes:
+    """``value`` as bytes, with ``keep`` as its ``buffer_callback``; ``is_shared``: see ``reducers.table``. Raises what
+    pickle raises.
+    """
     file = io.BytesIO()
-    _Pickler(file, 5, buffer_callback=keep).dump(value)
+    _Pickler(file, 5, buffer_callback=keep, is_shared=is_shared).dump(value)
     return file.getvalue()
 
 
@@ -32,9 +36,9 @@ class _Pickler(_Base):
     would send that by value, with globals of its own.
     """
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+    def __init__(self, *arguments: Any, is_shared: bool, **keywords: Any) -> None:
         own: Any = _Base.dispatch_table
-        self.dispatch_table = ChainMap(own, reducers.table())  # before the base's, which reads it
+        self.dispatch_table = ChainMap(own, reducers.table(is_shared=is_shared))  # before the base's, which reads it
         super().__init__(*arguments, **keywords)
 
     def reducer_override(self, obj: Any, /) -> Any:

@@ -25,6 +25,7 @@ import msgspec
 
 from ringpool.shm.layout import INLINE_BYTES, Encoding, Form, ItemsEncoding
 from ringpool.workers import reducers, values
+from ringpool.workers.reducers import NotSharedError
 
 _pack: Callable[[object], bytes] = msgspec.msgpack.Encoder().encode
 _unpack: Callable[[bytes | memoryview], Any] = msgspec.msgpack.Decoder().decode
@@ -114,28 +115,38 @@ def prepare(function: Callable[..., Any]) -> None:
 
 
 def pickle_callable(function: Callable[..., Any]) -> bytes:
-    """A callable as bytes. Raises what pickle raises, where cloudpickle cannot send it either.
+    """A callable as bytes, for any number of workers. Raises ``NotSharedError`` where only one could unpickle it, and
+    what pickle raises, where cloudpickle cannot send it either.
 
     Where cloudpickle is there anyway, its ``register_pickle_by_value`` may have been called for the function's module.
     """
     if "cloudpickle" not in sys.modules and is_by_name(function):
         return pickle.dumps(function, 5)  # many programs never need cloudpickle
-    return _dumps(function)
+    return _dumps(function, is_shared=True)
 
 
-def _dumps(value: object, buffers: list[memoryview] | None = None) -> bytes:
+def apply(function: Callable[..., Any], *arguments: Any) -> Any:
+    """For a callable that is sent with each of its calls."""
+    return function(*arguments)
+
+
+def _dumps(value: object, buffers: list[memoryview] | None = None, *, is_shared: bool = False) -> bytes:
     """``value`` as bytes, its large buffers in ``buffers`` where that is given. Raises what pickle raises, noted."""
     keep = None if buffers is None else values.keeper(buffers)
     if not is_lost("__main__"):
         try:
-            return reducers.dumps(value, keep, buffers)
+            return reducers.dumps(value, keep, buffers, is_shared=is_shared)
+        except NotSharedError:
+            raise
         except Exception:
             if buffers:
                 buffers.clear()
     from ringpool.workers import byvalue  # here, because most programs never need cloudpickle
 
     try:
-        return byvalue.dumps(value, keep)
+        return byvalue.dumps(value, keep, is_shared=is_shared)
+    except NotSharedError:
+        raise
     except Exception as error:
         error.add_note(
             "ringpool: neither pickle nor cloudpickle can send it to a worker; send what it is made of instead"
@@ -187,6 +198,8 @@ def rebuild(body: bytes | memoryview, buffers: list[memoryview] | None = None) -
         return pickle.loads(body, buffers=buffers)
     except BaseException as error:  # unpickling may run anything, sys.exit too
         reason = str(error)
+        if isinstance(error, EOFError) and not reason:
+            reason = "a connection or a socket can be fetched once, and it was: such a call cannot be tried again"
         if isinstance(error, AttributeError) and "main__" in reason and sys.modules["__main__"].__name__ != "__main__":
             reason += _GUARDED  # multiprocessing has imported it, as "__mp_main__"
         from ringpool.errors import ArgumentTransportError  # here: no worker imports this at its start

@@ -19,7 +19,12 @@ from typing import Any
 Keep = Callable[[pickle.PickleBuffer], bool]
 _PACKAGE = b"multiprocessing"  # whose types are registered by the standard library
 _STANDARD = frozenset(("builtins", "array", "functools", "socket", _PACKAGE.decode()))
+_SHARED = frozenset(("builtins", "array", "functools"))  # what is no more than pickle's own
 _reducers: dict[type, Callable[[Any], Any]] = ForkingPickler._extra_reducers  # pyright: ignore
+
+
+class NotSharedError(TypeError):
+    """What is pickled once, for several workers, holds what only one of them can fetch: a descriptor, say."""
 
 
 class _Seen:
@@ -29,16 +34,24 @@ class _Seen:
     are_foreign = False
 
 
-def table() -> dict[type, Callable[[Any], Any]]:
-    """A ``dispatch_table`` of all reducers."""
-    return {**copyreg.dispatch_table, **_reducers}
+def table(*, is_shared: bool = False) -> dict[type, Callable[[Any], Any]]:
+    """A ``dispatch_table`` of all reducers; ``is_shared``: for what several unpickle, see ``NotSharedError``."""
+    if not is_shared:
+        return {**copyreg.dispatch_table, **_reducers}
+    refusing = {kind: reduce if kind.__module__ in _SHARED else _refuse for kind, reduce in _reducers.copy().items()}
+    return {**copyreg.dispatch_table, **refusing}
+
+
+def _refuse(value: object) -> Any:
+    raise NotSharedError(f"one {type(value).__qualname__} cannot be sent to several workers")
 
 
 def are_foreign() -> bool:
     """Whether the program has registered reducers of its own."""
-    if len(_reducers) != _Seen.n:
-        _Seen.are_foreign = any(kind.__module__.partition(".")[0] not in _STANDARD for kind in _reducers)
-        _Seen.n = len(_reducers)
+    n = len(_reducers)
+    if n != _Seen.n:
+        _Seen.are_foreign = any(kind.__module__.partition(".")[0] not in _STANDARD for kind in _reducers.copy())
+        _Seen.n = n
     return _Seen.are_foreign
 
 
@@ -47,21 +60,25 @@ def may_do_without(body: bytes) -> bool:
     return body.find(_PACKAGE) < 0  # six times as fast as ``in``
 
 
-def dumps(value: object, keep: Keep | None, buffers: list[memoryview] | None, protocol: int = 5) -> bytes:
+def dumps(
+    value: object, keep: Keep | None, buffers: list[memoryview] | None, protocol: int = 5, *, is_shared: bool = False
+) -> bytes:
     """``value`` as bytes, with ``keep`` as its ``buffer_callback``, which puts buffers into ``buffers``. Raises what
-    pickle raises.
+    pickle raises: ``TypeError`` for what needs the table and shows it so, such as a socket: see ``dumps_by_table``.
     """
     if not are_foreign():
-        try:
-            body = pickle.dumps(value, protocol, buffer_callback=keep)
-        except TypeError:  # a socket, say
-            body = _PACKAGE
+        body = pickle.dumps(value, protocol, buffer_callback=keep)
         if may_do_without(body):
             return body
         if buffers:
             buffers.clear()
+    return dumps_by_table(value, keep, protocol, is_shared=is_shared)
+
+
+def dumps_by_table(value: object, keep: Keep | None, protocol: int = 5, *, is_shared: bool = False) -> bytes:
+    """The same, by the table. Each try takes a copy of a descriptor in ``value``, which stays until it is fetched."""
     file = io.BytesIO()
     pickler = pickle.Pickler(file, protocol, buffer_callback=keep)
-    pickler.dispatch_table = table()
+    pickler.dispatch_table = table(is_shared=is_shared)
     pickler.dump(value)
     return file.getvalue()

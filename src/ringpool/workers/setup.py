@@ -11,6 +11,7 @@ import itertools
 import logging
 import pickle
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable
 from multiprocessing.reduction import ForkingPickler
 from types import ModuleType
@@ -19,7 +20,7 @@ from typing import Any, Protocol, cast
 from ringpool.workers import calls
 
 Initializer = Callable[..., object]
-PARTS_DEPTH, PARTS_MAX = 4, 100  # how far locks are looked for in the arguments of an initializer
+PARTS_MAX = 1000  # of the arguments of an initializer that are looked at, for locks
 _WITH_LOCKS = {f"multiprocessing.{name}" for name in ("synchronize", "queues", "sharedctypes")}
 
 
@@ -81,25 +82,32 @@ class Setup:
 
 def has_fork_lock(initargs: Iterable[Any]) -> bool:
     """Whether there is a lock among them that only a fork can have, or an event, queue or value with such a lock: its
-    semaphore has no name.
+    semaphore has no name. Or what holds one, among its items or attributes, as far as ``PARTS_MAX`` of these show.
     """
-    return any(_has_fork_lock(value, PARTS_DEPTH) for value in initargs)
-
-
-def _has_fork_lock(value: Any, depth: int) -> bool:
-    """Whether ``value`` is one, or has one among its items or attributes, up to ``depth`` of them deep."""
-    if isinstance(value, list | tuple | set | frozenset | dict):
-        items: Any = cast("Any", value)
-        parts: Iterable[Any] = items.values() if isinstance(value, dict) else items
-    else:
-        attributes: Any = getattr(value, "__dict__", None)
-        if not isinstance(attributes, dict) or isinstance(value, type | ModuleType):
-            return False
-        named = cast("dict[str, Any]", attributes)
-        if type(value).__module__ in _WITH_LOCKS and getattr(named.get("_semlock"), "name", "") is None:
-            return True
-        parts = named.values()
-    return depth > 0 and any(_has_fork_lock(part, depth - 1) for part in itertools.islice(parts, PARTS_MAX))
+    waiting = deque(initargs)
+    seen: set[int] = set()
+    while waiting and len(seen) < PARTS_MAX:
+        value = waiting.popleft()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        kind = cast("type[Any]", type(value))  # and not what it says of itself: a proxy may run anything then
+        if issubclass(kind, dict):
+            parts: Iterable[Any] = cast("Any", dict).values(value)
+        elif issubclass(kind, (list, tuple, set, frozenset)):
+            parts = value
+        elif issubclass(kind, (type, ModuleType)):
+            continue
+        else:
+            try:
+                attributes: dict[str, Any] = object.__getattribute__(value, "__dict__")
+            except AttributeError:
+                continue
+            if kind.__module__ in _WITH_LOCKS and getattr(attributes.get("_semlock"), "name", "") is None:
+                return True
+            parts = cast("Any", dict).values(attributes)
+        waiting.extend(itertools.islice(parts, PARTS_MAX))
+    return False
 
 
 class _Pickled:

@@ -67,12 +67,15 @@ def encode(value: object) -> Encoded:
     large: list[memoryview] = []
     try:
         body = reducers.dumps(value, keeper(large), large)
+    except TypeError:
+        large.clear()
+        body = reducers.dumps_by_table(value, keeper(large))
     except pickle.PicklingError:
         large.clear()
         body = byname.dumps(value, keeper(large))  # raises the same, unless it was for that
     if any(buffer.readonly and type(buffer.obj).__module__ == "numpy" for buffer in large):
         # Of an argument, perhaps, which is read-only here. Protocol 5 would say so of the result; others copy it.
-        with suppress(pickle.PicklingError):
+        with suppress(Exception):  # some know protocol 5 alone
             return Encoded(_PICKLE, reducers.dumps(value, None, None, protocol=4))
     return Encoded(_PICKLE, body, tuple(large))
 
