@@ -45,13 +45,17 @@ class Selection:
 
     def __call__(self, work: Work) -> bool:
         """Whether ``work`` is one of them."""
-        return hash((work.source, work.targets[0] if work.targets else b"")) in self.keys
+        return _key_of(work) in self.keys
 
     def only(self, work: Work) -> bool:
         """The same, of each input once."""
-        key = hash((work.source, work.targets[0] if work.targets else b""))
+        key = _key_of(work)
         self.n_left += key in self.others
         return key in self.keys
+
+
+def _key_of(work: Work) -> int:
+    return hash((work.source, work.targets[0] if work.targets else b""))
 
 
 class Order(NamedTuple):
@@ -243,21 +247,21 @@ def execute(order: Order) -> int:
     except BaseException:
         failures.say()
         if progress.seen and not call.quiet:
-            _say_summary(call, progress, directory)
+            _say_summary(progress, directory)
         raise
     failures.say()
     if not call.quiet:
-        _say_summary(call, progress, directory)
+        _say_summary(progress, directory)
+        if not progress.seen and not report.stopped and selection is None:
+            filters = "; what there is, --include and --exclude leave out" if call.include or call.exclude else ""
+            say(f"the inputs have no file{filters}")
     return _ending(order, progress, report.stopped)
 
 
-def _say_summary(call: Call, progress: Progress, directory: str) -> None:
+def _say_summary(progress: Progress, directory: str) -> None:
     from ringpool.cli.screen import in_words, ways_on
 
     say(in_words(progress))
-    if not progress.seen:
-        filters = "; what there is, --include and --exclude leave out" if call.include or call.exclude else ""
-        say(f"the inputs have no file{filters}")
     ways = ways_on(progress, directory)
     if ways:
         say(ways)
