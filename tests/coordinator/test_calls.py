@@ -575,6 +575,7 @@ def test_a_read_only_result_that_knows_protocol_5_alone_comes_back(executor: Rin
 def test_reducers_that_are_registered_with_multiprocessing_are_used(
     by_method: RingPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # ``register`` could not be undone.
     monkeypatch.setitem(ForkingPickler._extra_reducers, functions.Registered, functions.reduce_registered)  # pyright: ignore
     sent = functions.Registered("sent")
     expected = "sent by its reducer"

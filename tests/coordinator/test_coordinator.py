@@ -296,6 +296,7 @@ def test_numbers_that_are_not_whole_are_refused_by_their_names(name: str, value:
 
 
 def test_what_a_run_cannot_use_is_named(pool: Coordinator) -> None:
+    # What no type checker would let through is what is refused.
     with pytest.raises(TypeError, match=r"^window must be a whole number, not 2\.5$"):
         pool.run_file_tasks(tasks.size, [], window=2.5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"^output must be a function .*, not '{name}'"):

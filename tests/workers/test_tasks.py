@@ -76,6 +76,7 @@ class Thumbnails:
 
 
 class Unhashable(Thumbnails):
+    # As a class with ``__eq__`` has it.
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
 

@@ -70,6 +70,7 @@ def benchmark(
     ``OutputCollisionError`` as a job does.
     """
     _check_numbers(workers, rounds, turn_s, sample, mp_context)
+    # A caller may not check types.
     if params is not None and not isinstance(params, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"params must be a mapping of names to values, not {params!r}")
     name, called, outputs = _checked(function, output, params or {}, durability, files=files)

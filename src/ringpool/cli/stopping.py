@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from ringpool.coordinator.job import Job
 
-AGAIN_S = 0.005
+AGAIN_S, UNHEARD_MAX_S = 0.005, 0.5  # a signal that comes in a finalizer comes again, for so long
 HANDLED = (signal.SIGINT, signal.SIGTERM)
 REASONS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -42,6 +43,7 @@ class Stopper:
         self.number = 0
         self.is_writing = False
         self._n_signals = 0
+        self._unheard_s = 0.0  # since when
         self._job: Job | None = None
 
     def install(self) -> None:
@@ -64,8 +66,13 @@ class Stopper:
         if self.number:
             raise Stopped(self.number)
 
+    def _may_wait(self) -> bool:
+        """Whether a finalizer may still come to its end first; one that hangs is not to keep signals out."""
+        self._unheard_s = self._unheard_s or time.monotonic()
+        return time.monotonic() - self._unheard_s < UNHEARD_MAX_S
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if _is_unheard(frame):
+        if _is_unheard(frame) and self._may_wait():
             signal.signal(signal.SIGALRM, lambda _number, later: self._handle(number, later))
             signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
             return

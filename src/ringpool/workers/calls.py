@@ -199,7 +199,7 @@ def rebuild(body: bytes | memoryview, buffers: list[memoryview] | None = None) -
     except BaseException as error:  # unpickling may run anything, sys.exit too
         reason = str(error)
         if isinstance(error, EOFError) and not reason:
-            reason = "a connection or a socket can be fetched once, and it was: such a call cannot be tried again"
+            reason = "if it holds a connection or a socket: that can be fetched once, so such a call is not tried again"
         if isinstance(error, AttributeError) and "main__" in reason and sys.modules["__main__"].__name__ != "__main__":
             reason += _GUARDED  # multiprocessing has imported it, as "__mp_main__"
         from ringpool.errors import ArgumentTransportError  # here: no worker imports this at its start

@@ -20,6 +20,7 @@ Keep = Callable[[pickle.PickleBuffer], bool]
 _PACKAGE = b"multiprocessing"  # whose types are registered by the standard library
 _STANDARD = frozenset(("builtins", "array", "functools", "socket", _PACKAGE.decode()))
 _SHARED = frozenset(("builtins", "array", "functools"))  # what is no more than pickle's own
+# Private, and there is no other way to ask; 3.11 to 3.13 have it under this name.
 _reducers: dict[type, Callable[[Any], Any]] = ForkingPickler._extra_reducers  # pyright: ignore
 
 

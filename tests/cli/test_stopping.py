@@ -1,0 +1,61 @@
+"""Signals that come where nobody hears of what their handler raises."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from ringpool.cli.stopping import Stopped, Stopper
+
+WATCHDOG_S = 30.0
+
+
+@pytest.fixture
+def stopper() -> Iterator[Stopper]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    before = [signal.getsignal(number) for number in numbers]
+    made = Stopper()
+    made.install()
+    yield made
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+class EndsLater:
+    """Has a signal come while it is finalized, which lasts until it was heard where ``hangs``."""
+
+    def __init__(self, stopper: Stopper, *, hangs: bool) -> None:
+        self._stopper = stopper
+        self._hangs = hangs
+
+    def __del__(self) -> None:
+        end_s = time.monotonic() + WATCHDOG_S
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            while self._hangs and time.monotonic() < end_s:
+                time.sleep(0.001)
+        except Stopped:
+            self._stopper.number = -1  # it was raised in here
+
+
+def finalize_one(stopper: Stopper, *, hangs: bool) -> None:
+    one = EndsLater(stopper, hangs=hangs)
+    del one
+    end_s = time.monotonic() + WATCHDOG_S
+    while not stopper.number and time.monotonic() < end_s:
+        time.sleep(0.001)
+
+
+def test_a_signal_that_comes_in_a_finalizer_is_raised_after_it(stopper: Stopper) -> None:
+    with pytest.raises(Stopped):
+        finalize_one(stopper, hangs=False)
+    assert stopper.number == signal.SIGTERM
+
+
+def test_a_finalizer_that_hangs_keeps_no_signal_out(stopper: Stopper) -> None:
+    finalize_one(stopper, hangs=True)
+    assert stopper.number == -1
