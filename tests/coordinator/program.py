@@ -33,7 +33,8 @@ from ringpool.errors import *
 from tests import task_functions as tasks
 
 def say(*words):
-    print(*words, flush=True)
+    sys.stdout.write(" ".join(map(str, words)) + "\\n")  # one write, even where stdout is unbuffered
+    sys.stdout.flush()
 
 def wait():
     while True:

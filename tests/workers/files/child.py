@@ -63,8 +63,9 @@ class Child:
 
 
 def say(line: str) -> None:
-    """In the child: one line to the test."""
-    print(line, flush=True)
+    """In the child: one line to the test, by one write: print of an unbuffered stdout takes two, and a kill between."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def listen() -> None:
