@@ -11,7 +11,7 @@
                                      cores         C / (S + o + c + h / b)
 
     S   seconds of CPU of a task          given; in the validation, as the bare split has it with as many processes
-    b   tasks to a claim                  as the library chooses: a vector of 8 ms of work
+    b   tasks to a claim                  as the library chooses: a vector of 16 ms of work
     o   of a worker, for each task        measured: CPU time of a worker over no-ops
     c   of the coordinator, for each      measured: CPU time of this process over no-ops
     h   lock held by a claim              measured; and the handover between two processes

@@ -20,7 +20,7 @@ from ringpool.shm.vectors import Arena
 
 TAKE_BACK_AFTER_S = 0.02  # a claim of several tasks that has not moved for so long is broken up
 SPLIT_WORTH_NS = 300_000  # what is left of a vector must be expected to take so long, or it is left alone
-SPLIT_LOOK_S = 0.005  # how often the pump looks, while vectors are in the ring
+SPLIT_LOOK_S = 0.005  # how often the pump looks, while vectors are in the ring and somebody has nothing to do
 
 
 class Balance:
@@ -46,7 +46,7 @@ class Balance:
             return False
         self._watched_at = now
         ring = self._end.ring
-        if self._end.retains and not self._is_anybody_idle():
+        if self._end.retains and not self.is_anybody_idle():
             return True
         for worker in range(ring.workers):
             claim = ring.words[ring.worker_word(worker, layout.W_CLAIM)]
@@ -55,7 +55,8 @@ class Balance:
             self._claims[worker] = claim
         return True
 
-    def _is_anybody_idle(self) -> bool:
+    def is_anybody_idle(self) -> bool:
+        """Whether a worker has nothing to do, and nothing is in the ring for it."""
         cursors = self._end.ring.peek()
         is_dry = cursors.ready_tail == cursors.ready_head and cursors.retry_tail == cursors.retry_head
         return is_dry and cursors.parked | cursors.spinning != 0

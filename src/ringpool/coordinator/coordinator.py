@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.context import BaseContext
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
 
 import msgspec
 
+from ringpool.coordinator.drawing import Drawing, FileTask, Path, check_output, usable
 from ringpool.coordinator.fileinbox import FileInbox
-from ringpool.coordinator.filerun import FileResult, FileRun
+from ringpool.coordinator.filerun import FileRun
 from ringpool.coordinator.futures import TaskBoard, TaskFuture
 from ringpool.coordinator.pool import Pool, require_importable
 from ringpool.coordinator.staged import StagedOutputs as StagedOutputs  # not when it is needed: see there
 from ringpool.coordinator.tickets import Ticket
-from ringpool.errors import InputMissingError, ParameterError, PathNameError
+from ringpool.errors import InputMissingError
 from ringpool.shm import blobs, layout
 from ringpool.shm.dispatch import Task
 from ringpool.shm.layout import INLINE_BYTES, Encoding
@@ -30,17 +30,6 @@ from ringpool.workers import tasks, values
 from ringpool.workers.files import naming
 from ringpool.workers.files.atomic import Durability
 from ringpool.workers.retry import RetryPolicy
-
-Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-
-_DETOURS = re.compile(rb"/(\.?/)+")  # out//x and out/./x are out/x; out/a/../x need not be, where a is a link
-
-
-class FileTask(NamedTuple):
-    """An input with its output: what ``run_file_tasks`` takes besides plain paths."""
-
-    src: Path
-    dst: Path | None = None
 
 
 class CoordinatorStats(NamedTuple):
@@ -132,12 +121,12 @@ class Coordinator:
         self._pool.check_open()
         function = self._function(fn, {}, retry)
         name, signature = function.name, function.signature
-        _check_output(function, has_output=dst is not None)
+        check_output(name, signature, has_output=dst is not None)
         own = tasks.validate(name, signature, params or {})
         tasks.require(name, signature, own)
         if not os.path.exists(naming.encoded(src)):
             raise InputMissingError(os.fsdecode(src) or "''")
-        source, target = _usable(src), None if dst is None else _usable(dst)
+        source, target = usable(src), None if dst is None else usable(dst)
         payload = tasks.encode_payload(tasks.FilePayload(source, target, tasks.pack_parameters(name, own) or None))
         future = TaskFuture(next(self._task_ids), self._pump, self._board)
         task = self._pool.task(function.id, values.Encoded(Encoding.MSGPACK, payload))
@@ -191,11 +180,10 @@ class Coordinator:
         return FileRun(
             self._pool,
             inbox,
-            _draw(function, iter(inputs), output, inbox, ticket_of),
+            Drawing(inputs, output, function.name, function.signature, inbox, ticket_of),
             ticket_of,
             function.id,
             window=window,
-            never_waits=type(inputs) in (list, tuple) and output is None,  # both may be code that takes its time
             together=self._claims_max > 1,
         )
 
@@ -303,68 +291,3 @@ class Coordinator:
         else:
             task = self._pool.task(function.id, values.Encoded(Encoding.MSGPACK, encoded))
         return Ticket(task, inbox, src, dst, target, attempts_max=self._attempts_max)
-
-
-def _draw(
-    function: _Function,
-    inputs: Iterator[Path | FileTask],
-    output: Callable[[Any], Path] | None,
-    inbox: FileInbox,
-    ticket_of: Callable[[bytes, Any, Any, bytes], Ticket],
-) -> Iterator[tuple[bytes, Any] | Ticket | FileResult]:
-    """Path and source of each input; its ticket, where it has an output; its result, where a path can name no file.
-    The loop in which a run spends its time: what can be known before it, is.
-    """
-    directory = os.getcwdb()
-    may_lack_output, may_have_output = _outputs_allowed(function)
-    fsencode = os.fsencode
-    for item in inputs:
-        src, dst = item if isinstance(item, FileTask) else (item, None)
-        if dst is None and output is not None:
-            dst = output(src)
-        if dst is None:
-            if not may_lack_output:
-                _check_output(function, has_output=False)
-        elif not may_have_output:
-            _check_output(function, has_output=True)
-        try:
-            path = fsencode(src)
-            if not path.startswith(b"/") or 0 in path:  # a byte; bytes are looked for at ten times the cost
-                path = _usable(src, directory)
-            target = None if dst is None else _DETOURS.sub(b"/", _usable(dst, directory))
-        except (UnicodeEncodeError, PathNameError) as error:
-            found = error if isinstance(error, PathNameError) else naming.not_encodable(src)
-            yield FileResult(src, dst, None, found, 0, 0.0, -1)
-            continue
-        if target is None:
-            yield path, src
-        else:
-            inbox.expect(target, src)
-            yield ticket_of(path, src, dst, target)
-
-
-def _usable(path: Path, directory: bytes | None = None) -> bytes:
-    """As bytes, and absolute: a task that changes its working directory must not move its neighbours' files. Raises
-    ``PathNameError`` where it can name no file anywhere.
-    """
-    raw = naming.encoded(path)
-    if not raw or 0 in raw:
-        naming.check_path(raw)
-    return raw if raw.startswith(b"/") else os.path.join(directory or os.getcwdb(), raw)
-
-
-def _outputs_allowed(function: _Function) -> tuple[bool, bool]:
-    """Whether tasks of ``function`` may come without an output, and whether with one."""
-    signature = function.signature
-    return not signature.needs_output, signature.takes_output
-
-
-def _check_output(function: _Function, *, has_output: bool) -> None:
-    may_lack, may_have = _outputs_allowed(function)
-    if has_output and not may_have:
-        raise ParameterError(function.name, "it has no parameter dst, and the task has an output")
-    if not has_output and not may_lack:
-        raise ParameterError(function.name, "it has a parameter dst, and the task has no output")
-
-
-__all__ = ["Coordinator", "CoordinatorStats", "FileResult", "FileRun", "FileTask", "TaskFuture"]

@@ -46,6 +46,11 @@ class FilePart(Part):
         """A part whose first item is ``path``, item ``index`` of its run."""
         return cls(b"", _FILES, index, 0, OPEN, loose=[path])
 
+    @classmethod
+    def of_many(cls, index: int, paths: list[bytes]) -> FilePart:
+        """A part of these, to which nothing is added."""
+        return cls(b"", _FILES, index, 0, OPEN, loose=paths)
+
     @property
     def n(self) -> int:
         """How many items."""

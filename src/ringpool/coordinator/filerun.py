@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from ringpool.shm.layout import Form
 from ringpool.shm.results import ResultRecord
 
 if TYPE_CHECKING:
+    from ringpool.coordinator.drawing import Drawing
     from ringpool.coordinator.pool import Pool
 
 FLUSH_ITEMS = 64
@@ -74,11 +75,9 @@ _Found = Piece | FileResult | tuple[Ticket, ResultRecord] | BaseException
 class FileRun(Iterator[FileResult]):
     """The results of a run, as they come. Inputs are drawn while results are taken.
 
-    ``drawn``: path and source of each input, the ticket of one with an output, or the result of one that cannot be run.
-    ``alone``: makes the ticket of one
-    without. ``never_waits``: an input never has to be waited for. ``together``: whether short tasks may go together.
-    Leaving the loop early, ``close()``, or dropping it, cancels what has not started. An error of the input iterator is
-    raised when all that was drawn before it has been given out. One thread at a time takes from it.
+    ``drawn``: its inputs; ``alone``: makes the ticket of one without an output; ``together``: whether short tasks may
+    go together. Leaving the loop early, ``close()``, or dropping it, cancels what has not started. An error of the
+    input iterator is raised when all that was drawn before it has been given out. One thread at a time takes from it.
     """
 
     _closed = True  # until it is whole: Ctrl-C may come in between
@@ -87,12 +86,11 @@ class FileRun(Iterator[FileResult]):
         self,
         pool: Pool,
         inbox: FileInbox,
-        drawn: Iterator[tuple[bytes, Any] | Ticket | FileResult],
+        drawn: Drawing,
         alone: Callable[[bytes, Any], Ticket],
         function_id: int,
         *,
         window: int | None,
-        never_waits: bool,
         together: bool,
     ) -> None:
         self._pid = os.getpid()
@@ -102,7 +100,6 @@ class FileRun(Iterator[FileResult]):
         self._alone = alone
         self._vector = Task(function_id, b"", 0, Form.VECTOR)
         self._window = window
-        self._never_waits = never_waits
         self._together = together
         self._sizer = Sizer(None, pool.n_workers)
         self._ready: deque[_Found] = deque()
@@ -154,7 +151,7 @@ class FileRun(Iterator[FileResult]):
         self._n_at_hand = 0
         while True:
             self._sort()
-            may_draw = not self._exhausted and (self._never_waits or not self._ready)
+            may_draw = not self._exhausted and (self._drawn.never_waits or not self._ready)
             if may_draw and self._n_drawn - self._n_given <= self._refill_at:  # many at once, not one for each result
                 self._fill()
                 if self._at_hand:  # the inputs have taken a result, and what came with it is not to be lost
@@ -198,19 +195,15 @@ class FileRun(Iterator[FileResult]):
         """The results of a piece, the last one first."""
         piece.decode()
         piece.values.reverse()
-        worker, attempts, take_source = _index_of(piece.worker), piece.attempts, self._inbox.sources.pop
-        indexes = range(piece.index + piece.n - 1, piece.index - 1, -1)
-        outcomes = zip(indexes, piece.values, piece.times or repeat(0), strict=False)
-        if not piece.failed:
-            return [
-                FileResult(take_source(index), None, value, None, attempts, spent_ns / 1e9, worker)
-                for index, value, spent_ns in outcomes
-            ]
-        results: list[FileResult] = []
-        for index, value, spent_ns in outcomes:
-            value, error = (None, value.error) if type(value) is Failure else (value, None)
-            results.append(FileResult(take_source(index), None, value, error, attempts, spent_ns / 1e9, worker))
-        return results
+        sources = map(self._inbox.sources.pop, range(piece.index + piece.n - 1, piece.index - 1, -1))
+        durations_s: Iterable[float] = [ns / 1e9 for ns in piece.times] if piece.times else repeat(0.0)
+        found: list[Any] = piece.values
+        errors: Iterable[BaseException | None] = repeat(None)
+        if piece.failed:
+            errors = [value.error if type(value) is Failure else None for value in found]
+            found = [None if type(value) is Failure else value for value in found]
+        attempts, worker = repeat(piece.attempts), repeat(_index_of(piece.worker))
+        return list(map(FileResult, sources, repeat(None), found, errors, attempts, durations_s, worker))
 
     def _result_of(self, ticket: Ticket, record: ResultRecord) -> FileResult:
         if ticket.target is not None:
@@ -222,23 +215,59 @@ class FileRun(Iterator[FileResult]):
     # ---- sending
 
     def _fill(self) -> None:
-        """Draw inputs as far as they may be ahead of results; but not for long while results wait to be taken.
+        """Draw inputs as far as they may be ahead of results; but not for long while results wait to be taken."""
+        try:
+            self._pool.check_open()
+            most, together_max = self._most_ahead()
+            room = most - self._n_drawn + self._n_given
+            if together_max > 1:
+                room = self._fill_together(room, together_max)
+            if room > 0:
+                self._fill_one_by_one(room, together_max)
+        except Exception as error:
+            self._exhausted = True
+            self._input_error = error
 
-        Each is queued before the next is drawn, which may take its time.
-        """
+    def _fill_together(self, room: int, together_max: int) -> int:
+        """Queue up to ``room`` inputs of a list; how many are left for those that must be drawn one by one."""
+        inbox, pump, clock = self._inbox, self._pool.pump, time.monotonic
+        began_s = clock()
+        told_s = -FILL_S if self._n_drawn == self._n_arrived else began_s  # the first of all is told at once
+        while room > 0 and not inbox.closed:
+            found = self._drawn.together(min(room, together_max))
+            if found is None:
+                return room
+            paths, sources = found
+            n, index = len(paths), self._n_together
+            self._n_together += n
+            inbox.sources.update(zip(range(index, index + n), sources, strict=True))
+            for at, end in _pieces_of(paths, vectors.room_for_items(together_max, timed=True)):
+                part = FilePart.of_many(index + at, paths[at:end])
+                pump.queue(Ticket(self._vector, inbox, None, None, part=part))
+            self._n_drawn += n
+            room -= n
+            if n < together_max and room > 0:
+                self._exhausted = True
+                break
+            now_s = clock()
+            if now_s - told_s > FILL_S:
+                pump.wake()
+                told_s = now_s
+                if (inbox.arrived or self._ready) and now_s - began_s > FILL_S:
+                    break
+        pump.wake()
+        return 0
+
+    def _fill_one_by_one(self, room: int, together_max: int) -> None:
+        """Queue up to ``room`` inputs, each before the next is drawn, which may take its time."""
         not_told = n_in_part = n_bytes = 0
         n_drawn = self._n_drawn
         inbox, queue, clock, wake = self._inbox, self._pool.pump.queue, time.monotonic, self._pool.pump.wake
         arrived, ready, sources = inbox.arrived, self._ready, inbox.sources
         part: FilePart | None = None
         began_s = woken_s = clock()
+        room_bytes = vectors.room_for_items(together_max, timed=True)
         try:
-            self._pool.check_open()
-            most, together_max = self._most_ahead()
-            room = most - n_drawn + self._n_given
-            if room <= 0:
-                return
-            room_bytes = vectors.room_for_items(together_max, timed=True)
             not_told = FLUSH_ITEMS if n_drawn == self._n_arrived else 0  # the first of all is told at once
             last = n_drawn + room
             for drawn in islice(self._drawn, room):
@@ -271,9 +300,6 @@ class FileRun(Iterator[FileResult]):
                         break
             else:
                 self._exhausted = self._exhausted or n_drawn < last
-        except Exception as error:
-            self._exhausted = True
-            self._input_error = error
         finally:
             if not_told:
                 wake()
@@ -293,6 +319,19 @@ class FileRun(Iterator[FileResult]):
             except SharedMemoryFullError:  # it works without
                 self._together, n = False, 1
         return most, max(1, n)
+
+
+def _pieces_of(paths: list[bytes], room_bytes: int) -> Iterator[tuple[int, int]]:
+    """Where to cut, so that each piece takes at most ``room_bytes``: mostly nowhere."""
+    at = n_bytes = 0
+    if sum(map(len, paths)) + _PACKED_HEAD_BYTES * (len(paths) + 1) > room_bytes:
+        for i, path in enumerate(paths):
+            n_bytes += len(path) + _PACKED_HEAD_BYTES
+            if n_bytes + _PACKED_HEAD_BYTES > room_bytes and i > at:
+                yield at, i
+                at, n_bytes = i, len(path) + _PACKED_HEAD_BYTES
+    if at < len(paths):
+        yield at, len(paths)
 
 
 def _has_buffers(ticket: Ticket) -> bool:

@@ -1,7 +1,7 @@
 """A map under way: items are drawn lazily, sent together while they are short, and come back in order or as they end.
 
     items --draw--> n of them --send--> tickets --> pump --> workers
-                      ^ Sizer: about 8 ms of work to a vector, 40 ms and more under way
+                      ^ Sizer: about 16 ms of work to a vector, 40 ms and more under way
     next() <- piece <- held (in order) <- arrived <--------- pump
 
 Bounds: items under way, by the work in them, at most 32,768; items drawn and not given out, at most 16,384, or twice

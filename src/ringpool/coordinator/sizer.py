@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ringpool.shm import vectors
 
-VECTOR_NS = 8_000_000  # work in a vector: so that what it costs is a hundredth of it
+VECTOR_NS = 16_000_000  # work in a vector: so that what it costs is a hundredth of it
 UNDER_WAY_NS = 40_000_000  # work under way for each worker: longer than another thread may keep the pump from running
 UNDER_WAY_ITEMS_MAX = 32_768
 VECTOR_ITEMS_MAX = 4096

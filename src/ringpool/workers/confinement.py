@@ -24,6 +24,9 @@ from _signal import getsignal as _get_handler  # pyright: ignore[reportMissingMo
 _F_SETSIG = 10  # fcntl.h
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # sys/prctl.h
 _GUARD_FD_MIN = 200  # out of the way of a task that closes and opens low descriptors
+_get_timer = signal.getitimer
+_REAL = int(signal.ITIMER_REAL)
+_NO_TIMER = (0.0, 0.0)
 _RESTORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGCHLD)
 
 
@@ -116,7 +119,7 @@ class Confinement:
     @staticmethod
     def disarm() -> None:
         """Stop the timer of ``signal.alarm`` and ``setitimer``."""
-        if any(signal.getitimer(signal.ITIMER_REAL)):  # the interval: a signal on its way starts the timer anew
+        if _get_timer(_REAL) != _NO_TIMER:  # the interval, too: a signal on its way starts the timer anew
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     @classmethod
@@ -131,7 +134,8 @@ class Confinement:
 
     def renew(self) -> bool:
         """``disarm`` and ``restore``."""
-        self.disarm()
+        if _get_timer(_REAL) != _NO_TIMER:
+            self.disarm()
         return self.restore()
 
     def restore(self) -> bool:
