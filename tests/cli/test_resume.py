@@ -228,6 +228,27 @@ def test_retry_does_the_failed_files_of_a_kind_and_nothing_else() -> None:
 
 
 @pytest.mark.usefixtures("mixed")
+def test_a_retry_of_several_kinds_does_all_of_them() -> None:
+    run(*FAIL)
+    Path("healed").touch()
+    done = run("retry", "--kind", "TimeoutError", "--kind", "ValueError", "--json")
+    assert sorted(line["path"] for line in objects(done)) == ["in/bad1.txt", "in/bad2.txt", "in/slow1.txt"]
+    done = run("retry", "--kind", "A", "--kind", "B")
+    assert (
+        done.stderr == "ringpool: .: no file of kind A or B has failed; besides: 1 set aside, which --dead does too\n"
+    )
+
+
+@pytest.mark.usefixtures("mixed")
+def test_a_retry_that_stops_says_how_to_go_on_and_no_number_of_others() -> None:
+    run(*FAIL)
+    done = run("retry", "--kind", "ValueError", "--no-keep-going", "--workers", "1")
+    assert done.returncode == 1
+    assert "not asked for" not in done.stderr
+    assert "`ringpool retry . --kind ValueError` does what is left of it" in done.stderr
+
+
+@pytest.mark.usefixtures("mixed")
 def test_a_retry_says_what_it_was_not_asked_for() -> None:
     run(*FAIL)
     Path("healed").touch()

@@ -280,10 +280,12 @@ def test_a_callback_may_map(executor: RingPoolExecutor) -> None:
     [
         lambda executor: executor.submit(functions.double, 1).result(),
         lambda executor: executor.submit(functions.double, 1).exception(),
+        lambda executor: executor.submit(functions.double, 1).result(WATCHDOG_S),
+        lambda executor: executor.submit(functions.double, 1).exception(WATCHDOG_S),
         lambda executor: list(executor.map(functions.double, range(10))),
         lambda executor: list(executor.map_unordered(functions.double, range(10))),
     ],
-    ids=["result", "exception", "map", "map_unordered"],
+    ids=["result", "exception", "result, timeout", "exception, timeout", "map", "map_unordered"],
 )
 def test_a_callback_does_not_wait_for_its_own_pool(
     executor: RingPoolExecutor, wait_for_it: Callable[[RingPoolExecutor], object]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import multiprocessing
 import operator
@@ -847,3 +848,29 @@ def test_a_thread_that_a_task_left_has_time_to_end(tmp_path: Path) -> None:
         own.submit(functions.note_in_a_thread, str(path), 0.3).result(WATCHDOG_S)
         assert not path.exists()
     assert functions.noted(path) == [1]
+
+
+_VIEW = memoryview(np.array([1.5, 2.5]))
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda pool: pool.submit(sum, _VIEW).result(),
+        lambda pool: pool.submit(functools.partial(sum, _VIEW)).result(),
+        lambda pool: pool.submit(lambda view=_VIEW: sum(view)).result(),
+        lambda pool: list(pool.map(sum, [_VIEW, _VIEW])),
+        lambda pool: pool.submit(functions.identity, {"a": [_VIEW]}).result(),
+    ],
+    ids=["argument", "partial", "default", "items", "inside"],
+)
+def test_a_memoryview_is_refused_and_not_sent_as_its_bytes(
+    executor: RingPoolExecutor, send: Callable[[RingPoolExecutor], object]
+) -> None:
+    with pytest.raises(TypeError, match="cannot pickle 'memoryview' object"):
+        send(executor)
+
+
+def test_a_type_of_ctypes_without_a_name_is_named_in_the_error(executor: RingPoolExecutor) -> None:
+    with pytest.raises(pickle.PicklingError, match="c_int_Array_2"):
+        executor.submit(len, (ctypes.c_int * 2)()).result()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests import task_functions as task_functions
 from ringpool import Coordinator, FileResult, FileTask
 from ringpool.coordinator.drawing import Drawing
 from ringpool.coordinator.filerun import TOGETHER_PATH_BYTES_MAX, _pieces_of
+from ringpool.coordinator.tickets import Ticket
 from ringpool.errors import ParameterError, PathNameError
 from ringpool.workers import tasks
 
@@ -131,7 +133,7 @@ def test_a_function_that_needs_an_output_is_refused_its_first_input() -> None:
     drawing = drawing_of(["/a"], needs_output)
     assert drawing.together(1) is None
     with pytest.raises(ParameterError, match="the task has no output"):
-        next(drawing)
+        next(iter(drawing))
 
 
 def test_relative_paths_are_those_of_the_directory_where_the_first_was_drawn(
@@ -139,7 +141,7 @@ def test_relative_paths_are_those_of_the_directory_where_the_first_was_drawn(
 ) -> None:
     drawing = drawing_of(["a", "b", "c"])
     monkeypatch.chdir(tmp_path)
-    assert told(next(drawing)) == (os.fsencode(tmp_path / "a"), "a")
+    assert told(next(iter(drawing))) == (os.fsencode(tmp_path / "a"), "a")
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
     assert drawing.together(2) == ([os.fsencode(tmp_path / "b"), os.fsencode(tmp_path / "c")], ["b", "c"])
@@ -166,3 +168,61 @@ def test_a_run_over_a_list_gives_each_input_once(pool: Coordinator, tmp_path: Pa
     assert sorted(map(repr, (result.path for result in results))) == sorted(repr(source_of(item)) for item in inputs)
     assert sorted(repr(result.path) for result in results if not result.ok) == [repr(""), repr("a\0b")]
     assert {result.value for result in results if result.ok} == {len("content")}
+
+
+def test_an_input_whose_path_raises_lets_those_before_it_end(pool: Coordinator, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("content")
+    inputs = [str(tmp_path / "file")] * 2990
+    broken: Any = object.__new__(type(Path()))
+    results: list[FileResult] = []
+    with pytest.raises(AttributeError):
+        results.extend(pool.run_file_tasks(task_functions.size, [*inputs, broken, *inputs]))
+    assert sum(result.ok for result in results) == len(inputs)
+
+
+def test_a_run_that_another_thread_closes_while_it_draws_begins_no_vector(
+    pool: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("content")
+    inputs = [str(tmp_path / "file")] * 20_000
+    run = pool.run_file_tasks(task_functions.size, inputs)
+    together, closed = run._drawn.together, threading.Event()
+
+    def close_meanwhile(n: int) -> Any:
+        found = together(n)
+        if n > 100 and not closed.is_set():
+            closer = threading.Thread(target=run.close)
+            closer.start()
+            closer.join()
+            pool._pump.call(lambda: None)  # and the pump has met all that was queued by then
+            closed.set()
+        return found
+
+    monkeypatch.setattr(run._drawn, "together", close_meanwhile)
+    list(run)
+    assert closed.is_set()
+    pool._pump.wait_idle()
+    assert pool.stats().completed + pool.stats().failed < 19_000
+    assert not run._inbox._left
+
+
+def test_what_a_signal_handler_raises_ends_the_run(
+    pool: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("content")
+    run = pool.run_file_tasks(task_functions.size, [str(tmp_path / "file")] * 5000)
+    queue, n_queued = pool._pump.queue, 0
+
+    def strike(ticket: Ticket) -> None:
+        nonlocal n_queued
+        queue(ticket)
+        n_queued += 1
+        if n_queued == 10:
+            raise TimeoutError("by a handler")
+
+    monkeypatch.setattr(pool._pump, "queue", strike)
+    with pytest.raises(TimeoutError, match="by a handler"):
+        list(run)
+    monkeypatch.undo()
+    assert list(run) == []
+    assert [result.ok for result in pool.run_file_tasks(task_functions.size, [tmp_path / "file"])] == [True]

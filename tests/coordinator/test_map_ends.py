@@ -409,3 +409,63 @@ def test_an_interrupt_ends_a_map_and_its_program(run_program: RunProgram, where:
     assert program.finish() == -signal.SIGINT, program.err
     assert program.err.splitlines()[-1] == "KeyboardInterrupt"
     program.assert_nothing_is_left()
+
+
+# ---- the pool is shut down from within -------------------------------------------------------------------------------
+
+SHUT_DOWN = """
+import os, signal, threading
+def shut_down(*_):
+    pool.shutdown(wait=True, cancel_futures=%s)
+pool = RingPoolExecutor(2)
+pool.submit(abs, 1).result()
+signal.signal(signal.SIGUSR1, shut_down)
+n = 0
+def strike():
+    os.kill(os.getpid(), signal.SIGUSR1)
+    return 0
+def items():
+    for item in range(3000):
+        yield strike() if item == 2000 else item
+def some():
+    return %s
+results = pool.map(functions.double, some()) if %s else pool.map_unordered(functions.double, some())
+try:
+    for n, _ in enumerate(results, 1):
+        if n == 100 and not %s:
+            strike()
+except BaseException as error:
+    print(type(error).__name__, flush=True)
+else:
+    print("all", n, flush=True)
+"""
+
+
+@pytest.mark.parametrize("ordered", [True, False], ids=["map", "map_unordered"])
+@pytest.mark.parametrize("cancel", [True, False], ids=["cancel", "wait"])
+@pytest.mark.parametrize("drawn", [True, False], ids=["an item does it", "a handler does it"])
+def test_a_pool_that_is_shut_down_while_its_map_is_taken_hangs_nobody(
+    run_program: RunProgram, ordered: bool, cancel: bool, drawn: bool
+) -> None:
+    source = "items()" if drawn else "[*range(100_000)]"
+    program = run_program(SHUT_DOWN % (cancel, source, ordered, drawn), top=TOP)
+    kept = "ExecutorEndedError"  # of items that were drawn and not sent
+    ends = ("CancelledError", kept) if cancel else ("RuntimeError", kept) if drawn else ("all 100000",)
+    assert program.finish() == 0, program.err
+    assert program.out.strip() in ends
+    program.assert_nothing_is_left()
+
+
+def test_a_handler_that_shuts_a_pool_down_while_a_map_waits_hangs_nobody(run_program: RunProgram) -> None:
+    body = """
+import os, signal, threading, time
+pool = RingPoolExecutor(2)
+pool.submit(abs, 1).result()
+signal.signal(signal.SIGUSR1, lambda *_: pool.shutdown(wait=True))
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+print(len(list(pool.map(time.sleep, [0.01] * 200))), flush=True)
+"""
+    program = run_program(body, top=TOP)
+    assert program.finish() == 0, program.err
+    assert program.out.strip() == "200"
+    program.assert_nothing_is_left()

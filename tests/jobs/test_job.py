@@ -619,6 +619,12 @@ def test_an_output_that_is_its_own_input_is_refused(source: Path) -> None:
         Job(functions.compress, f"{source}/**/*.txt", f"{source}/{{relpath}}").run(1)
 
 
+@pytest.mark.parametrize("pattern", ["out/.ringpool/ledger.db", "out/.ringpool/{relpath}", "out/{relpath}/.ringpool/x"])
+def test_an_output_where_ledgers_and_locks_are_is_refused(source: Path, tmp_path: Path, pattern: str) -> None:
+    with pytest.raises(OutputPatternError, match=r"\.ringpool is where ledgers and locks are"):
+        Job(functions.compress, f"{source}/d0/0.txt", str(tmp_path / pattern)).run(1)
+
+
 @pytest.mark.parametrize("is_directory", [True, False])
 def test_an_output_that_a_symlink_leads_to_its_input_is_refused(
     source: Path, tmp_path: Path, is_directory: bool

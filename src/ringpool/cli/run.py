@@ -34,13 +34,17 @@ if TYPE_CHECKING:
 
 class Selection:
     """The files of a ledger that a retry is about: ``keys``, hashed; ``others``: of files that are not done either.
-    ``kinds``: of errors, with how many files each. ``n_left``: how many of ``others`` were among the inputs.
+    ``kinds``: of errors, with how many files each; ``asked``: by which options. ``n_left``: how many of ``others`` were
+    among the inputs.
     """
 
-    def __init__(self, keys: frozenset[int], others: frozenset[int], kinds: dict[str, int]) -> None:
+    def __init__(
+        self, keys: frozenset[int], others: frozenset[int], kinds: dict[str, int], asked: tuple[str, ...]
+    ) -> None:
         self.keys = keys
         self.others = others
         self.kinds = kinds
+        self.asked = asked
         self.n_left = 0
 
     def __call__(self, work: Work) -> bool:
@@ -136,21 +140,23 @@ def resume(context: click.Context, directory: str, **_options: Any) -> int:
 @click.argument("directory", metavar="[DIR]", type=DIRECTORY, default=".")
 @click.option(
     "--kind",
+    "wanted",
+    multiple=True,
     type=Filled("KIND", "name an error, such as ValueError"),
-    help="Only what failed by an error of this name, or one that ends in it.",
+    help="Only what failed by an error of this name, or one that ends in it; may be given several times.",
 )
 @click.option("--dead", is_flag=True, help="Also what is set aside, because workers died in it again and again.")
 @with_options(WAYS)
 @click.pass_context
-def retry(context: click.Context, directory: str, kind: str | None, dead: bool, **_options: Any) -> int:
+def retry(context: click.Context, directory: str, wanted: tuple[str, ...], dead: bool, **_options: Any) -> int:
     """Do the failed files of DIR's last job again, and nothing else.
 
     The job is run as it was started, from where it was started; options that are given here hold for this time only.
     """
     stored = _stored(directory)
-    selection = _selection(Path(directory), stored.id, kind, dead=dead)
+    selection = _selection(Path(directory), stored.id, wanted, dead=dead)
     if not selection.keys:
-        which = "" if kind is None else f" of kind {kind}"
+        which = f" of kind {' or '.join(wanted)}" if wanted else ""
         say(f"{directory}: no file{which} has failed{_others_in_words(selection)}")
         return 0
     from ringpool.cli.calls import spec_of
@@ -184,7 +190,7 @@ def _order_again(
     return Order(call, job, directory, selection)
 
 
-def _selection(directory: Path, job: int, kind: str | None, *, dead: bool) -> Selection:
+def _selection(directory: Path, job: int, wanted: tuple[str, ...], *, dead: bool) -> Selection:
     from ringpool.coordinator.ledger import Ledger, State
 
     states = (State.FAILED, State.DEAD) if dead else (State.FAILED,)
@@ -193,11 +199,12 @@ def _selection(directory: Path, job: int, kind: str | None, *, dead: bool) -> Se
     kinds: Counter[str] = Counter()
     with Ledger.open(directory, create=False, read_only=True) as ledger:
         for cause in ledger.failures_by_cause(job):
-            is_meant = cause.state in states and (kind is None or cause.kind.endswith(kind))
+            is_meant = cause.state in states and (not wanted or cause.kind.endswith(wanted))
             found = [hash((row.input, row.output)) for row in ledger.failed(job, cause.kind, cause.state)]
             (keys if is_meant else others).update(found)
             kinds["set aside" if cause.state == State.DEAD else cause.kind] += len(found)
-    return Selection(frozenset(keys), frozenset(others), kinds)
+    asked = [word for kind in wanted for word in ("--kind", kind)]
+    return Selection(frozenset(keys), frozenset(others), kinds, (*asked, "--dead") if dead else tuple(asked))
 
 
 def _others_in_words(selection: Selection) -> str:
@@ -270,7 +277,7 @@ def _say_summary(progress: Progress, directory: str) -> None:
 def _ending(order: Order, progress: Progress, stopped: str) -> int:
     from ringpool.cli.calls import is_repeatable
 
-    n_left = 0 if order.selection is None else order.selection.n_left
+    n_left = 0 if order.selection is None or stopped else order.selection.n_left  # of all inputs: not of a part
     if n_left and not order.call.quiet:
         which = f"{counted(n_left, 'file')} not asked for {'is' if n_left == 1 else 'are'} not done either"
         say(f"{which}; `{command('status', order.directory)}` says why")
@@ -278,7 +285,7 @@ def _ending(order: Order, progress: Progress, stopped: str) -> int:
         how = f"by {signal.Signals(stopper.number).name}" if stopper.number else f"({stopped})"
         on = f"`{command('resume', order.directory)}` goes on"
         if order.selection is not None:
-            on = f"`{command('retry', order.directory)}` does what is left of it"
+            on = f"`{command('retry', order.directory, *order.selection.asked)}` does what is left of it"
         elif not is_repeatable(order.call):
             on = "the same command with the same list goes on"
         say(f"stopped {how}; every output that is there is whole; {on}")

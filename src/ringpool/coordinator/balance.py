@@ -34,6 +34,11 @@ class Balance:
         self._items: dict[int, tuple[int, int]] = {}  # by worker: a vector's sequence, and the file that it was at
         self._watched_at = time.monotonic()
 
+    @property
+    def watch_in_s(self) -> float:
+        """In how many seconds it is time to look again."""
+        return max(0.0, self._watched_at + TAKE_BACK_AFTER_S - time.monotonic())
+
     def watch_claims(self) -> bool:
         """Break up claims of several tasks that do not move: a long one has got in among short ones. Whether it was
         time to look.

@@ -38,7 +38,7 @@ class FileTask(NamedTuple):
     dst: Path | None = None
 
 
-class Drawing(Iterator[tuple[bytes, Any] | Ticket | FileResult]):
+class Drawing(Iterable[tuple[bytes, Any] | Ticket | FileResult]):
     """Path and source of each input; its ticket, where it has an output; its result, where a path can name no file.
 
     ``name`` and ``signature`` of the function; ``output``: gives the output of an input that comes without;
@@ -66,8 +66,9 @@ class Drawing(Iterator[tuple[bytes, Any] | Ticket | FileResult]):
         self._directory = b""
         self._one_by_one = self._draw()
 
-    def __next__(self) -> tuple[bytes, Any] | Ticket | FileResult:
-        return next(self._one_by_one)
+    def __iter__(self) -> Iterator[tuple[bytes, Any] | Ticket | FileResult]:
+        """One by one, those that were not drawn yet."""
+        return self._one_by_one
 
     def together(self, n: int) -> tuple[list[bytes], Sequence[Any]] | None:
         """Paths and sources of the next inputs, all of them without an output: of ``n``, or of all that are left.
@@ -128,7 +129,7 @@ def _paths_of(sources: Sequence[Any], directory: bytes) -> list[bytes] | None:
         return None
     try:
         paths = "\0".join(map(os.fspath, sources)).encode(_ENCODING, _ERRORS).split(b"\0")
-    except UnicodeEncodeError:
+    except Exception:  # it is raised again when that one's turn comes
         return None
     if len(paths) != len(sources) or not all(paths):  # a NUL in one of them, or an empty one
         return None

@@ -13,7 +13,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice, repeat
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -219,14 +219,23 @@ class FileRun(Iterator[FileResult]):
         try:
             self._pool.check_open()
             most, together_max = self._most_ahead()
+        except Exception as error:
+            self._fail_input(error)
+            return
+        try:
             room = most - self._n_drawn + self._n_given
             if together_max > 1:
                 room = self._fill_together(room, together_max)
             if room > 0:
                 self._fill_one_by_one(room, together_max)
-        except Exception as error:
-            self._exhausted = True
-            self._input_error = error
+        except Exception:  # of a signal handler, between any two steps: what is under way is not known
+            self.close()
+            raise
+
+    def _fail_input(self, error: Exception) -> None:
+        """Nothing more is drawn; raise ``error`` when all that was drawn before it has been given out."""
+        self._exhausted = True
+        self._input_error = error
 
     def _fill_together(self, room: int, together_max: int) -> int:
         """Queue up to ``room`` inputs of a list; how many are left for those that must be drawn one by one."""
@@ -234,7 +243,11 @@ class FileRun(Iterator[FileResult]):
         began_s = clock()
         told_s = -FILL_S if self._n_drawn == self._n_arrived else began_s  # the first of all is told at once
         while room > 0 and not inbox.closed:
-            found = self._drawn.together(min(room, together_max))
+            try:
+                found = self._drawn.together(min(room, together_max))
+            except Exception as error:
+                self._fail_input(error)
+                break
             if found is None:
                 return room
             paths, sources = found
@@ -244,6 +257,9 @@ class FileRun(Iterator[FileResult]):
             for at, end in _pieces_of(paths, vectors.room_for_items(together_max, timed=True)):
                 part = FilePart.of_many(index + at, paths[at:end])
                 pump.queue(Ticket(self._vector, inbox, None, None, part=part))
+            if inbox.closed:  # meanwhile, by another thread, which may not have met what was queued after that
+                pump.abandon(inbox)
+                break
             self._n_drawn += n
             room -= n
             if n < together_max and room > 0:
@@ -260,17 +276,24 @@ class FileRun(Iterator[FileResult]):
 
     def _fill_one_by_one(self, room: int, together_max: int) -> None:
         """Queue up to ``room`` inputs, each before the next is drawn, which may take its time."""
-        not_told = n_in_part = n_bytes = 0
+        n_in_part = n_bytes = 0
         n_drawn = self._n_drawn
         inbox, queue, clock, wake = self._inbox, self._pool.pump.queue, time.monotonic, self._pool.pump.wake
-        arrived, ready, sources = inbox.arrived, self._ready, inbox.sources
+        arrived, ready, sources, draw = inbox.arrived, self._ready, inbox.sources, iter(self._drawn).__next__
         part: FilePart | None = None
         began_s = woken_s = clock()
         room_bytes = vectors.room_for_items(together_max, timed=True)
+        not_told = FLUSH_ITEMS if n_drawn == self._n_arrived else 0  # the first of all is told at once
         try:
-            not_told = FLUSH_ITEMS if n_drawn == self._n_arrived else 0  # the first of all is told at once
-            last = n_drawn + room
-            for drawn in islice(self._drawn, room):
+            for _ in range(room):
+                try:
+                    drawn = draw()
+                except StopIteration:
+                    self._exhausted = True
+                    break
+                except Exception as error:
+                    self._fail_input(error)
+                    break
                 if inbox.closed:  # meanwhile, by another thread or by the inputs themselves
                     break
                 if isinstance(drawn, Ticket):
@@ -290,7 +313,7 @@ class FileRun(Iterator[FileResult]):
                         part = FilePart.begin(index, path)
                         n_in_part, n_bytes = 1, len(path) + 2 * _PACKED_HEAD_BYTES
                         queue(Ticket(self._vector, inbox, None, None, part=part))
-                self._n_drawn = n_drawn = n_drawn + 1  # at once: drawing the next one may raise what it likes
+                self._n_drawn = n_drawn = n_drawn + 1
                 not_told += 1
                 now_s = clock()
                 if not_told > FLUSH_ITEMS or now_s - woken_s > FILL_S:
@@ -298,8 +321,6 @@ class FileRun(Iterator[FileResult]):
                     not_told, woken_s = 0, now_s
                     if (arrived or ready) and now_s - began_s > FILL_S:
                         break
-            else:
-                self._exhausted = self._exhausted or n_drawn < last
         finally:
             if not_told:
                 wake()

@@ -167,7 +167,7 @@ class PoolFuture(Future[Any]):
         return super().exception(timeout)
 
     def _check_wait(self, timeout: float | None) -> None:
-        if timeout is None and self._state not in _DONE:
+        if (timeout is None or timeout > 0) and self._state not in _DONE:
             self._pump.check_thread()
 
     def cancel(self) -> bool:

@@ -311,6 +311,13 @@ class Job:
             else:
                 own_digest, packed, parameters = b"", b"", self.digest
             source = _absolute(file.path, here) if self.options.fingerprints else naming.encoded(file.path)
+            for number, target in enumerate(targets):
+                if _OWN_DIRECTORY in target:
+                    assert self.outputs is not None
+                    raise OutputPatternError(
+                        str(self.outputs.patterns[number].pattern),
+                        f"it makes the output {os.fsdecode(target)}, and .ringpool is where ledgers and locks are",
+                    )
             if source in targets:
                 assert self.outputs is not None
                 raise OutputPatternError(
@@ -465,6 +472,9 @@ def _as_input_file(item: FilePath | InputFile) -> InputFile:
         return item
     path = os.fsdecode(item)
     return InputFile(path, relpath_of(path))
+
+
+_OWN_DIRECTORY = b"/.ringpool/"
 
 
 def _absolute(path: str, directory: bytes) -> bytes:

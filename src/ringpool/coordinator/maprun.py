@@ -92,7 +92,10 @@ class MapRun:
         self._n_taken = 0  # pieces
         self._exhausted = self._closed = self._begun = self._unbounded = False
         self._at_hand = at_hand
-        self._turn = threading.Lock()  # of who draws: the caller, the pump, or the one who closes the pool
+        # Of who draws: the caller, the pump, or the one who closes the pool; who may do so in a signal handler, which
+        # comes while its own thread has it.
+        self._turn = threading.RLock()
+        self._is_filling = False
         self._drawing: list[Any] | None = (
             None  # what is being drawn, so far: it grows while its last item is waited for
         )
@@ -121,6 +124,13 @@ class MapRun:
             self._fill()
 
     def _fill(self) -> None:
+        self._is_filling = True
+        try:
+            self._draw_and_send()
+        finally:
+            self._is_filling = False
+
+    def _draw_and_send(self) -> None:
         arrived, sent = self.inbox.arrived, False
         began_s = time.monotonic()
         if not self._wants_more():
@@ -407,9 +417,11 @@ class MapRun:
         """The pool closes. What was not drawn yet is sent, as if it had been from the start; or cancelled.
 
         An iterator over an iterator, once begun, is drawn as results are taken, and may have no end: its rest is left.
+        So is that of a map whose items are just being drawn by this very thread, where a signal handler closes the
+        pool, or an item as it is drawn.
         """
         ending = self._ending
-        if cancel or (self._begun and not self._at_hand):
+        if cancel or (self._begun and not self._at_hand) or self._is_filling_here():
             with self._turn:
                 if not self._exhausted:
                     self._exhausted = True
@@ -430,6 +442,14 @@ class MapRun:
             self._report()
         self._pool.runs.discard(self)
         self._pool.pump.feeders.discard(self)
+
+    def _is_filling_here(self) -> bool:
+        if not self._turn.acquire(blocking=False):  # another thread has it
+            return False
+        try:
+            return self._is_filling
+        finally:
+            self._turn.release()
 
     def _send_rest(self) -> None:
         """Draw and send until the items are at their end."""

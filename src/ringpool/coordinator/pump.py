@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 IDLE_WAIT_S = 0.1
 STOP_TIMEOUT_S = 1.0
 COLLECT_EVERY_S = 0.016  # how long results may wait for company, while the workers have more to do ...
-CROWD = 1.5  # ... and so many arrive in that time: each look costs the workers' cores some 0.4 ms
+CROWD = 3  # ... and so many arrive in that time ...
+CROWD_OF_VECTORS = 1.5  # ... of short items: each look costs the workers' cores some 0.4 ms
 SPINS = 60  # looks for results before the pump sleeps, about 100 us, where few tasks are under way
 PUBLISH_MAX = 256
 _OK, _DIED, _CANCELLED = int(Status.OK), int(Status.DIED), int(Status.CANCELLED)  # which compare faster
@@ -496,18 +497,21 @@ class Pump:
         if self._moved and 0 < self._in_ring <= self.end.ring.workers and self.end.spin(SPINS):
             self._sleeping = False
             return
-        if self._results_per_s() * COLLECT_EVERY_S >= CROWD:
+        crowd = CROWD_OF_VECTORS if self._n_vectors else CROWD
+        watch_in_s = self.balance.watch_in_s if self._n_vectors else IDLE_WAIT_S
+        look_s = watch_in_s if look_s is None else min(look_s, watch_in_s)
+        if self._results_per_s() * COLLECT_EVERY_S >= crowd:
             # The clock wakes us, which costs the workers nothing; a post to an idle core can cost them 100 us.
-            wait_s = COLLECT_EVERY_S if look_s is None else min(COLLECT_EVERY_S, look_s)
+            wait_s = min(COLLECT_EVERY_S, look_s)
             self.end.wait(wait_s, max(1, self._in_ring // 2), wait_s)
         else:
             is_somebody_idle = (
                 self._n_vectors and self.balance.is_anybody_idle()
             )  # who is so later posts, with a result
             is_look_due = is_somebody_idle or any(feeder.holds_items for feeder in self.feeders.copy())
-            is_held_up = self._in_ring > 1 or self._n_vectors or self._is_deep
+            is_held_up = self._in_ring > 1 or self._is_deep
             wait_s = SPLIT_LOOK_S if is_look_due else TAKE_BACK_AFTER_S if is_held_up else IDLE_WAIT_S
-            self.end.wait(wait_s if look_s is None else min(wait_s, look_s), 1, 0)
+            self.end.wait(min(wait_s, look_s), 1, 0)
         self._sleeping = False
 
     def _results_per_s(self) -> float:

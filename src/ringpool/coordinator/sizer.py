@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ringpool.shm import vectors
 
-VECTOR_NS = 16_000_000  # work in a vector: so that what it costs is a hundredth of it
+VECTOR_NS = 16_000_000  # work in a vector: so that what it costs is a hundredth of it ...
+LONG_NS = 500_000  # ... of items that take less than this; of others half as much, which costs them no more
 UNDER_WAY_NS = 40_000_000  # work under way for each worker: longer than another thread may keep the pump from running
 UNDER_WAY_ITEMS_MAX = 32_768
 VECTOR_ITEMS_MAX = 4096
@@ -55,7 +56,8 @@ class Sizer:
         if self._fixed is not None:
             return self._fixed
         if self._items:
-            wanted = VECTOR_NS / (self.mean_ns + 1)
+            mean_ns = self.mean_ns
+            wanted = (VECTOR_NS if mean_ns < LONG_NS else VECTOR_NS / 2) / (mean_ns + 1)
             if self._bytes:
                 wanted = min(wanted, RESULT_BYTES / (self._bytes / self._items))
             if self._share_ending:

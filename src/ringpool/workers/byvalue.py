@@ -33,7 +33,7 @@ def dumps(
 class _Pickler(_Base):
     """A class within a class or a function arrives with its whole name, by which ``byname`` may send it back. A class
     method goes as pickle sends it: by its name in its class. Its function is not found there as such, so cloudpickle
-    would send that by value, with globals of its own.
+    would send that by value, with globals of its own. A memoryview is refused, as by pickle.
     """
 
     def __init__(self, *arguments: Any, is_shared: bool, **keywords: Any) -> None:
@@ -42,9 +42,13 @@ class _Pickler(_Base):
         super().__init__(*arguments, **keywords)
 
     def reducer_override(self, obj: Any, /) -> Any:
+        if type(obj) is memoryview:  # cloudpickle would send its bytes, and say nothing of format and shape
+            raise TypeError("cannot pickle 'memoryview' object; send bytes of it, or the array that it shows")
         if type(obj) is MethodType and _is_named(obj.__self__) and getattr(obj.__self__, obj.__name__, None) == obj:
             return getattr, (obj.__self__, obj.__name__)
         reduced: Any = super().reducer_override(obj)
+        if reduced is not NotImplemented and type(obj).__module__ == "_ctypes":
+            raise pickle.PicklingError(f"Can't pickle {obj!r}: no module has this type of ctypes by its name")
         if not issubclass(type(obj), type) or obj.__qualname__ == obj.__name__:
             return reduced
         if reduced is NotImplemented or len(reduced) <= _STATE_SETTER:  # it goes by name
