@@ -502,13 +502,11 @@ class Pump:
         look_s = watch_in_s if look_s is None else min(look_s, watch_in_s)
         if self._results_per_s() * COLLECT_EVERY_S >= crowd:
             # The clock wakes us, which costs the workers nothing; a post to an idle core can cost them 100 us.
-            wait_s = min(COLLECT_EVERY_S, look_s)
+            wait_s = look_s if self._n_vectors else min(COLLECT_EVERY_S, look_s)  # of vectors by the looks, as often
             self.end.wait(wait_s, max(1, self._in_ring // 2), wait_s)
         else:
-            is_somebody_idle = (
-                self._n_vectors and self.balance.is_anybody_idle()
-            )  # who is so later posts, with a result
-            is_look_due = is_somebody_idle or any(feeder.holds_items for feeder in self.feeders.copy())
+            may_split = self._n_vectors and self.balance.is_anybody_idle()  # who is idle later posts, with a result
+            is_look_due = may_split or any(feeder.holds_items for feeder in self.feeders.copy())
             is_held_up = self._in_ring > 1 or self._is_deep
             wait_s = SPLIT_LOOK_S if is_look_due else TAKE_BACK_AFTER_S if is_held_up else IDLE_WAIT_S
             self.end.wait(min(wait_s, look_s), 1, 0)
