@@ -20,6 +20,7 @@ from tests.coordinator import call_functions as functions
 from tests.coordinator.program import WATCHDOG_S, Program, wait_until
 
 from ringpool import RingPoolExecutor
+from ringpool.coordinator.inbox import Inbox
 from ringpool.coordinator.pump import Pump
 from ringpool.errors import WrongProcessError
 
@@ -469,3 +470,10 @@ print(len(list(pool.map(time.sleep, [0.01] * 200))), flush=True)
     assert program.finish() == 0, program.err
     assert program.out.strip() == "200"
     program.assert_nothing_is_left()
+
+
+def test_who_waits_looks_again_where_a_handler_has_taken_what_had_arrived() -> None:
+    inbox = Inbox(lambda: None)
+    threading.Timer(0.1, inbox.tell_taken).start()
+    assert inbox.wait(WATCHDOG_S)
+    assert not inbox.wait(0.01)

@@ -27,6 +27,7 @@ class Inbox:
         self._news = threading.Lock()
         self._news.acquire()
         self.closed = False
+        self._is_taken = False  # what had arrived, by who came between, in the thread that waits
 
     def settle(self) -> None:
         """What was there for now has been delivered."""
@@ -37,9 +38,17 @@ class Inbox:
     def wait(self, timeout_s: float = -1) -> bool:
         """Wait until something has arrived, up to ``timeout_s`` seconds (-1: for ever); whether it has."""
         while not self.arrived:
+            if self._is_taken:
+                self._is_taken = False
+                return True
             if not self._news.acquire(timeout=timeout_s):
                 return bool(self.arrived)
         return True
+
+    def tell_taken(self) -> None:
+        """Have whoever waits look again: a signal handler in its thread has taken what had arrived."""
+        self._is_taken = True
+        Inbox.settle(self)
 
     def wait_beside(self, timeout_s: float) -> None:
         """``wait``, beside the consumer, who may wait as well: news wake one of both, and this one gives them on."""

@@ -463,6 +463,7 @@ class MapRun:
                 self._fill()
             if not self._exhausted:
                 self.inbox.wait_beside(1.0)
+        self.inbox.tell_taken()
 
     def close(self) -> None:
         """Take no more: what has not started is cancelled, what runs is left to end, and its result is dropped."""
