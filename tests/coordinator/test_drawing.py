@@ -57,6 +57,7 @@ def needs_output(src: str, dst: str) -> None:
 
 
 def drawing_of(inputs: Any, function: Any = plain, output: Any = None) -> Drawing:
+    # No inbox and no maker of tickets: both are for outputs, of which none is drawn here.
     return Drawing(inputs, output, "tests:f", tasks.signature_of(function, "tests:f"), None, None)  # type: ignore[arg-type]
 
 
@@ -187,6 +188,15 @@ def test_a_run_that_another_thread_closes_while_it_draws_begins_no_vector(
     inputs = [str(tmp_path / "file")] * 20_000
     run = pool.run_file_tasks(task_functions.size, inputs)
     together, closed = run._drawn.together, threading.Event()
+    n_retired = 0
+    retired = run._inbox._on_retired
+
+    def retire() -> None:
+        nonlocal n_retired
+        n_retired += 1
+        retired()
+
+    monkeypatch.setattr(run._inbox, "_on_retired", retire)
 
     def close_meanwhile(n: int) -> Any:
         found = together(n)
@@ -203,7 +213,9 @@ def test_a_run_that_another_thread_closes_while_it_draws_begins_no_vector(
     assert closed.is_set()
     pool._pump.wait_idle()
     assert pool.stats().completed + pool.stats().failed < 19_000
+    pool._pump.call(lambda: None)  # it has met the second abandoning too
     assert not run._inbox._left
+    assert n_retired == 1
 
 
 def test_what_a_signal_handler_raises_ends_the_run(

@@ -20,6 +20,7 @@ class Inbox:
 
     def __init__(self, on_retired: Callable[[], None]) -> None:
         self._on_retired = on_retired
+        self._has_ended = False
         self._left = 0  # once closed: tasks that a worker still has
         self.arrived: deque[Any] = deque()
         # Locked: no news. A lock, because its methods are single steps: an Event takes its own lock in Python code, and
@@ -59,10 +60,16 @@ class Inbox:
         """Nobody takes results any more, and ``left`` are still to come. In the pump's thread, or where none are."""
         self._left = left
         if not left:
-            self._on_retired()
+            self._end()
 
     def dropped(self) -> None:
         """One of those that were still to come has come."""
         self._left -= 1
         if not self._left:
+            self._end()
+
+    def _end(self) -> None:
+        """Once, although a run may be abandoned twice: with what it had queued in the midst of that."""
+        if not self._has_ended:
+            self._has_ended = True
             self._on_retired()

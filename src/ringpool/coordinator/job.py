@@ -21,14 +21,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
 from ringpool import startup
 from ringpool.coordinator import jobrun, signals, staging, verify
 from ringpool.coordinator.functiondigest import encode_sorted, function_digest
-from ringpool.coordinator.inputs import InputFile, largest_first, list_inputs, relpaths_are_unique
+from ringpool.coordinator.inputs import OWN_DIRECTORY, InputFile, largest_first, list_inputs, relpaths_are_unique
 from ringpool.coordinator.joblock import JobLock
 from ringpool.coordinator.joboptions import JobOptions as JobOptions
 from ringpool.coordinator.jobrun import JobRun, RunSettings, StopNow
@@ -312,19 +312,16 @@ class Job:
                 own_digest, packed, parameters = b"", b"", self.digest
             source = _absolute(file.path, here) if self.options.fingerprints else naming.encoded(file.path)
             for number, target in enumerate(targets):
+                if target == source:
+                    self._refuse_output(number, target, " of itself; write the outputs somewhere else")
                 if _OWN_DIRECTORY in target:
-                    assert self.outputs is not None
-                    raise OutputPatternError(
-                        str(self.outputs.patterns[number].pattern),
-                        f"it makes the output {os.fsdecode(target)}, and .ringpool is where ledgers and locks are",
-                    )
-            if source in targets:
-                assert self.outputs is not None
-                raise OutputPatternError(
-                    str(self.outputs.patterns[targets.index(source)].pattern),
-                    f"it makes the output {os.fsdecode(source)} of itself; write the outputs somewhere else",
-                )
+                    self._refuse_output(number, target, f", and {OWN_DIRECTORY} is where ledgers and locks are")
             yield Work(file.path, source, targets, packed, own_digest, parameters)
+
+    def _refuse_output(self, number: int, target: bytes, why: str) -> NoReturn:
+        assert self.outputs is not None
+        pattern = str(self.outputs.patterns[number].pattern)
+        raise OutputPatternError(pattern, f"it makes the output {os.fsdecode(target)}{why}")
 
     @property
     def _is_streamed(self) -> bool:
@@ -474,7 +471,7 @@ def _as_input_file(item: FilePath | InputFile) -> InputFile:
     return InputFile(path, relpath_of(path))
 
 
-_OWN_DIRECTORY = b"/.ringpool/"
+_OWN_DIRECTORY = os.fsencode(f"/{OWN_DIRECTORY}/")
 
 
 def _absolute(path: str, directory: bytes) -> bytes:

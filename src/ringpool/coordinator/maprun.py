@@ -124,8 +124,8 @@ class MapRun:
             self._fill()
 
     def _fill(self) -> None:
-        self._is_filling = True
         try:
+            self._is_filling = True
             self._draw_and_send()
         finally:
             self._is_filling = False

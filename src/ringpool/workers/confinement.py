@@ -134,8 +134,7 @@ class Confinement:
 
     def renew(self) -> bool:
         """``disarm`` and ``restore``."""
-        if _get_timer(_REAL) != _NO_TIMER:
-            self.disarm()
+        self.disarm()
         return self.restore()
 
     def restore(self) -> bool:
