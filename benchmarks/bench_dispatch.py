@@ -40,8 +40,8 @@ from ringpool import Coordinator
 from ringpool.bench import measure
 from ringpool.bench.measure import Case, Claim, at_least, at_most
 from ringpool.coordinator import leftovers
+from ringpool.coordinator.pace import COLLECT_EVERY_S
 from ringpool.coordinator.pool import SPINS
-from ringpool.coordinator.pump import COLLECT_EVERY_S
 from ringpool.shm import segment
 from ringpool.shm.claims import WorkerEnd
 from ringpool.shm.dispatch import CoordinatorEnd, Task

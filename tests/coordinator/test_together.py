@@ -68,9 +68,9 @@ def assert_others_are_well(results: dict[Path, FileResult], odd: Path) -> None:
 def test_short_tasks_go_together(pool: Coordinator, files: MakeFiles) -> None:
     paths = files(MANY)
     for _ in range(20):  # a machine that is busy with other things makes a first task look long
-        before = pool._pump._n_results
+        before = pool._pump._pace.n_results
         assert len(list(pool.run_file_tasks(tasks.size, paths))) == MANY
-        if pool._pump._n_results - before < MANY // 10:
+        if pool._pump._pace.n_results - before < MANY // 10:
             break
     else:
         pytest.fail("they went one by one")
@@ -419,7 +419,7 @@ def test_a_function_that_a_worker_cannot_have_is_the_error_of_each(
 def test_one_by_one_means_one_by_one(files: MakeFiles) -> None:
     with Coordinator(2, claims_max=1) as own:
         assert sum(result.ok for result in own.run_file_tasks(tasks.size, files(1000))) == 1000
-        assert own._pump._n_results == 1000
+        assert own._pump._pace.n_results == 1000
         assert own._pump.arena is None
 
 

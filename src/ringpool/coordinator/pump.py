@@ -20,8 +20,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ringpool.coordinator.backlog import Backlog
-from ringpool.coordinator.balance import SPLIT_LOOK_S, TAKE_BACK_AFTER_S, Balance
+from ringpool.coordinator.balance import Balance
 from ringpool.coordinator.ending import Ending
+from ringpool.coordinator.pace import Pace
 from ringpool.coordinator.parcels import Parcels
 from ringpool.coordinator.precedence import Precedence
 from ringpool.coordinator.staff import Staff
@@ -38,11 +39,7 @@ if TYPE_CHECKING:
     from ringpool.coordinator.inbox import Inbox
     from ringpool.coordinator.maprun import MapRun
 
-IDLE_WAIT_S = 0.1
 STOP_TIMEOUT_S = 1.0
-COLLECT_EVERY_S = 0.016  # how long results may wait for company, while the workers have more to do ...
-CROWD = 3  # ... and so many arrive in that time ...
-CROWD_OF_VECTORS = 1.5  # ... of short items: each look costs the workers' cores some 0.4 ms
 SPINS = 60  # looks for results before the pump sleeps, about 100 us, where few tasks are under way
 PUBLISH_MAX = 256
 _OK, _DIED, _CANCELLED = int(Status.OK), int(Status.DIED), int(Status.CANCELLED)  # which compare faster
@@ -65,9 +62,10 @@ class Pump:
         self._ended = ended
         self.broken: RingpoolError | None = None
         self.arena: Arena | None = None  # set by who queues vectors, before the first
-        self.n_completed = self.n_failed = self._n_results = 0
+        self.n_completed = self.n_failed = 0
         self.parcels = Parcels(end.ring.segment.name, retains=end.retains)
         self.balance = Balance(end, self.ticket_of)
+        self._pace = Pace(end, self.balance)
         self.staff = Staff(end, self.ticket_of, n_started, on_demand, memory_limit_bytes, on_exit)
         self.feeders: set[MapRun] = set()  # maps whose items may have to be waited for
         self._n_vectors = 0  # in the ring
@@ -88,9 +86,6 @@ class Pump:
         self._begun = False
         self._ending_of_thread = Ending()
         self._idle_wanted = False  # somebody waits, or has waited, for it
-        self._rate_per_s = 0.0
-        self._rated_total = 0
-        self._rated_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="ringpool-pump", daemon=True)
 
     # ---- for other threads
@@ -441,7 +436,7 @@ class Pump:
             self._in_ring -= 1
         if ticket.task.blob and not self.end.retains:
             self.parcels.discard_payload(ticket.task)
-        self._n_results += 1
+        self._pace.n_results += 1
         if ticket.part is None or not ticket.sink.counts_items:
             if record.status == _OK:
                 self.n_completed += 1
@@ -497,29 +492,14 @@ class Pump:
         if self._moved and 0 < self._in_ring <= self.end.ring.workers and self.end.spin(SPINS):
             self._sleeping = False
             return
-        crowd = CROWD_OF_VECTORS if self._n_vectors else CROWD
-        watch_in_s = self.balance.watch_in_s if self._n_vectors else IDLE_WAIT_S
-        look_s = watch_in_s if look_s is None else min(look_s, watch_in_s)
-        if self._results_per_s() * COLLECT_EVERY_S >= crowd:
-            # The clock wakes us, which costs the workers nothing; a post to an idle core can cost them 100 us.
-            wait_s = look_s if self._n_vectors else min(COLLECT_EVERY_S, look_s)  # of vectors by the looks, as often
-            self.end.wait(wait_s, max(1, self._in_ring // 2), wait_s)
-        else:
-            may_split = self._n_vectors and self.balance.is_anybody_idle()  # who is idle later posts, with a result
-            is_look_due = may_split or any(feeder.holds_items for feeder in self.feeders.copy())
-            is_held_up = self._in_ring > 1 or self._is_deep
-            wait_s = SPLIT_LOOK_S if is_look_due else TAKE_BACK_AFTER_S if is_held_up else IDLE_WAIT_S
-            self.end.wait(min(wait_s, look_s), 1, 0)
+        self._pace.sleep(
+            self._in_ring,
+            look_s,
+            has_vectors=self._n_vectors > 0,
+            is_held_up=self._is_deep,
+            holds=any(feeder.holds_items for feeder in self.feeders.copy()),
+        )
         self._sleeping = False
-
-    def _results_per_s(self) -> float:
-        """How many results arrive, by the last tens of milliseconds."""
-        now = time.monotonic()
-        elapsed_s = now - self._rated_at
-        if elapsed_s > 0.01:
-            self._rate_per_s += ((self._n_results - self._rated_total) / elapsed_s - self._rate_per_s) / 2
-            self._rated_total, self._rated_at = self._n_results, now
-        return self._rate_per_s
 
     def _recover(self, death: Death) -> None:
         """Settle what the worker held; it is replaced, unless that says that no worker can live."""
