@@ -98,6 +98,11 @@ def double(x: int) -> int:
     return 2 * x
 
 
+def slowly(x: int) -> int:
+    time.sleep(0.002)
+    return 2 * x
+
+
 def identity(x: Any) -> Any:
     return x
 

@@ -353,6 +353,21 @@ def test_a_map_inside_a_task_of_another_pool(executor: RingPoolExecutor) -> None
     assert list(executor.map(functions.map_inside, [10, 100])) == [90, 9900]
 
 
+def test_a_list_that_asks_its_pool_as_it_is_iterated_over_is_drawn_by_who_takes(executor: RingPoolExecutor) -> None:
+    """And not by the pool's own thread, in which nobody may wait for it."""
+
+    class Asking(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            for item in super().__iter__():
+                yield executor.submit(functions.double, item).result(WATCHDOG_S)
+
+    found: list[int] = []
+    for value in executor.map(functions.double, Asking(range(500))):
+        found.append(value)
+        time.sleep(0.001)
+    assert found == list(range(0, 2000, 4))
+
+
 def test_a_task_cannot_use_the_pool_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fork of the program has its pools, and is told whose they are."""
     with RingPoolExecutor(1, mp_context="fork") as own:

@@ -405,6 +405,24 @@ def test_an_interrupt_while_a_worker_starts_is_none_of_its_own(run_program: RunP
     program.assert_no_process_is_left()
 
 
+def test_what_a_program_has_in_globals_ends_as_without_a_pool(run_program: RunProgram) -> None:
+    program = run_program(
+        """
+        with Coordinator(1) as pool:
+            assert pool.submit_file_task(tasks.size, __file__).result() > 0
+        """,
+        top="""
+        class Kept:
+            def __del__(self):
+                os.write(1, b"ended")
+
+        kept = Kept()
+        """,
+    )
+    assert program.finish() == 0, program.err
+    assert program.out == "ended"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(
     "where", ["in a loop over results", "waiting for a result", "in close", "without a block", "with two pools"]

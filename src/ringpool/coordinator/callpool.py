@@ -38,7 +38,7 @@ RING_SLOTS = 1024
 LOGS_TIMEOUT_S = 5.0  # for handlers, to take what workers had logged when they ended
 FUNCTIONS_MAX = 1024  # known to the workers by an id; what is beyond is sent with each call
 _PLAIN = int(Form.PLAIN)
-_AT_HAND = (list, tuple, range, str, bytes, dict, set, frozenset)
+_AT_HAND: tuple[type[Any], ...] = (list, tuple, range, str, bytes, dict, set, frozenset)
 
 
 class CallPool:
@@ -164,7 +164,7 @@ class CallPool:
             function_id,
             zip(*iterables, strict=False) if starred else iter(iterables[0]),
             starred=starred,
-            at_hand=all(isinstance(iterable, _AT_HAND) or type(iterable) is repeat for iterable in iterables),
+            at_hand=all(map(_is_at_hand, iterables)),
             options=MapOptions(
                 ordered, chunksize, buffersize, return_exceptions, options.timeout, options.retries, options.priority
             ),
@@ -172,6 +172,12 @@ class CallPool:
         )
         run.fill()
         return run.results(timeout)
+
+
+def _is_at_hand(iterable: Iterable[Any]) -> bool:
+    """Whether to iterate over it waits for nothing, and asks nobody: what a subclass does instead may."""
+    kind = type(iterable)
+    return kind is repeat or any(isinstance(iterable, known) and kind.__iter__ is known.__iter__ for known in _AT_HAND)
 
 
 def _require_function(fn: object) -> None:

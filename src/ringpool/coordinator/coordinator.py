@@ -149,9 +149,10 @@ class Coordinator:
     ) -> FileRun:
         """Run ``fn`` over ``inputs``; an iterator of ``FileResult``s, in the order in which they end.
 
-        ``inputs`` are paths, or ``FileTask``s with their outputs; they are drawn as results are taken, at most
-        ``window`` ahead (default: the slots of the ring, and while tasks are short 40 ms of work for each worker, at
-        most 8,192). Short tasks without outputs are sent together; whatever one of them does is its own affair.
+        ``inputs`` are paths, or ``FileTask``s with their outputs; relative ones begin in the directory in which the
+        program is when the first result is asked for. They are drawn as results are taken, at most ``window`` ahead
+        (default: the slots of the ring, and while tasks are short 40 ms of work for each worker, at most 8,192). Short
+        tasks without outputs are sent together; whatever one of them does is its own affair.
         ``output`` gives the output of an input that comes without. Each is put in its place as soon as its task has
         ended; with ``group_commit`` those of short tasks together, up to 64 of a worker's, which is up to four times as
         fast where syncs to disk take their time. Then a result comes only when its group is in place: where a task

@@ -23,7 +23,7 @@ from ringpool.coordinator.futures import outcome_of
 from ringpool.coordinator.pieces import Failure, Piece
 from ringpool.coordinator.sizer import REFILL_AT, RESULT_BYTES, Sizer
 from ringpool.coordinator.tickets import Ticket
-from ringpool.errors import SharedMemoryFullError
+from ringpool.errors import SharedMemoryFullError, WrongProcessError
 from ringpool.shm import layout, vectors
 from ringpool.shm.dispatch import Task
 from ringpool.shm.layout import Form
@@ -77,7 +77,8 @@ class FileRun(Iterator[FileResult]):
 
     ``drawn``: its inputs; ``alone``: makes the ticket of one without an output; ``together``: whether short tasks may
     go together. Leaving the loop early, ``close()``, or dropping it, cancels what has not started. An error of the
-    input iterator is raised when all that was drawn before it has been given out. One thread at a time takes from it.
+    input iterator is raised when all that was drawn before it has been given out. One thread at a time takes from it; a
+    fork of the program does not (``WrongProcessError``).
     """
 
     _closed = True  # until it is whole: Ctrl-C may come in between
@@ -146,7 +147,11 @@ class FileRun(Iterator[FileResult]):
     # ---- giving out
 
     def _advance(self) -> None:
-        """Wait for what comes next, and have it at hand."""
+        """Wait for what comes next, and have it at hand. Raises ``WrongProcessError`` in a fork of the
+        program: nothing comes there.
+        """
+        if os.getpid() != self._pid:
+            raise WrongProcessError(self._pid, os.getpid())
         self._n_given += self._n_at_hand
         self._n_at_hand = 0
         while True:

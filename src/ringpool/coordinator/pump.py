@@ -12,6 +12,7 @@ never leaves it held. It sleeps on the coordinator's semaphore only; whoever has
 from __future__ import annotations
 
 import copy
+import os
 import threading
 import time
 import traceback
@@ -59,6 +60,7 @@ class Pump:
         ended: Callable[[], RingpoolError] = CoordinatorClosedError,
     ) -> None:
         self.end = end
+        self._pid = os.getpid()
         self._ended = ended
         self.broken: RingpoolError | None = None
         self.arena: Arena | None = None  # set by who queues vectors, before the first
@@ -201,7 +203,10 @@ class Pump:
     def keep_from_starting(self, ticket: Ticket) -> bool:
         """Whether it is certain that no worker has started the task, or will. From any thread; waits for nobody. The
         caller holds the lock without which its sink takes no outcome: until then, the slot is not given to another.
+        In a fork of the program it is not: the task is its parent's.
         """
+        if os.getpid() != self._pid:
+            return False
         ticket.cancelled = True  # and then read ``sequence``; the pump has it the other way about
         while (sequence := ticket.sequence) == LEAVING and not self._ending_of_thread.has_come:
             time.sleep(0)  # while the pump publishes, in which it waits for no lock of a future

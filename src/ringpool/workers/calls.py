@@ -16,6 +16,7 @@ import functools
 import os
 import pickle
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from types import BuiltinFunctionType, FunctionType, ModuleType
@@ -79,7 +80,7 @@ def main_file() -> str | None:
     """
     main = sys.modules["__main__"]
     path = getattr(main, "__file__", None)
-    if path is None and main is _remembered.main and not hasattr(sys, "ps1"):
+    if path is None and main is _remembered.main() and not hasattr(sys, "ps1"):
         return _remembered.path
     return path
 
@@ -90,13 +91,13 @@ def remember_main() -> str | None:
     """
     main = sys.modules["__main__"]
     if (path := main_file()) is not None:
-        _remembered.main, _remembered.path = main, path
+        _remembered.main, _remembered.path = weakref.ref(main), path
     is_named = getattr(main, "__spec__", None) is not None
     return os.path.abspath(path) if path is not None and _is_file(path) and not is_named else None
 
 
 class _Remembered:
-    main: ModuleType | None = None
+    main: Callable[[], ModuleType | None] = staticmethod(lambda: None)  # weak: at exit, what nobody else has ends first
     path: str | None = None
 
 
