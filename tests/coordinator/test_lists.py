@@ -367,7 +367,7 @@ def test_what_the_csv_module_writes_is_read_as_it_was(
     tmp_path: Path, rows: list[tuple[str, str, str]], suffix: str, unix: bool
 ) -> None:
     if unix:  # the csv module does not quote a lone CR where lines end in LF
-        rows = [(path.replace("\r", "R"), q.replace("\r", ""), r.replace("\r", "")) for path, q, r in rows]
+        rows = [(path.replace("\r", "R"), q.replace("\r", "R"), r.replace("\r", "R")) for path, q, r in rows]
     text = io.StringIO(newline="")
     writer = csv.writer(text, delimiter="\t" if suffix == "tsv" else ",", lineterminator="\n" if unix else "\r\n")
     writer.writerows([("path", "q", "r"), *rows])

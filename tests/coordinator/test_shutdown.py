@@ -405,6 +405,32 @@ def test_an_interrupt_while_a_worker_starts_is_none_of_its_own(run_program: RunP
     program.assert_no_process_is_left()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("pool", ["a new pool", "the same pool"])
+def test_a_program_that_catches_its_end_goes_on_as_before(run_program: RunProgram, pool: str, number: int) -> None:
+    """What it gives out after that is run to the end, although ``sys.exit`` leaves the block."""
+    program = run_program(
+        f"""
+        first = Coordinator(1)
+        try:
+            first.submit_file_task(tasks.size, __file__).result()
+            os.kill(os.getpid(), {number})
+            wait()
+        except SystemExit as error:
+            say("caught", error)
+        pool = Coordinator(1) if {pool == "a new pool"} else first
+        pool.submit_file_task(tasks.nap, __file__, params={{"seconds": 0.3}})
+        for n in range(5):
+            pool.submit_file_task(tasks.copy, __file__, f"copy{{n}}")
+        sys.exit(0)
+        """
+    )
+    assert program.wait_for("caught") == str(128 + number)
+    assert program.finish() == 0, program.err
+    assert len(list(program.file.parent.glob("copy?"))) == 5
+    program.assert_nothing_is_left()
+
+
 def test_what_a_program_has_in_globals_ends_as_without_a_pool(run_program: RunProgram) -> None:
     program = run_program(
         """

@@ -198,6 +198,8 @@ class Pool:
         """
         if os.getpid() != self.pid:
             raise WrongProcessError(self.pid, os.getpid())
+        if signals.ended():
+            signals.forget_if_caught()
         if self.pump.broken is not None:
             raise copy.copy(self.pump.broken)  # with a traceback of its own, which leads to nobody else's frames
         if self.closing:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator
 from types import FrameType
@@ -40,6 +41,15 @@ def _end_program(number: int, _frame: FrameType | None) -> None:
 def ended() -> bool:
     """Whether the program ends because of such a signal."""
     return _ended
+
+
+def forget_if_caught() -> None:
+    """Whoever gives out work in the main thread, and not while that exception is on its way, has caught it, and goes
+    on: pytest and unittest do so for each test.
+    """
+    global _ended, _hung_up
+    if _ended and threading.current_thread() is threading.main_thread() and sys.exc_info()[1] is None:
+        _ended = _hung_up = False
 
 
 def install() -> None:
