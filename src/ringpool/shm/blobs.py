@@ -69,8 +69,7 @@ def write(name: str, encoding: Encoding, body: Buffer, buffers: Sequence[memoryv
     for length in lengths:
         places.append(_up(size_bytes))
         size_bytes = places[-1] + length
-    unlink(name)  # what an earlier try of the same attempt left; a name has one writer
-    file = posix_ipc.SharedMemory(f"/{name}", posix_ipc.O_CREX, mode=0o600)
+    file = _create(name)
     try:
         os.posix_fallocate(file.fd, 0, size_bytes)  # ENOSPC now, not a SIGBUS below
         with mmap.mmap(file.fd, size_bytes) as mapping:
@@ -88,6 +87,14 @@ def write(name: str, encoding: Encoding, body: Buffer, buffers: Sequence[memoryv
     finally:
         file.close_fd()
     return size_bytes
+
+
+def _create(name: str) -> posix_ipc.SharedMemory:
+    try:
+        return posix_ipc.SharedMemory(f"/{name}", posix_ipc.O_CREX, mode=0o600)
+    except posix_ipc.ExistentialError:
+        unlink(name)  # what an earlier try of the same attempt left; a name has one writer
+        return posix_ipc.SharedMemory(f"/{name}", posix_ipc.O_CREX, mode=0o600)
 
 
 def read(name: str, *, writable: bool = False) -> tuple[Encoding, memoryview, list[memoryview]]:
