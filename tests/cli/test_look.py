@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from tests.cli.command import TASKS, Terminal, finish, has_ended, objects, run, segments_of, start, wait_until
 
+from ringpool.coordinator.ledger import Ledger
+
 FAIL = ("run", f"{TASKS}:fail_unless", "in", "--param", "healed=healed", "--attempts", "1", "--quiet")
 
 
@@ -39,6 +41,15 @@ def test_status_has_the_failures_by_cause_with_examples_and_the_way_on(here: Pat
         "           ringpool retry .",
         "           ringpool retry . --dead",
     ]
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_status_of_a_ledger_without_a_job_says_that_there_is_none(here: Path, more: tuple[str, ...]) -> None:
+    """As a run leaves it that Ctrl-C ends at its very start."""
+    Ledger.open(here).close()
+    done = run("status", *more)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "none was begun; `ringpool run` begins one" in done.stderr
 
 
 @pytest.mark.usefixtures("mixed")

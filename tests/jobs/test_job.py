@@ -24,6 +24,7 @@ from tests.workers.files.child import Child, say
 from ringpool import InputFile, Job, Report, RetryPolicy
 from ringpool.coordinator import drain
 from ringpool.coordinator.ledger import Ledger, Row, State
+from ringpool.coordinator.ledgerqueries import decode_made
 from ringpool.coordinator.takeover import take_over_dead_runs
 from ringpool.errors import (
     CommandTemplateError,
@@ -720,6 +721,72 @@ def test_an_input_that_the_task_of_a_killed_run_has_moved_is_kept(tmp_path: Path
 
 def move_and_wait(source: Path, target: Path) -> None:
     Job(command="mv {src} {dst}; sleep 60", inputs=str(source), output=f"{target}/{{name}}").run(1)
+
+
+def test_a_link_from_one_output_to_another_is_replaced_and_any_other_is_followed(source: Path, tmp_path: Path) -> None:
+    """A tool that looks for duplicates makes links of outputs that are the same; what they hold is of two inputs."""
+    job = Job(functions.copy, source, str(tmp_path / "out/{relpath}"))
+    (source / "d0/2.txt").write_bytes((source / "d0/0.txt").read_bytes())
+    assert job.run(workers=1).ok
+    out, elsewhere = tmp_path / "out/d0", tmp_path / "elsewhere"
+    for name, target in (("2.txt", "0.txt"), ("4.txt", "nowhere.txt"), ("6.txt", "6.txt"), ("8.txt", elsewhere)):
+        (out / name).unlink()
+        (out / name).symlink_to(target)
+    elsewhere.write_bytes(b"old")
+    for path in source.rglob("*.txt"):
+        path.write_bytes(b"new " + path.name.encode())
+    for _ in range(2):
+        assert job.run(workers=1).ok
+        assert {path.name: path.read_bytes() for path in out.parent.rglob("*.txt")} == {
+            f"{i}.txt": b"new %d.txt" % i for i in range(10)
+        }
+    assert [path.name for path in out.iterdir() if path.is_symlink()] == ["8.txt"]
+    assert elsewhere.read_bytes() == b"new 8.txt"
+    assert job.run(workers=1).progress.skipped == 10
+
+
+def test_a_numbered_output_is_that_of_the_input_that_had_its_number_last(source: Path, tmp_path: Path) -> None:
+    """More inputs, or fewer, are counted anew; and the ledger says of no output that it is of two inputs."""
+    out = tmp_path / "out"
+
+    def run(*inputs: int) -> None:
+        paths = [source / f"d{i % 2}/{i}.txt" for i in inputs]
+        assert Job(functions.copy, paths, str(out / "{index}.gz")).run(workers=1).ok
+        with Ledger.open(out, create=False, read_only=True) as ledger:
+            [job] = ledger.jobs()
+            rows = list(ledger.rows(job.id))
+            assert ledger.counts(job.id).done == len(rows)
+            assert ledger.counts(job.id).output_bytes == sum(one.size for row in rows for one in decode_made(row.made))
+        owners = {os.path.basename(os.fsdecode(row.output)): os.fsdecode(row.input) for row in rows}
+        assert len(owners) == len(rows)
+        assert set(owners) == {path.name for path in out.glob("*.gz")}
+        for name, path in owners.items():
+            assert (out / name).read_bytes() == Path(path).read_bytes()
+        assert [owners[f"{n}.gz"] for n in range(len(paths))] == list(map(str, paths))
+
+    run(4, 5, 6)
+    run(*range(10))
+    run(9, 8)
+    run(7, *range(5))
+
+
+def test_a_parameter_that_a_file_has_of_its_own_is_refused_with_its_name_and_value(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"a")
+    files = [InputFile(str(tmp_path / "a.txt"), "a.txt", {"level": "9x"})]
+    with pytest.raises(ParameterError, match=r"input .*/a\.txt: parameter 'level': expected `int`, got `str` '9x'"):
+        Job(functions.compress, files, str(tmp_path / "out/{name}")).run(workers=1)
+
+
+def test_the_command_of_an_error_names_the_outputs_where_they_would_be(source: Path, tmp_path: Path) -> None:
+    report = Job(
+        command="cat {src} {src} > {dst}; exit 3", inputs=source, output=str(tmp_path / "out dir/{relpath}")
+    ).run(1)
+    assert report.kinds == {"CommandError": 10}
+    for row in rows_of(tmp_path / "out dir").values():
+        command = row.message.partition(": cat ")[2].partition("; exit 3")[0]
+        assert subprocess.run(["sh", "-c", f"cat {command}"]).returncode == 0
+        path = Path(os.fsdecode(row.output))
+        assert path.read_bytes() == 2 * Path(os.fsdecode(row.input)).read_bytes()
 
 
 def test_a_parent_after_a_symlink_is_what_the_system_says_it_is(tmp_path: Path) -> None:

@@ -41,10 +41,13 @@ def status(directory: str, as_object: bool) -> int:
     """What is done of the jobs of DIR, the current directory if none is given; the one that ran last comes first."""
     from ringpool.coordinator.joblock import JobLock
     from ringpool.coordinator.ledger import Ledger
+    from ringpool.errors import JobMissingError
 
     with Ledger.open(Path(directory), create=False, read_only=True) as ledger:
         running = JobLock(Path(directory)).holder()
         jobs = [_facts(ledger, job, running if number == 0 else None) for number, job in enumerate(ledger.jobs())]
+    if not jobs:
+        raise JobMissingError(directory, "none was begun; `ringpool run` begins one")
     if as_object:
         print_line(_dumps({"directory": os.path.abspath(directory), "running": running, "jobs": jobs}))
         return 0

@@ -245,7 +245,7 @@ class Job:
 
     def _places(self) -> list[Path]:
         """Where no other run may be at work meanwhile: the directory of the ledger, and those of the outputs."""
-        bases = self.outputs.bases if self.outputs is not None else ()
+        bases = self._bases
         return list({os.path.realpath(place): place for place in (self.directory, *bases)}.values())
 
     def stop(self, reason: str = "asked to stop") -> None:
@@ -296,7 +296,7 @@ class Job:
         for index, (file, outputs) in enumerate(pairs):
             own: dict[str, Any] = dict(file.parameters or ())
             if own:
-                own = tasks.validate(self.name, self._signature, own)
+                own = self._validated(file.path, own)
                 if self._template is not None:
                     self._template.refuse_own(own)
             if fields is not None:
@@ -318,10 +318,21 @@ class Job:
                     self._refuse_output(number, target, f", and {OWN_DIRECTORY} is where ledgers and locks are")
             yield Work(file.path, source, targets, packed, own_digest, parameters)
 
+    def _validated(self, path: str, own: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return tasks.validate(self.name, self._signature, own)
+        except ParameterError as error:
+            raise ParameterError(self.name, f"input {path}: {error.reason}") from None
+
     def _refuse_output(self, number: int, target: bytes, why: str) -> NoReturn:
         assert self.outputs is not None
         pattern = str(self.outputs.patterns[number].pattern)
         raise OutputPatternError(pattern, f"it makes the output {os.fsdecode(target)}{why}")
+
+    @property
+    def _bases(self) -> tuple[Path, ...]:
+        """The directories that outputs go to."""
+        return self.outputs.bases if self.outputs is not None else ()
 
     @property
     def _is_streamed(self) -> bool:
@@ -334,7 +345,7 @@ class Job:
 
     def _files(self) -> tuple[Iterator[InputFile], bool]:
         inputs = self._inputs
-        bases = self.outputs.bases if self.outputs is not None else ()
+        bases = self._bases
         if isinstance(inputs, (str, bytes, os.PathLike)):
             inputs = [inputs]
         if isinstance(inputs, (list, tuple)) and not isinstance(inputs, InputFile):
@@ -384,7 +395,7 @@ class Job:
 
     def _run_on_pool(self, run: JobRun, ledger: Ledger, job: int, workers: int | None, mp_context: Any) -> None:
         options = self.options
-        bases = self.outputs.bases if self.outputs is not None else ()
+        bases = self._bases
         for base in bases:
             _found_locks(base)
         n_workers = workers if workers is not None else min(len(os.sched_getaffinity(0)), layout.WORKERS_MAX)
@@ -419,9 +430,12 @@ class Job:
             if pool.closed:
                 with contextlib.suppress(RingpoolError) if run_id == 0 else contextlib.nullcontext():
                     run.commit_rows()
-                    n_counted = ledger.counts(job).done
+                    before = ledger.counts(job)
                     if drain_into(ledger, name):  # what was done when the workers were killed; some of it is counted
-                        run.progress.done += ledger.counts(job).done - n_counted
+                        after, progress = ledger.counts(job), run.progress
+                        progress.done += after.done - before.done
+                        progress.input_bytes += after.input_bytes - before.input_bytes
+                        progress.output_bytes += after.output_bytes - before.output_bytes
                 segment.unlink(name)
                 staging.remove(own_staging)
             if run_id:
@@ -444,6 +458,7 @@ class Job:
             options.checksums,
             options.digests,
             os.stat(self.directory).st_dev,
+            tuple(os.path.join(os.fsencode(os.path.realpath(base)), b"") for base in self._bases),
         )
 
     @staticmethod

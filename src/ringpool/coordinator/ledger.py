@@ -122,6 +122,7 @@ class Ledger(LedgerQueries):
         super().__init__(path, connection, reading_uri)
         self._read_only = read_only
         self._pid = os.getpid()
+        self._numbered: dict[int, bool] = {}
 
     @classmethod
     def open(cls, directory: Path, *, create: bool = True, read_only: bool = False, synchronous: bool = True) -> Ledger:
@@ -219,22 +220,39 @@ class Ledger(LedgerQueries):
     def write(self, job: int, rows: Iterable[RowTuple]) -> None:
         """Write ``rows`` (tuples in the order of ``Row``), all of them or none; the last one of a key counts.
 
-        It is quickest where keys come in ascending order, in batches of about a thousand.
+        It is quickest where keys come in ascending order, in batches of about a thousand. Of a job whose outputs are
+        numbered, an output that another input had before is that one's no more: its row goes.
         """
         totals: Totals = {}
         values = _values(job, rows, totals)
         if not values:
             return
+        is_numbered = self._is_numbered(job)
         try:
             with self._transaction() as db:
                 _insert(db, values)
+                if is_numbered:
+                    _forget_overwritten(db, totals, values)
                 _add_to_totals(db, job, totals)
         except sqlite3.IntegrityError:  # a key is there already, or twice in the batch
             with self._transaction() as db:
                 for begin in range(0, len(values), COLUMNS):
                     _take_out(db, totals, values[begin : begin + 3])
                     db.execute(_REPLACE, values[begin : begin + COLUMNS])
+                if is_numbered:
+                    _forget_overwritten(db, totals, values)
                 _add_to_totals(db, job, totals)
+
+    def _is_numbered(self, job: int) -> bool:
+        """Whether an output may be another input's by the next run: its number is its place among the inputs."""
+        found = self._numbered.get(job)
+        if found is None:
+            [(identity,)] = self._db.execute("SELECT identity FROM jobs WHERE id = ?", (job,)).fetchall() or [("",)]
+            found = self._numbered[job] = "{index" in identity
+            if found:
+                with self._transaction() as db:
+                    db.execute("CREATE INDEX IF NOT EXISTS outputs ON files (job, output)")
+        return found
 
     def forget(self, job: int, keys: Iterable[tuple[bytes, bytes]]) -> None:
         """Delete the rows of ``keys`` (input, output), all of them or none; those that are not there are no matter."""
@@ -313,6 +331,18 @@ def _take_out(db: sqlite3.Connection, totals: Totals, key: Sequence[_Value]) -> 
     if found is not None:
         take_out(totals, found[0])
     return found is not None
+
+
+def _forget_overwritten(db: sqlite3.Connection, totals: Totals, values: Sequence[_Value]) -> None:
+    """Delete the rows of other inputs with the outputs of those in ``values`` that are done."""
+    for begin in range(0, len(values), COLUMNS):
+        job, input_, output, state = values[begin : begin + 4]
+        if state != _DONE or not output:
+            continue
+        others = "SELECT input FROM files WHERE job = ? AND output = ? AND input <> ?"
+        for (other,) in db.execute(others, (job, output, input_)).fetchall():
+            _take_out(db, totals, (job, other, output))
+            db.execute(f"DELETE FROM files {_KEY}", (job, other, output))
 
 
 def _add_to_totals(db: sqlite3.Connection, job: int, totals: Totals) -> None:

@@ -47,6 +47,7 @@ KILL_ROUNDS_MAX = 100  # it may fork meanwhile
 FIELDS = ("src", "dst", "dst.NAME", "name", "stem", "suffix", "relpath", "parent", "index", "hash")
 ITS_OWN = frozenset({"template", "fields"})  # parameters of ``run_command`` that a job of a command gives itself
 NOT_OF_A_FILE = ITS_OWN | {"shell", "environment"}  # those by which a list of files would run code of its own
+will_be: dict[bytes, bytes] = {}  # where outputs will be that are written elsewhere first, for the command of an error
 peak_rss_bytes = 0
 """The largest resident size among the processes of the last command; 0 before the first. At least that of this process:
 Linux counts the moment before the shell's program took the place of its own. Source: getrusage(2), ``ru_maxrss``."""
@@ -323,7 +324,8 @@ def run_command(
     finally:
         run.end()
     if run.is_too_long or run.exit_status:
-        raise CommandError(command.command_with(values), run.exit_status, run.tail())
+        shown = {field: will_be.get(value, value) for field, value in values.items()}
+        raise CommandError(command.command_with(shown), run.exit_status, run.tail())
     return None if dst is not None else _text(run.out.kept.rstrip(b"\n"))
 
 

@@ -50,7 +50,8 @@ class JobSpec(msgspec.Struct, frozen=True, array_like=True):
     ``directory``: the job's, absolute; ``identity`` (the job's in the ledger) and
     ``digest`` (of function and parameters), for whoever finds this in a dead segment; whether to take
     ``fingerprints`` of inputs, ``checksums`` of their content, and ``digests`` of outputs; ``device``: that of the
-    job's directory, so that one that was deleted can be told from one that is not mounted.
+    job's directory, so that one that was deleted can be told from one that is not mounted; ``bases``: where outputs
+    go, each ending in a slash, without links.
     """
 
     name: str
@@ -66,6 +67,7 @@ class JobSpec(msgspec.Struct, frozen=True, array_like=True):
     checksums: bool
     digests: bool
     device: int = 0
+    bases: tuple[bytes, ...] = ()
 
 
 class JobPayload(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -179,7 +181,9 @@ class JobRunner:
             for name, wanted in zip(names, targets, strict=True):
                 # access first: most targets are new, and to look at what is missing costs an exception
                 is_new = not os.access(wanted, os.F_OK, follow_symlinks=False)
-                target = wanted if is_new else self._target(bound, task.source, wanted)
+                target = wanted
+                if not is_new and not (is_new := leads_to_another(bound.spec, wanted)):
+                    target = self._target(bound, task.source, wanted)
                 file = output.finish_staged(name, target, digest=bound.spec.digests, is_new=is_new)
                 staged.append(StagedOutput(name, target, file.n_links > 1, file.dev, file.ino))
                 outputs.append(Output(file.size, file.digest, file.dev, file.ino, file.mtime_ns))
@@ -248,6 +252,8 @@ class JobRunner:
         elif staged:
             arguments.append(bound.target_type(staged[0]))
         bound.n_calls = bound.inode = 0
+        if bound.peak_rss_of_command is not None:
+            _tell_command(dict(zip(staged, task.targets, strict=True)))
         if not spec.fingerprints:
             return bound.retried(staged, *arguments, **parameters), _NO_FINGERPRINT
         for _ in range(CHANGES_MAX):
@@ -304,6 +310,13 @@ def movable_source(spec: JobSpec, path: bytes, inode: int = 0) -> Source | None:
     return Source(path, inode=inode) if spec.fingerprints else None
 
 
+def leads_to_another(spec: JobSpec, target: bytes) -> bool:
+    """Whether what stands in an output's place is a link to where another output is, or may be: the link is replaced,
+    as who looks for duplicates has made it of two outputs that were the same. Other links are followed.
+    """
+    return os.path.islink(target) and os.path.realpath(target).startswith(spec.bases)
+
+
 def fingerprint(path: bytes, with_checksum: bool) -> Fingerprint:
     """What the file at ``path`` is. Raises ``InputMissingError`` where there is none, ``OSError``."""
     try:
@@ -338,6 +351,12 @@ def _is_as_it_was(before: Fingerprint, path: bytes, with_checksum: bool) -> bool
 def parameters_digest(shared: bytes, own: bytes) -> bytes:
     """The digest of a function and of all parameters of a file: ``shared``, unless it has ``own`` ones."""
     return blake2b(shared + own, digest_size=16).digest() if own else shared
+
+
+def _tell_command(will_be: dict[bytes, bytes]) -> None:
+    from ringpool.workers import commands  # here: see below
+
+    commands.will_be = will_be
 
 
 def _peak_rss_of_command() -> int:

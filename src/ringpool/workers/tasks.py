@@ -30,6 +30,7 @@ from ringpool.workers.retry import RetryPolicy, retrying
 
 TaskFunction = Callable[..., Any]
 _EMPTY = inspect.Parameter.empty
+SHOWN_CHARACTERS_MAX = 80  # of a parameter that is text, where a number is wanted, say
 
 
 class FunctionSpec(msgspec.Struct, frozen=True, array_like=True):
@@ -257,7 +258,7 @@ def validate(name: str, signature: Signature, parameters: Mapping[str, Any]) -> 
     try:
         model = msgspec.convert(named, signature.model, strict=False, dec_hook=_convert_path)
     except msgspec.ValidationError as error:
-        raise ParameterError(name, _reason(error)) from None
+        raise ParameterError(name, _reason(error, parameters)) from None
     except UnicodeEncodeError as error:  # bytes that are not UTF-8, where a number is wanted
         raise ParameterError(name, f"{error.object!r} is not what its parameter wants, nor UTF-8") from None
     return {**parameters, **{key: getattr(model, key) for key in named}}
@@ -274,9 +275,14 @@ def _convert_path(wanted: Any, value: Any) -> Any:
     raise TypeError(f"expected `{wanted.__qualname__}`, got `{type(value).__qualname__}`")
 
 
-def _reason(error: msgspec.ValidationError) -> str:
+def _reason(error: msgspec.ValidationError, parameters: Mapping[str, Any]) -> str:
     message, _, where = str(error).partition(" - at `$.")
-    return f"parameter {where.rstrip('`')!r}: {message[0].lower()}{message[1:]}" if where else message
+    if not where:
+        return message
+    where = where.rstrip("`")
+    value = parameters.get(where)
+    is_shown = isinstance(value, str) and message.endswith("got `str`") and len(value) <= SHOWN_CHARACTERS_MAX
+    return f"parameter {where!r}: {message[0].lower()}{message[1:]}{f' {value!r}' if is_shown else ''}"
 
 
 def require(name: str, signature: Signature, parameters: Mapping[str, Any]) -> None:
