@@ -57,6 +57,16 @@ def test_a_flag_goes_before_the_file_and_parameters_are_added_up() -> None:
     assert done.stdout == "in/2.txt\t2.txt 3 'file' False\n"
 
 
+def test_what_the_file_switches_on_the_command_line_switches_off() -> None:
+    switches = "".join(f"{flag} = true\n" for flag in ("no-digest", "checksum", "largest-first", "json", "quiet"))
+    Path("ringpool.toml").write_text(f'{switches}manifest = "nowhere.csv"\nout = "out/{{relpath}}"\n')
+    off = ("--digest", "--no-checksum", "--no-largest-first", "--no-json", "--no-quiet", "--verify", "digest")
+    for says in ("3 files done, 0 failed", "0 files done, 3 done before"):
+        done = run("run", f"{TASKS}:copy", "in/1.txt", "in/2.txt", "in/3.txt", *off)
+        assert (done.returncode, done.stdout) == (0, "")
+        assert says in done.stderr
+
+
 def test_the_section_of_pyproject_is_read_where_there_is_no_file_of_its_own() -> None:
     Path("pyproject.toml").write_text('[project]\nname = "x"\n[tool.ringpool]\ninclude = ["1.txt"]\n')
     assert run("run", f"{TASKS}:size", "in").stdout == "in/1.txt\t2\n"

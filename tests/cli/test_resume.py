@@ -129,6 +129,16 @@ def test_two_runs_of_a_directory_do_not_meet(here: Path, gated: Path) -> None:
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_terminal_that_is_closed_ends_the_run_and_status_says_so(here: Path, gated: Path) -> None:
+    command = start(*WAIT, "--out", "out/{relpath}")
+    await_two(gated)
+    command.send_signal(signal.SIGHUP)
+    assert finish(command).returncode == 129
+    assert ", was stopped (SIGHUP) 20" in run("status", "out").stdout
+    (here / "gate").touch()
+    assert run("resume", "out").returncode == 0
+
+
 def test_ctrl_c_once_lets_what_runs_end_and_says_how_to_go_on(here: Path, gated: Path) -> None:
     with Terminal(*WAIT, "--out", "o'u t/{relpath}") as terminal:
         await_two(gated)

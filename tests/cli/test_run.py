@@ -399,6 +399,11 @@ UNUSABLE = [
     ("TASKS:size in --retries 1 --retry-on a;b", "'a;b' is no name of an exception"),
     ("TASKS:size in --max-failures 3 --no-keep-going", "--no-keep-going is --max-failures 0"),
     ("TASKS:copy in --out out/{relpath} --verify digest --no-digest", "--no-digest leaves out"),
+    ("TASKS:size in --names --checksum", "--names says that inputs are no files, --checksum looks at files"),
+    ("TASKS:size in --names --largest-first", "--names says that inputs are no files"),
+    ("--exec 'wc {src}' in --param level=3", "--param level: a command has none but shell"),
+    ("--exec 'wc {src}' in --param shell=/nope", "--param shell=/nope: there is no such program"),
+    ("--exec 'cp {src} {dst.a}' in --out a=x/{name} --out b=y/{name}", "an output {dst.b}, which it does not name"),
     ("TASKS:copy in --out a=x/{relpath} --out y/{relpath}", "each of several outputs needs a name"),
     ("TASKS:copy in --out a=x/{relpath} --out a=y/{relpath}", "another output is called a too"),
 ]

@@ -10,7 +10,8 @@
     0                 every file is done
     1                 some are not; or the pool, the job or its ledger cannot go on
     2                 the command cannot be run as it is written; a mistake that shows only later stops it then
-    130, 143, 141     stopped by Ctrl-C, by SIGTERM, by the end of whoever reads standard output; see ``stopping``
+    130, 143, 129     stopped by Ctrl-C, by SIGTERM, by SIGHUP; see ``stopping``
+    141               ... by the end of whoever reads standard output
 
 Nothing is imported here before ``main`` runs: the fork server and the workers import this module too, as that of the
 program's main module, and need none of it.
@@ -75,11 +76,14 @@ def _is_nowhere(error: Exception) -> bool:
 
 def _said(error: Exception) -> str:
     """In words; of a bare ``OSError``, the path, which may be bytes, and what is wrong with it."""
+    import errno
     import os
 
     if type(error).__module__ != "builtins" or not isinstance(error, OSError):
         return str(error)
     path = error.filename
+    if error.errno == errno.EAGAIN and error.strerror == os.strerror(errno.EAGAIN):  # of fork: it names nothing
+        return f"no process can be started: {error.strerror}; see `ulimit -u`, and a container's limit of processes"
     if not isinstance(path, str | bytes):
         return str(error)
     remedy = "; it is no directory, and one is needed: name another" if isinstance(error, FileExistsError) else ""

@@ -14,6 +14,7 @@ import builtins
 import importlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -97,6 +98,12 @@ def _check_outputs(call: Call) -> None:
             raise click.UsageError("the command has no {dst}: put one where it is to write, or leave --out away")
         for name in sorted(ITS_OWN.intersection(call.param)):
             raise click.UsageError(f"--param {name}: a command has that from --exec and its files; leave it away")
+        for name in call.param:
+            if name not in NOT_OF_A_FILE:
+                raise click.UsageError(f"--param {name}: a command has none but shell; write it into the command")
+        shell = call.param.get("shell")
+        if isinstance(shell, str) and shutil.which(shell) is None:
+            raise click.UsageError(f"--param shell={shell}: there is no such program; name one that is there")
         return
     assert call.function is not None
     try:

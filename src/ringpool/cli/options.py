@@ -196,8 +196,8 @@ WAYS = (
     _option("--param", metavar="NAME=VALUE", multiple=True, help="A parameter of the function."),
     _option("--include", type=_GLOB, multiple=True, help="Of what a walk finds, only what matches one of these."),
     _option("--exclude", type=_GLOB, multiple=True, help="... and nothing that matches one of these."),
-    _option("--names", is_flag=True, help="Inputs are names of anything, not files."),
-    _option("--largest-first", is_flag=True, help="List all inputs, then begin with the largest."),
+    _option("--names/--no-names", help="Inputs are names of anything, not files."),
+    _option("--largest-first/--no-largest-first", help="List all inputs, then begin with the largest."),
     _option(
         "--workers", metavar="N", type=click.IntRange(1, layout.WORKERS_MAX), help="Processes. Default: one per core."
     ),
@@ -231,8 +231,8 @@ WAYS = (
         type=click.Choice(["none", "atomic", "data", "full"]),
         help="What has reached the disk when a file counts as done. Default: full.",
     ),
-    _option("--checksum", is_flag=True, help="Know inputs by their content too, not by size and time alone."),
-    _option("--no-digest", is_flag=True, help="Record no digests of outputs."),
+    _option("--checksum/--no-checksum", help="Know inputs by their content too, not by size and time alone."),
+    _option("--no-digest/--digest", help="Whether to record no digests of outputs. Default: they are."),
     _option(
         "--verify",
         type=click.Choice(["size", "digest"]),
@@ -240,10 +240,8 @@ WAYS = (
     ),
     _option("--dry-run", is_flag=True, help="Say what would be done with each file, and why."),
     _option("--grace", "grace_s", type=Number("S", or_zero=True), help="For running files, after Ctrl-C. Default: 10."),
-    _option("--quiet", is_flag=True, help="No progress and no summary; failures are listed all the same."),
-    _option(
-        "--json", is_flag=True, help="One JSON object per file on standard output, beside what functions print there."
-    ),
+    _option("--quiet/--no-quiet", help="No progress and no summary; failures are listed all the same."),
+    _option("--json/--no-json", help="One JSON object per file on standard output, beside what functions print there."),
 )
 
 
@@ -288,6 +286,9 @@ def combined(call: Call, options: dict[str, Any]) -> Call:
         raise click.UsageError("--retry-delay and --retry-on say how calls are retried: say with --retries how often")
     if both.no_digest and both.verify == "digest":
         raise click.UsageError(
-            "--verify digest compares with the digests that --no-digest leaves out: drop one of them"
+            "--verify digest compares with the digests that --no-digest leaves out: say --digest, or drop one of them"
         )
+    if both.names and (both.checksum or both.largest_first):
+        of_files = "--checksum" if both.checksum else "--largest-first"
+        raise click.UsageError(f"--names says that inputs are no files, {of_files} looks at files: drop one of them")
     return both

@@ -108,6 +108,8 @@ def _function_and_inputs(call: Call, words: tuple[str, ...], told: dict[str, Any
         found = {"function": words[0], "inputs": words[1:]}
     else:
         raise click.UsageError("Missing argument 'MODULE:FUNCTION'; or give --exec COMMAND")
+    if found["inputs"] and "manifest" not in told:
+        return {**found, "manifest": None}  # that of the settings
     has_manifest = told.get("manifest", call.manifest) is not None
     if has_manifest and found["inputs"]:
         raise click.UsageError("the inputs are given twice, by --manifest and by INPUTS: leave one of them away")

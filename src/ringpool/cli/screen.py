@@ -20,7 +20,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ringpool.cli.lines import command, counted, one_line, say, size_in_words
 from ringpool.cli.stopping import REASONS
@@ -239,18 +239,22 @@ def shown(
         yield _line_progress()
 
 
-def _live(screen: Screen) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def _live(screen: Screen) -> Generator[None]:
     from rich.console import Console
     from rich.live import Live
 
-    return Live(
-        console=Console(stderr=True, emoji=False),
+    console = Console(stderr=True, emoji=False)
+    with Live(
+        console=console,
         get_renderable=screen.draw,
         refresh_per_second=REDRAWS_PER_S,
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,
-    )
+    ):
+        console.show_cursor(True)  # Ctrl-Z gives the terminal to the shell, which needs it
+        yield
 
 
 def _line_progress() -> Callable[[Progress], None]:

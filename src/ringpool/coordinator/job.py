@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -421,7 +422,7 @@ class Job:
         except StopNow:
             pool.abort()
         except BaseException as error:
-            outcome = f"{type(error).__name__}: {words_of(error)}"
+            outcome = _end_in_words(error)
             pool.abort()
             with contextlib.suppress(RingpoolError, OSError):
                 run.commit_rows()
@@ -507,8 +508,18 @@ def _absolute(path: str, directory: bytes) -> bytes:
 _real = functools.lru_cache(maxsize=1024)(naming.absolute)
 
 
+def _end_in_words(error: BaseException) -> str:
+    """What has ended a run, for ``status``: a signal by its name."""
+    number = 0 if isinstance(error, Exception) else getattr(error, "number", 0)  # the command's way to say so
+    if isinstance(error, SystemExit) and isinstance(error.code, int) and signals.ended():
+        number = error.code - 128
+    with contextlib.suppress(ValueError, TypeError):
+        return signal.Signals(number).name
+    return f"{type(error).__name__}: {words_of(error)}"
+
+
 def _found_locks(base: Path) -> None:
     """Have all lock files of a run below one directory: without it, each directory of outputs would get its own."""
     base.mkdir(parents=True, exist_ok=True)
-    with PathLock(base / "any name", base=base):
+    with PathLock(base / OWN_DIRECTORY, base=base):  # whatever name: an error says it
         pass

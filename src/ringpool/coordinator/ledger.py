@@ -57,6 +57,7 @@ from ringpool.coordinator.ledgerqueries import (
     encode_facts,
     explained,
     take_out,
+    text_of,
 )
 from ringpool.errors import JobMissingError, LedgerError
 from ringpool.workers.files.durability import make_directories
@@ -248,7 +249,7 @@ class Ledger(LedgerQueries):
         found = self._numbered.get(job)
         if found is None:
             [(identity,)] = self._db.execute("SELECT identity FROM jobs WHERE id = ?", (job,)).fetchall() or [("",)]
-            found = self._numbered[job] = "{index" in identity
+            found = self._numbered[job] = "{index" in text_of(identity)
             if found:
                 with self._transaction() as db:
                     db.execute("CREATE INDEX IF NOT EXISTS outputs ON files (job, output)")

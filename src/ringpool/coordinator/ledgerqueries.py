@@ -20,6 +20,7 @@ totals, nearly doubles the time that a row takes to be written.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
@@ -403,13 +404,18 @@ def _has_right_totals(db: sqlite3.Connection, job: int) -> bool:
 _REASONS = {
     sqlite3.SQLITE_NOTADB: "it is no SQLite database; move it away, and the job begins anew",
     sqlite3.SQLITE_CORRUPT: "it is damaged; put a copy in its place, or move .ringpool away, and the job begins anew",
-    sqlite3.SQLITE_FULL: "its file system is full; make room, then run the job again",
+    sqlite3.SQLITE_FULL: "its file system is full, or has no inode left; make room, then run the job again",
     sqlite3.SQLITE_BUSY: f"another process has held it for {BUSY_S:g} s; try again when that one is done",
     sqlite3.SQLITE_READONLY: "this user may not write to it; run as the user who made it",
     sqlite3.SQLITE_CANTOPEN: "it, or its -wal and -shm beside it, cannot be opened; run as the user who made it",
     sqlite3.SQLITE_IOERR: "its disk failed; see the system's log, then run the job again",
 }
 _PRIMARY = 0xFF  # of a result code; above are details
+_OF_NO_ROOM = (
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_IOERR,
+)  # also where -wal and -shm have none
+_ROOM_BYTES_MIN = 1 << 16  # so much both need at first
 
 
 def connect(uri: str) -> sqlite3.Connection:
@@ -417,10 +423,22 @@ def connect(uri: str) -> sqlite3.Connection:
     return sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
 
 
+def _is_full(directory: Path) -> bool:
+    """Whether there is no room in that file system, or no inode is left."""
+    try:
+        found = os.statvfs(directory)
+    except OSError:
+        return False
+    return found.f_bavail * found.f_frsize < _ROOM_BYTES_MIN or (found.f_files > 0 and found.f_favail == 0)
+
+
 def explained(path: Path, error: sqlite3.Error | msgspec.MsgspecError | TypeError) -> Exception:
     """``error`` as a ``LedgerError``; itself, where it is a mistake of ours, such as a question after ``close``."""
     if isinstance(error, sqlite3.ProgrammingError | sqlite3.InterfaceError):
         return error
     code = error.sqlite_errorcode if isinstance(error, sqlite3.Error) else sqlite3.SQLITE_CORRUPT
-    reason = _REASONS.get(code & _PRIMARY, "it cannot be used")
+    code &= _PRIMARY
+    if code in _OF_NO_ROOM and _is_full(path.parent):
+        code = sqlite3.SQLITE_FULL
+    reason = _REASONS.get(code, "it cannot be used")
     return LedgerError(str(path), f"{reason} ({error})")

@@ -237,8 +237,10 @@ class Template:
             is_output = field.startswith("dst")
             reason = f"is no output of the task; {there_are}" if is_output else "is not known; pass it in fields"
             raise CommandTemplateError(self.text, f"{{{field}}} {reason}")
-        if outputs and not any(field.startswith("dst") for field in self.fields):
-            raise CommandTemplateError(self.text, f"the task has an output; write > {outputs[0]} to make it")
+        for output in outputs:
+            if output[1:-1] not in self.fields:
+                which = "" if len(outputs) == 1 else f" {output}, which it does not name"
+                raise CommandTemplateError(self.text, f"the task has an output{which}; write > {output} to make it")
 
     def refuse_own(self, parameters: Collection[str]) -> None:
         """Raise ``CommandTemplateError`` where ``parameters`` has what a job gives itself."""
