@@ -16,29 +16,27 @@ import contextlib
 import functools
 import os
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from hashlib import blake2b
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ringpool import startup
 from ringpool.coordinator import jobrun, signals, staging, verify
-from ringpool.coordinator.functiondigest import encode_sorted, function_digest
-from ringpool.coordinator.inputs import OWN_DIRECTORY, InputFile, largest_first, list_inputs, relpaths_are_unique
+from ringpool.coordinator.functiondigest import function_digest
+from ringpool.coordinator.inputs import OWN_DIRECTORY
 from ringpool.coordinator.joblock import JobLock
 from ringpool.coordinator.joboptions import JobOptions as JobOptions
 from ringpool.coordinator.jobrun import JobRun, RunSettings, StopNow
 from ringpool.coordinator.jobwork import Failure, Planned, Progress, Work
 from ringpool.coordinator.ledger import Ledger
-from ringpool.coordinator.lists import relpath_of
-from ringpool.coordinator.outputs import NamedOutputs, hash_of, with_outputs
+from ringpool.coordinator.outputs import NamedOutputs
 from ringpool.coordinator.pool import Pool, WorkerLimits, require_importable, require_no_main_import
 from ringpool.coordinator.takeover import base_of, drain_into, take_over_dead_runs
+from ringpool.coordinator.works import FIELDS_OF_FILE, Inputs as Inputs, Works
 from ringpool.errors import OutputPatternError, ParameterError, RingpoolError, words_of
 from ringpool.shm import blobs, layout, segment
 from ringpool.shm.layout import Encoding
@@ -47,11 +45,6 @@ from ringpool.workers.files import naming
 from ringpool.workers.files.locks import PathLock
 from ringpool.workers.jobtasks import COMMAND, JobSpec
 from ringpool.workers.setup import Setup
-
-FilePath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-Inputs = FilePath | Sequence[FilePath] | Iterable[FilePath | InputFile]
-_FIELDS_OF_FILE = frozenset({"relpath", "parent", "index", "hash"})
-_ENCODING, _ENCODING_ERRORS = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -122,8 +115,17 @@ class Job:
         if directory is not None and not os.fspath(directory):
             raise ValueError("directory is empty; leave it out for the default, or write '.' for the current directory")
         self.directory = Path(directory if directory is not None else self.outputs.base if self.outputs else ".")
-        self._inputs = inputs
-        self._include, self._exclude = tuple(include), tuple(exclude)
+        self._works = Works(
+            inputs,
+            self.name,
+            self._signature,
+            self.digest,
+            self._template,
+            self.outputs,
+            self.options,
+            include=tuple(include),
+            exclude=tuple(exclude),
+        )
         self._spec = spec
         self._run: JobRun | None = None
 
@@ -154,7 +156,7 @@ class Job:
         signature = self._signature
         if self._template is not None:
             names = () if self.outputs is None else tuple(f"dst.{name}" for name in self.outputs.names) or ("dst",)
-            self._template.check({"src", "name", "stem", "suffix", *_FIELDS_OF_FILE, *names})
+            self._template.check({"src", "name", "stem", "suffix", *FIELDS_OF_FILE, *names})
             return
         if self.outputs is None and signature.needs_output:
             raise ParameterError(self.name, "it has a parameter dst, and the job has no output: give one")
@@ -162,6 +164,11 @@ class Job:
             raise ParameterError(
                 self.name, "it has no parameter dst, and an output is given: leave it out, or give the function a dst"
             )
+
+    @property
+    def _bases(self) -> tuple[Path, ...]:
+        """The directories that outputs go to."""
+        return self.outputs.bases if self.outputs is not None else ()
 
     # ---- looking only
 
@@ -180,7 +187,7 @@ class Job:
             ledger = Ledger.open(self.directory, create=False, read_only=True)
             job = next((found.id for found in ledger.jobs() if found.identity == self.identity), 0)
         try:
-            works = filter(only, self._works()) if only is not None else self._works()
+            works = filter(only, self._works) if only is not None else iter(self._works)
             run = JobRun(works, ledger, job, self._settings(verify), Progress(), redo=redo)
             yield from run.plan()
         finally:
@@ -210,11 +217,11 @@ class Job:
         """
         require_no_main_import()  # before anything is looked at, made, or found busy by whose worker this is
         require_importable(self.name, mp_context)
-        works = filter(only, self._works()) if only is not None else self._works()
+        works = filter(only, self._works) if only is not None else iter(self._works)
         if verify not in ("size", "digest"):
             raise ValueError(f"verify is 'size' or 'digest', not {verify!r}")
         # Two inputs with one output are a likely mistake, to be seen before anything is made: unless they are streamed.
-        head = [] if self._is_streamed else list(islice(works, 2))
+        head = [] if self._works.is_streamed else list(islice(works, 2))
         self.directory.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as locks:
             for place in self._places():
@@ -279,120 +286,6 @@ class Job:
             options.rate_per_s,
             options.grace_s,
         )
-
-    def _works(self) -> Iterator[Work]:
-        """A work for each input, as they are drawn."""
-        files, one_source = self._files()
-        if self.options.largest_first:
-            files = largest_first(files)
-        here = os.getcwdb()
-        pairs: Iterator[tuple[InputFile, tuple[str, ...]]]
-        if self.outputs is None:
-            pairs = ((file, ()) for file in files)
-        else:
-            pairs = with_outputs(
-                files, self.outputs, one_source=one_source, in_walk_order=not self.options.largest_first
-            )
-        fields = self._fields()
-        for index, (file, outputs) in enumerate(pairs):
-            own: dict[str, Any] = dict(file.parameters or ())
-            if own:
-                own = self._validated(file.path, own)
-                if self._template is not None:
-                    self._template.refuse_own(own)
-            if fields is not None:
-                own["fields"] = fields(file, index)
-            targets = tuple([_absolute(output, here) for output in outputs])
-            if own:
-                own_digest = blake2b(encode_sorted(own), digest_size=16).digest()
-                packed, parameters = (
-                    tasks.pack_parameters(self.name, own),
-                    jobtasks.parameters_digest(self.digest, own_digest),
-                )
-            else:
-                own_digest, packed, parameters = b"", b"", self.digest
-            source = _absolute(file.path, here) if self.options.fingerprints else naming.encoded(file.path)
-            for number, target in enumerate(targets):
-                if target == source:
-                    self._refuse_output(number, target, " of itself; write the outputs somewhere else")
-                if _OWN_DIRECTORY in target:
-                    self._refuse_output(number, target, f", and {OWN_DIRECTORY} is where ledgers and locks are")
-            yield Work(file.path, source, targets, packed, own_digest, parameters)
-
-    def _validated(self, path: str, own: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return tasks.validate(self.name, self._signature, own)
-        except ParameterError as error:
-            raise ParameterError(self.name, f"input {path}: {error.reason}") from None
-
-    def _refuse_output(self, number: int, target: bytes, why: str) -> NoReturn:
-        assert self.outputs is not None
-        pattern = str(self.outputs.patterns[number].pattern)
-        raise OutputPatternError(pattern, f"it makes the output {os.fsdecode(target)}{why}")
-
-    @property
-    def _bases(self) -> tuple[Path, ...]:
-        """The directories that outputs go to."""
-        return self.outputs.bases if self.outputs is not None else ()
-
-    @property
-    def _is_streamed(self) -> bool:
-        """Whether the next input may be long in coming."""
-        inputs = self._inputs
-        sources = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs
-        if not isinstance(sources, (list, tuple)):
-            return True
-        return any(isinstance(one, str) and (one == "-" or one.startswith("@")) for one in sources)
-
-    def _files(self) -> tuple[Iterator[InputFile], bool]:
-        inputs = self._inputs
-        bases = self._bases
-        if isinstance(inputs, (str, bytes, os.PathLike)):
-            inputs = [inputs]
-        if isinstance(inputs, (list, tuple)) and not isinstance(inputs, InputFile):
-            # Only text may be a list (``@name``, ``-``): a path object is what it says.
-            sources = [
-                one if isinstance(one, str) else Path(os.fsdecode(one))
-                for one in inputs
-                if not isinstance(one, InputFile)
-            ]
-            if len(sources) < len(inputs):
-                return map(_as_input_file, inputs), False
-            if not (self._include or self._exclude):
-                self._require_apart(sources)
-            files = list_inputs(sources, exclude_under=bases, include=self._include, exclude=self._exclude)
-            return files, relpaths_are_unique(sources)
-        return map(_as_input_file, inputs), False
-
-    def _require_apart(self, sources: Sequence[str | Path]) -> None:
-        """Raise ``OutputPatternError`` where the next run would take outputs for inputs."""
-        roots = {os.path.realpath(source) for source in sources if os.path.isdir(source)}
-        for pattern in self.outputs.patterns if self.outputs is not None else ():
-            if os.path.realpath(pattern.base) in roots:
-                raise OutputPatternError(
-                    pattern.pattern,
-                    "its outputs lie among the inputs, and the next run would take them for inputs: write them to a "
-                    "directory of their own, or say what the inputs are (--include '*.txt', --exclude '*.gz')",
-                )
-
-    def _fields(self) -> Callable[[InputFile, int], dict[str, str]] | None:
-        """What a command needs to know of a file besides its paths."""
-        if self._template is None:
-            return None
-        wanted = self._template.fields & _FIELDS_OF_FILE
-        if not wanted:
-            return None
-
-        def fields(file: InputFile, index: int) -> dict[str, str]:
-            known = {
-                "relpath": file.relpath,
-                "parent": file.relpath.rpartition("/")[0],
-                "index": str(index),
-                "hash": hash_of(file.relpath),
-            }
-            return {name: known[name] for name in wanted}
-
-        return fields
 
     def _run_on_pool(self, run: JobRun, ledger: Ledger, job: int, workers: int | None, mp_context: Any) -> None:
         options = self.options
@@ -478,34 +371,6 @@ def _outputs(output: str | Mapping[str, str] | None) -> NamedOutputs | None:
         if not name.isidentifier() or not name.isascii():
             raise OutputPatternError(pattern, f"its name {name!r} is none; take letters, digits and underscores")
     return NamedOutputs([f"{name}={pattern}" for name, pattern in output.items()])
-
-
-def _as_input_file(item: FilePath | InputFile) -> InputFile:
-    if isinstance(item, InputFile):
-        return item
-    path = os.fsdecode(item)
-    return InputFile(path, relpath_of(path))
-
-
-_OWN_DIRECTORY = os.fsencode(f"/{OWN_DIRECTORY}/")
-
-
-def _absolute(path: str, directory: bytes) -> bytes:
-    try:
-        raw = path.encode(_ENCODING, _ENCODING_ERRORS)  # os.fsencode, at half the price
-    except UnicodeEncodeError:
-        raise naming.not_encodable(path) from None
-    if raw[:1] != b"/":
-        if not raw:
-            raise naming.unusable(raw, "it is empty")
-        raw = os.path.join(directory, raw)
-    if b"/.." in raw:
-        parent, _, name = raw.rpartition(b"/")
-        return os.path.join(_real(parent), name) if name != b".." else naming.absolute(raw)
-    return os.path.normpath(raw) if b"/." in raw or b"//" in raw else raw
-
-
-_real = functools.lru_cache(maxsize=1024)(naming.absolute)
 
 
 def _end_in_words(error: BaseException) -> str:
