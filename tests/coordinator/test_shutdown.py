@@ -6,6 +6,7 @@ import gc
 import os
 import pty
 import signal
+import textwrap
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, wait
@@ -429,6 +430,75 @@ def test_a_program_that_catches_its_end_goes_on_as_before(run_program: RunProgra
     assert program.finish() == 0, program.err
     assert len(list(program.file.parent.glob("copy?"))) == 5
     program.assert_nothing_is_left()
+
+
+ENDINGS = {
+    "at exit": "atexit.register(lambda: pool.submit_file_task(tasks.nap, __file__, params={'seconds': 0}))",
+    "in a finalizer": """
+        class Last:
+            def __del__(self):
+                pool.submit_file_task(tasks.nap, __file__, params={"seconds": 0})
+
+        last = Last()
+    """,
+    "in a weakref's callback": """
+        class Last: pass
+        last = Last()
+        weakref.finalize(last, lambda: pool.submit_file_task(tasks.nap, __file__, params={"seconds": 0}))
+    """,
+    "to another pool": """
+        def end(number, frame, handler=signal.getsignal(signal.SIGTERM)):
+            try:
+                handler(number, frame)
+            except SystemExit:
+                Coordinator(1).submit_file_task(tasks.nap, __file__, params={"seconds": 0}).result()
+                raise
+
+        signal.signal(signal.SIGTERM, end)
+    """,
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
+def test_a_task_that_is_given_out_while_a_program_ends_does_not_keep_it(run_program: RunProgram, ending: str) -> None:
+    """What is queued would take ten minutes."""
+    program = run_program(
+        f"""
+        pool = Coordinator(1)
+        pool.submit_file_task(tasks.size, __file__).result()
+        for _ in range(600):
+            pool.submit_file_task(tasks.nap, __file__, params={{"seconds": 1}})
+{textwrap.indent(textwrap.dedent(ending), " " * 8)}
+        say("ready")
+        wait()
+        """,
+        top="import weakref",
+    )
+    program.wait_for("ready")
+    program.signal(signal.SIGTERM, group=False)
+    assert program.finish() == 143
+    program.assert_nothing_is_left()
+
+
+def test_a_second_sighup_does_not_interrupt_what_a_program_does_after_the_first(run_program: RunProgram) -> None:
+    program = run_program(
+        """
+        pool = Coordinator(1)
+        pool.submit_file_task(tasks.size, __file__).result()
+        try:
+            os.kill(os.getpid(), signal.SIGHUP)
+            wait()
+        except SystemExit:
+            pass
+        future = pool.submit_file_task(tasks.nap, __file__, params={"seconds": 0.3})
+        os.kill(os.getpid(), signal.SIGHUP)
+        future.result()
+        say("saved")
+        pool.close()
+        """
+    )
+    assert program.wait_for("saved") == ""
+    assert program.finish() == 0, program.err
 
 
 def test_what_a_program_has_in_globals_ends_as_without_a_pool(run_program: RunProgram) -> None:

@@ -745,6 +745,28 @@ def test_a_link_from_one_output_to_another_is_replaced_and_any_other_is_followed
     assert job.run(workers=1).progress.skipped == 10
 
 
+def test_what_is_found_at_the_end_of_a_stopped_run_is_counted_as_it_is(source: Path, tmp_path: Path) -> None:
+    """Also where the files were larger the time before."""
+    for path in source.rglob("*.txt"):
+        path.write_bytes(b"x" * 10_000)
+    job = Job(functions.slowly, source, str(tmp_path / "out/{relpath}"), grace_s=0.0)
+    assert job.run(workers=1).progress.input_bytes == 100_000
+    for path in source.rglob("*.txt"):
+        path.write_bytes(b"yy")
+
+    def stop(*_: object) -> None:
+        job.stop()
+        job.stop()
+        wait_until(lambda: n_new() >= 4, "some more are done")
+
+    def n_new() -> int:
+        return sum(path.read_bytes() == b"yy" for path in (tmp_path / "out").rglob("*.txt"))
+
+    progress = job.run(workers=1, on_row=stop).progress
+    assert progress.done == n_new()
+    assert (progress.input_bytes, progress.output_bytes) == (2 * n_new(), 2 * n_new())
+
+
 def test_a_numbered_output_is_that_of_the_input_that_had_its_number_last(source: Path, tmp_path: Path) -> None:
     """More inputs, or fewer, are counted anew; and the ledger says of no output that it is of two inputs."""
     out = tmp_path / "out"

@@ -290,5 +290,6 @@ def combined(call: Call, options: dict[str, Any]) -> Call:
         )
     if both.names and (both.checksum or both.largest_first):
         of_files = "--checksum" if both.checksum else "--largest-first"
-        raise click.UsageError(f"--names says that inputs are no files, {of_files} looks at files: drop one of them")
+        remedy = f"say --no-{of_files[2:]}, or drop one of them"
+        raise click.UsageError(f"--names says that inputs are no files, {of_files} looks at files: {remedy}")
     return both

@@ -308,7 +308,7 @@ class RingPoolExecutor(_Tasks):
     ) -> None:
         if self._is_over_unmade():
             return
-        if _is_urgent(error):
+        if _is_urgent(error, self._pool):
             self._pool.abort()
         else:
             self._pool.close()
@@ -333,15 +333,13 @@ class ExecutorView(_Tasks):
         self._executor.shutdown(wait, cancel_futures=cancel_futures)
 
 
-def _is_urgent(error: BaseException | None) -> bool:
+def _is_urgent(error: BaseException | None, pool: Pool) -> bool:
     """Whether what leaves a block is to end it at once: Ctrl-C, a signal, or a cancellation, which is how asyncio tells
     of Ctrl-C. Not ``sys.exit``, nor the end of a generator; but where they are the answer to Ctrl-C.
     """
     if error is None or isinstance(error, Exception):
         return False
-    from ringpool.coordinator import signals  # here: see the module
-
-    if not isinstance(error, (SystemExit, GeneratorExit)) or signals.ended():
+    if not isinstance(error, (SystemExit, GeneratorExit)) or pool.is_ending:
         return True
     return isinstance(error.__context__, KeyboardInterrupt)
 

@@ -59,7 +59,7 @@ def is_from_signal(error: BaseException) -> bool:
     """Whether it is no doing of the value's: Ctrl-C, or a signal that ends the program, may come anywhere."""
     if threading.current_thread() is not threading.main_thread():
         return False
-    return isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and signals.ended())
+    return isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and signals.n_ended() > 0)
 
 
 def _value_of_blob(ticket: Ticket) -> Any:

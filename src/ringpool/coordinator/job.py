@@ -324,12 +324,7 @@ class Job:
             if pool.closed:
                 with contextlib.suppress(RingpoolError) if run_id == 0 else contextlib.nullcontext():
                     run.commit_rows()
-                    before = ledger.counts(job)
-                    if drain_into(ledger, name):  # what was done when the workers were killed; some of it is counted
-                        after, progress = ledger.counts(job), run.progress
-                        progress.done += after.done - before.done
-                        progress.input_bytes += after.input_bytes - before.input_bytes
-                        progress.output_bytes += after.output_bytes - before.output_bytes
+                    drain_into(ledger, name, run.count_drained)  # what was done when the workers were killed
                 segment.unlink(name)
                 staging.remove(own_staging)
             if run_id:
@@ -376,7 +371,7 @@ def _outputs(output: str | Mapping[str, str] | None) -> NamedOutputs | None:
 def _end_in_words(error: BaseException) -> str:
     """What has ended a run, for ``status``: a signal by its name."""
     number = 0 if isinstance(error, Exception) else getattr(error, "number", 0)  # the command's way to say so
-    if isinstance(error, SystemExit) and isinstance(error.code, int) and signals.ended():
+    if isinstance(error, SystemExit) and isinstance(error.code, int) and signals.n_ended():
         number = error.code - 128
     with contextlib.suppress(ValueError, TypeError):
         return signal.Signals(number).name

@@ -17,7 +17,7 @@ from ringpool.shm.results import ResultRecord
 from ringpool.workers import jobtasks
 from ringpool.workers.jobtasks import JobOutcome
 
-STATE, KIND = 2, 13  # places in a row
+STATE, SIZE, MADE, KIND = 2, 3, 8, 13  # places in a row
 encode_made = msgspec.msgpack.Encoder().encode
 _DIED = int(Status.DIED)
 

@@ -18,16 +18,17 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from ringpool.coordinator import lists, verify
 from ringpool.coordinator.futures import outcome_of
 from ringpool.coordinator.inbox import Inbox
-from ringpool.coordinator.jobrows import KIND, STATE, row_of, row_of_error
+from ringpool.coordinator.jobrows import KIND, MADE, SIZE, STATE, row_of, row_of_error
 from ringpool.coordinator.jobwork import Failure, Planned, Progress, Work
 from ringpool.coordinator.ledger import Ledger, State
+from ringpool.coordinator.ledgerqueries import decode_made
 from ringpool.coordinator.pool import Pool
 from ringpool.coordinator.tickets import Ticket
 from ringpool.shm import blobs, layout
@@ -42,6 +43,7 @@ RATED_S = 0.1  # ... where their rate is limited, what may begin in this time: w
 SLOTS = 4 * WINDOW  # ... and results that the ledger does not have yet
 BATCH_ROWS = 1024
 BATCH_S = 0.25
+BATCHES_KEPT = 4  # the segment forgets a batch as soon as the pump has a turn
 FILL_S = 0.002  # how long inputs are drawn while results wait to be taken
 FLUSH_TICKETS = 64
 TELL_S = 0.1
@@ -126,6 +128,7 @@ class JobRun:
         self._pool: Pool | None = None
         self._function = 0
         self._rows: list[tuple[Any, ...]] = []
+        self._counted: deque[set[tuple[Any, ...]]] = deque(maxlen=BATCHES_KEPT)  # files of the last batches
         self._n_results = 0  # of records in ``_rows``, and of tasks without a row
         self._batch_at = self._told_at = time.monotonic()
         self._under_way = 0
@@ -230,7 +233,21 @@ class JobRun:
         """Write what has arrived into the ledger."""
         if self._rows and self._ledger is not None:
             self._ledger.write(self._job, self._rows)
+            self._counted.append({row[:2] for row in self._rows})
             self._rows = []
+
+    def count_drained(self, row: tuple[Any, ...]) -> None:
+        """A file was found done in the segment, at the end; it may have been counted, and not been released yet."""
+        if not any(row[:2] in keys for keys in self._counted):
+            self._count_done(row[SIZE], (one.size for one in decode_made(row[MADE])))
+
+    def _count_done(self, input_bytes: int, output_bytes: Iterable[int]) -> None:
+        progress = self.progress
+        progress.done += 1
+        if input_bytes > 0:
+            progress.input_bytes += input_bytes
+        for n_bytes in output_bytes:
+            progress.output_bytes += n_bytes
 
     def _consider_stopping(self) -> None:
         if not self._stops:
@@ -397,12 +414,8 @@ class JobRun:
         if record.status == _OK:
             outcome = jobtasks.decode_outcome(_body_of(ticket, record))
             row = row_of(work.source, work.targets, work.parameters, record, outcome)
-            progress.done += 1
             progress.retried += record.attempt > 0 or outcome.calls > 1
-            if outcome.input.size > 0:
-                progress.input_bytes += outcome.input.size
-            for made in outcome.outputs:
-                progress.output_bytes += made.size
+            self._count_done(outcome.input.size, [one.size for one in outcome.outputs])
             value = outcome
         else:
             _, value = outcome_of(ticket, record)

@@ -120,6 +120,7 @@ class Pool:
         self._removed = False  # what is written into the segment's blobs from now on, nobody removes
         self._closed_error = closed
         self._on_ended = on_ended
+        self._n_ends_outlived = 0  # ends of the program, by signals, that it has caught before its last task here
         self.runs: set[OpenRun] = set()
         self._blob_ids = itertools.count(1)
         self.function_ids = itertools.count(1)
@@ -190,6 +191,11 @@ class Pool:
         """Whether its threads and workers are there, or about to be."""
         return self.pump.has_begun or self._beginning.locked()
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether a signal ends the program, as far as this pool was told: it had no task since."""
+        return signals.n_ended() > self._n_ends_outlived
+
     def check_open(self, *, first: Callable[[], None] | None = None) -> None:
         """Be ready for a task. ``first``: called before the first worker is forked; a fork that is made while another
         thread imports a module can never import that.
@@ -198,8 +204,8 @@ class Pool:
         """
         if os.getpid() != self.pid:
             raise WrongProcessError(self.pid, os.getpid())
-        if signals.ended():
-            signals.forget_if_caught()
+        if signals.n_ended() > self._n_ends_outlived and signals.is_caught():
+            self._n_ends_outlived = signals.n_ended()
         if self.pump.broken is not None:
             raise copy.copy(self.pump.broken)  # with a traceback of its own, which leads to nobody else's frames
         if self.closing:
@@ -433,9 +439,9 @@ def has_chosen_no_method() -> bool:
 
 def _close_all() -> None:
     """At exit: drain what is left open; or kill it, where the program ends by an error."""
-    failed = _has_failed() or signals.ended()
+    failed = _has_failed()
     for pool in list(_open):
-        if failed:
+        if failed or pool.is_ending:
             pool.abort()
         else:
             pool.close()

@@ -22,34 +22,45 @@ from collections.abc import Callable, Generator
 from types import FrameType
 
 _HANDLED = (signal.SIGTERM, signal.SIGHUP)
+_OUTERMOST = (
+    "<module>",
+    "_run_module_as_main",
+)  # of a main module; what is called at exit has none
 _lock = threading.Lock()
 _pools = 0
 _installed: list[signal.Signals] = []
-_ended = False
+_n_ended = 0
 _hung_up = False
 
 
 def _end_program(number: int, _frame: FrameType | None) -> None:
-    global _ended, _hung_up
+    global _n_ended, _hung_up
     if number == signal.SIGHUP and _hung_up:
         return
-    _ended = True
+    _n_ended += 1
     _hung_up = _hung_up or number == signal.SIGHUP
     raise SystemExit(128 + number)
 
 
-def ended() -> bool:
-    """Whether the program ends because of such a signal."""
-    return _ended
+def n_ended() -> int:
+    """How often such a signal has ended the program: more than once where it has caught that, and goes on."""
+    return _n_ended
 
 
-def forget_if_caught() -> None:
-    """Whoever gives out work in the main thread, and not while that exception is on its way, has caught it, and goes
-    on: pytest and unittest do so for each test.
+def is_caught() -> bool:
+    """Whether the caller shows that the program has caught its end, and goes on, as pytest and unittest do for each
+    test: it is in the main thread, in code that the main module has called, and the exception is not on its way. In a
+    finalizer, and at exit, that cannot be told: no.
     """
-    global _ended, _hung_up
-    if _ended and threading.current_thread() is threading.main_thread() and sys.exc_info()[1] is None:
-        _ended = _hung_up = False
+    if threading.current_thread() is not threading.main_thread() or sys.exc_info()[1] is not None:
+        return False
+    frame = sys._getframe()  # pyright: ignore[reportPrivateUsage]
+    while True:
+        if frame.f_code.co_name == "__del__" or frame.f_globals.get("__name__") in ("weakref", "_weakrefset"):
+            return False
+        if frame.f_back is None:
+            return frame.f_code.co_name in _OUTERMOST
+        frame = frame.f_back
 
 
 def install() -> None:
@@ -82,9 +93,9 @@ def uninstall() -> None:
 
 def _let_go() -> None:
     """In a fork of the program, before any code of its own: the handlers are its parent's, and so may the lock be."""
-    global _lock, _pools, _ended, _hung_up
+    global _lock, _pools, _n_ended, _hung_up
     _lock = threading.Lock()
-    _pools, _ended, _hung_up = 0, False, False
+    _pools, _n_ended, _hung_up = 0, 0, False
     for number in _installed:
         if signal.getsignal(number) is _end_program:
             signal.signal(number, signal.SIG_DFL)

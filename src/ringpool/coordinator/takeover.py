@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ def base_of(directory: Path) -> bytes:
     return os.path.realpath(os.fsencode(directory))
 
 
-def drain_into(ledger: Ledger, name: str) -> int:
-    """Put what a dead run has done into the ledger, and remove its segment; how many files."""
+def drain_into(ledger: Ledger, name: str, on_row: Callable[[tuple[Any, ...]], None] = lambda _row: None) -> int:
+    """Put what a dead run has done into the ledger, and remove its segment; how many files. ``on_row``: for each."""
     by_job: dict[bytes, list[tuple[Any, ...]]] = {}
 
     def deliver(drained: drain.Drained) -> None:
@@ -38,5 +39,7 @@ def drain_into(ledger: Ledger, name: str) -> int:
     drain.drain(name, deliver)
     for identity, rows in by_job.items():
         ledger.write(ledger.job(os.fsdecode(identity)), rows)  # not its number then: the ledger may be a new one
+        for row in rows:
+            on_row(row)
     segment.unlink(name)
     return sum(map(len, by_job.values()))

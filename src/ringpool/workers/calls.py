@@ -91,7 +91,11 @@ def remember_main() -> str | None:
     """
     main = sys.modules["__main__"]
     if (path := main_file()) is not None:
-        _remembered.main, _remembered.path = weakref.ref(main), path
+        _remembered.path = path
+        try:
+            _remembered.main = weakref.ref(main)
+        except TypeError:  # somebody has put there what is no module
+            _remembered.main = lambda: main
     is_named = getattr(main, "__spec__", None) is not None
     return os.path.abspath(path) if path is not None and _is_file(path) and not is_named else None
 

@@ -182,7 +182,7 @@ class JobRunner:
                 # access first: most targets are new, and to look at what is missing costs an exception
                 is_new = not os.access(wanted, os.F_OK, follow_symlinks=False)
                 target = wanted
-                if not is_new and not (is_new := leads_to_another(bound.spec, wanted)):
+                if not is_new and not (is_new := leads_to_another(bound.spec, task.source, wanted)):
                     target = self._target(bound, task.source, wanted)
                 file = output.finish_staged(name, target, digest=bound.spec.digests, is_new=is_new)
                 staged.append(StagedOutput(name, target, file.n_links > 1, file.dev, file.ino))
@@ -310,11 +310,14 @@ def movable_source(spec: JobSpec, path: bytes, inode: int = 0) -> Source | None:
     return Source(path, inode=inode) if spec.fingerprints else None
 
 
-def leads_to_another(spec: JobSpec, target: bytes) -> bool:
+def leads_to_another(spec: JobSpec, source: bytes, target: bytes) -> bool:
     """Whether what stands in an output's place is a link to where another output is, or may be: the link is replaced,
     as who looks for duplicates has made it of two outputs that were the same. Other links are followed.
     """
-    return os.path.islink(target) and os.path.realpath(target).startswith(spec.bases)
+    if not os.path.islink(target):
+        return False
+    file = os.path.realpath(target)
+    return file.startswith(spec.bases) and not os.path.isdir(file) and file != os.path.realpath(source)
 
 
 def fingerprint(path: bytes, with_checksum: bool) -> Fingerprint:
