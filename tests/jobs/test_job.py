@@ -23,6 +23,7 @@ from tests.workers.files.child import Child, say
 
 from ringpool import InputFile, Job, Report, RetryPolicy
 from ringpool.coordinator import drain
+from ringpool.coordinator.jobwork import Progress
 from ringpool.coordinator.ledger import Ledger, Row, State
 from ringpool.coordinator.ledgerqueries import decode_made
 from ringpool.coordinator.takeover import take_over_dead_runs
@@ -745,24 +746,25 @@ def test_a_link_from_one_output_to_another_is_replaced_and_any_other_is_followed
     assert job.run(workers=1).progress.skipped == 10
 
 
-def test_what_is_found_at_the_end_of_a_stopped_run_is_counted_as_it_is(source: Path, tmp_path: Path) -> None:
+def test_what_is_found_at_the_end_of_a_run_that_fails_is_counted_as_it_is(source: Path, tmp_path: Path) -> None:
     """Also where the files were larger the time before."""
     for path in source.rglob("*.txt"):
         path.write_bytes(b"x" * 10_000)
-    job = Job(functions.slowly, source, str(tmp_path / "out/{relpath}"), grace_s=0.0)
+    job = Job(functions.slowly, source, str(tmp_path / "out/{relpath}"))
     assert job.run(workers=1).progress.input_bytes == 100_000
     for path in source.rglob("*.txt"):
         path.write_bytes(b"yy")
 
-    def stop(*_: object) -> None:
-        job.stop()
-        job.stop()
+    def fail(*_: object) -> None:
         wait_until(lambda: n_new() >= 4, "some more are done")
+        raise LookupError
 
     def n_new() -> int:
         return sum(path.read_bytes() == b"yy" for path in (tmp_path / "out").rglob("*.txt"))
 
-    progress = job.run(workers=1, on_row=stop).progress
+    progress = Progress()
+    with pytest.raises(LookupError):
+        job.run(workers=1, on_row=fail, progress=progress)
     assert progress.done == n_new()
     assert (progress.input_bytes, progress.output_bytes) == (2 * n_new(), 2 * n_new())
 
