@@ -245,15 +245,17 @@ class Ledger(LedgerQueries):
                 _add_to_totals(db, job, totals)
 
     def _is_numbered(self, job: int) -> bool:
-        """Whether an output may be another input's by the next run: its number is its place among the inputs."""
-        found = self._numbered.get(job)
-        if found is None:
-            [(identity,)] = self._db.execute("SELECT identity FROM jobs WHERE id = ?", (job,)).fetchall() or [("",)]
-            found = self._numbered[job] = "{index" in text_of(identity)
-            if found:
-                with self._transaction() as db:
+        """Whether an output may be another input's by the next run: its number is its place among the inputs. Then
+        there is an index by output.
+        """
+        if job not in self._numbered:
+            with self._transaction() as db:
+                identities = db.execute("SELECT identity FROM jobs WHERE id = ?", (job,)).fetchall()
+                is_numbered = any("{index" in text_of(identity) for (identity,) in identities)
+                if is_numbered:
                     db.execute("CREATE INDEX IF NOT EXISTS outputs ON files (job, output)")
-        return found
+            self._numbered[job] = is_numbered
+        return self._numbered[job]
 
     def forget(self, job: int, keys: Iterable[tuple[bytes, bytes]]) -> None:
         """Delete the rows of ``keys`` (input, output), all of them or none; those that are not there are no matter."""

@@ -22,10 +22,7 @@ from collections.abc import Callable, Generator
 from types import FrameType
 
 _HANDLED = (signal.SIGTERM, signal.SIGHUP)
-_OUTERMOST = (
-    "<module>",
-    "_run_module_as_main",
-)  # of a main module; what is called at exit has none
+_OUTERMOST = ("<module>", "_run_module_as_main")  # of a main module; what is called at exit has none
 _lock = threading.Lock()
 _pools = 0
 _installed: list[signal.Signals] = []
