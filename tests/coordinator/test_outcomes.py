@@ -39,6 +39,6 @@ def test_a_value_that_exits_when_it_is_rebuilt_is_an_error_of_its_own(monkeypatc
 
 def test_a_signal_that_ends_the_program_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(futures.values, "decode", raising(SystemExit(143)))
-    monkeypatch.setattr(signals, "_ended", True)
+    monkeypatch.setattr(signals, "_n_ended", 1)
     with pytest.raises(SystemExit):
         futures.outcome_of(TICKET, RECORD)
