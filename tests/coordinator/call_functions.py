@@ -99,7 +99,7 @@ def double(x: int) -> int:
 
 
 def slowly(x: int) -> int:
-    time.sleep(0.002)
+    time.sleep(0.002)  # so that it is still under way when somebody else comes
     return 2 * x
 
 

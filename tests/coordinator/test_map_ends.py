@@ -364,7 +364,7 @@ def test_a_list_that_asks_its_pool_as_it_is_iterated_over_is_drawn_by_who_takes(
     found: list[int] = []
     for value in executor.map(functions.double, Asking(range(500))):
         found.append(value)
-        time.sleep(0.001)
+        time.sleep(0.001)  # meanwhile the pool would draw what is at hand
     assert found == list(range(0, 2000, 4))
 
 

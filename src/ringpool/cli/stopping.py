@@ -16,6 +16,8 @@ import time
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
+from ringpool.coordinator.signals import is_in_finalizer
+
 if TYPE_CHECKING:
     from types import FrameType
 
@@ -72,7 +74,7 @@ class Stopper:
         return time.monotonic() - self._unheard_s < UNHEARD_MAX_S
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if _is_unheard(frame) and self._may_wait():
+        if is_in_finalizer(frame) and self._may_wait():
             signal.signal(signal.SIGALRM, lambda _number, later: self._handle(number, later))
             signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
             return
@@ -87,15 +89,6 @@ class Stopper:
             is_stopping = job.interrupt(REASONS[number])
         if not is_stopping:
             raise Stopped(number)
-
-
-def _is_unheard(frame: FrameType | None) -> bool:
-    """Whether what is raised in ``frame`` is printed and lost: it is a finalizer's, or was called by one."""
-    while frame is not None:
-        if frame.f_code.co_name == "__del__" or frame.f_globals.get("__name__") in ("weakref", "_weakrefset"):
-            return True
-        frame = frame.f_back
-    return False
 
 
 stopper = Stopper()

@@ -23,7 +23,7 @@ from ringpool.coordinator.futures import outcome_of
 from ringpool.coordinator.pieces import Failure, Piece
 from ringpool.coordinator.sizer import REFILL_AT, RESULT_BYTES, Sizer
 from ringpool.coordinator.tickets import Ticket
-from ringpool.errors import SharedMemoryFullError, WrongProcessError
+from ringpool.errors import SharedMemoryFullError
 from ringpool.shm import layout, vectors
 from ringpool.shm.dispatch import Task
 from ringpool.shm.layout import Form
@@ -147,11 +147,8 @@ class FileRun(Iterator[FileResult]):
     # ---- giving out
 
     def _advance(self) -> None:
-        """Wait for what comes next, and have it at hand. Raises ``WrongProcessError`` in a fork of the
-        program: nothing comes there.
-        """
-        if os.getpid() != self._pid:
-            raise WrongProcessError(self._pid, os.getpid())
+        """Wait for what comes next, and have it at hand."""
+        self._pool.check_process()
         self._n_given += self._n_at_hand
         self._n_at_hand = 0
         while True:

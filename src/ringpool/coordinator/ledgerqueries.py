@@ -411,10 +411,7 @@ _REASONS = {
     sqlite3.SQLITE_IOERR: "its disk failed; see the system's log, then run the job again",
 }
 _PRIMARY = 0xFF  # of a result code; above are details
-_OF_NO_ROOM = (
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_IOERR,
-)  # also where -wal and -shm have none
+_OF_NO_ROOM = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR)  # of -wal and -shm, too
 _ROOM_BYTES_MIN = 1 << 16  # so much both need at first
 
 

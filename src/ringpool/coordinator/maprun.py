@@ -28,7 +28,6 @@ from ringpool.coordinator.pieces import Failure, MapInbox, Piece
 from ringpool.coordinator.pool import Pool
 from ringpool.coordinator.sizer import REFILL_AT, VECTOR_ITEMS_MAX, Sizer
 from ringpool.coordinator.tickets import Part, Ticket
-from ringpool.errors import WrongProcessError
 from ringpool.shm import vectors
 from ringpool.shm.dispatch import Task
 from ringpool.shm.layout import Form
@@ -121,16 +120,9 @@ class MapRun:
 
         One thread at a time, or items would be sent by other indexes than those by which they were drawn.
         """
-        self._check_process()
+        self._pool.check_process()
         with self._turn:
             self._fill()
-
-    def _check_process(self) -> None:
-        """Raise ``WrongProcessError`` in a fork of the program: nothing arrives there, and what it sends would take the
-        place of what its parent does. Before the lock is taken, which another thread of the parent may have had.
-        """
-        if os.getpid() != self._pid:
-            raise WrongProcessError(self._pid, os.getpid())
 
     def _fill(self) -> None:
         try:
@@ -336,7 +328,7 @@ class MapRun:
 
     def _next_piece(self, end_s: float | None) -> Piece | None:
         """The next piece to be given out, decoded, and more items on their way; None after the last."""
-        self._check_process()
+        self._pool.check_process()
         with self._turn:
             while True:
                 self._sort()

@@ -196,14 +196,20 @@ class Pool:
         """Whether a signal ends the program, as far as this pool was told: it had no task since."""
         return signals.n_ended() > self._n_ends_outlived
 
+    def check_process(self) -> None:
+        """Raise ``WrongProcessError`` in a fork of the program: nothing arrives there, and what it sends would take the
+        place of what its parent does. To be asked before a lock is taken, which another thread of the parent may hold.
+        """
+        if os.getpid() != self.pid:
+            raise WrongProcessError(self.pid, os.getpid())
+
     def check_open(self, *, first: Callable[[], None] | None = None) -> None:
         """Be ready for a task. ``first``: called before the first worker is forked; a fork that is made while another
         thread imports a module can never import that.
 
         Raises ``WrongProcessError``, what broke the pool, that it is closed, or ``ThreadStartError``.
         """
-        if os.getpid() != self.pid:
-            raise WrongProcessError(self.pid, os.getpid())
+        self.check_process()
         if signals.n_ended() > self._n_ends_outlived and signals.is_caught():
             self._n_ends_outlived = signals.n_ended()
         if self.pump.broken is not None:

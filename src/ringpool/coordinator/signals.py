@@ -51,13 +51,21 @@ def is_caught() -> bool:
     """
     if threading.current_thread() is not threading.main_thread() or sys.exc_info()[1] is not None:
         return False
-    frame = sys._getframe()  # pyright: ignore[reportPrivateUsage]
-    while True:
-        if frame.f_code.co_name == "__del__" or frame.f_globals.get("__name__") in ("weakref", "_weakrefset"):
-            return False
-        if frame.f_back is None:
-            return frame.f_code.co_name in _OUTERMOST
+    frame = sys._getframe()  # pyright: ignore[reportPrivateUsage]  (nothing else tells who has called this)
+    if is_in_finalizer(frame):
+        return False
+    while frame.f_back is not None:
         frame = frame.f_back
+    return frame.f_code.co_name in _OUTERMOST
+
+
+def is_in_finalizer(frame: FrameType | None) -> bool:
+    """Whether ``frame`` is a finalizer's, or was called by one: what is raised there is printed and lost."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__" or frame.f_globals.get("__name__") in ("weakref", "_weakrefset"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def install() -> None:
