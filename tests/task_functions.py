@@ -305,10 +305,10 @@ def move_what_it_leads_to(src: Path, dst: Path, *, ending: str) -> None:
     move(src.resolve(), dst, ending=ending)
 
 
-def move_and_put_another_there(src: Path, dst: Path) -> None:
+def move_and_put_another_there(src: Path, dst: Path, *, ending: str) -> None:
     src.rename(dst)
     src.write_text("a stub")
-    raise ValueError(src.name)
+    _end(src, ending)
 
 
 def die_half_through_once(src: str, dst: Path, *, mark: str) -> None:

@@ -672,17 +672,57 @@ def test_an_input_that_a_task_has_moved_is_kept_where_its_output_cannot_be(tmp_p
     assert not (tmp_path / "out/.ringpool/staging").exists() or not any((tmp_path / "out/.ringpool/staging").iterdir())
 
 
-@pytest.mark.parametrize(
-    "ending",
-    ["echo stub > {src}", "echo stub > {src}; exit 3", "ln -s {dst} {src}; exit 3", "ln -s {dst} {src}; kill -9 $PPID"],
-)
-def test_an_input_that_a_task_has_moved_is_kept_though_another_has_its_name(tmp_path: Path, ending: str) -> None:
+@pytest.mark.parametrize("ending", ["exit 3", "kill -9 $PPID"])
+@pytest.mark.parametrize("leaving", ["echo stub > {src}.new; mv {src}.new {src}", "ln -sf {dst} {src}"])
+@pytest.mark.parametrize("taking", ["mv {src} {dst}", "cat {src} > {dst}"])
+def test_an_input_that_a_task_has_moved_is_kept_though_another_has_its_name(
+    tmp_path: Path, taking: str, leaving: str, ending: str
+) -> None:
     source = named(tmp_path / "in", "a")
     (source / "a").write_text("the only copy")
-    report = Job(command=f"mv {{src}} {{dst}}; {ending}", inputs=str(source), output=f"{tmp_path}/out/{{name}}").run(1)
-    assert not report.ok
-    [kept] = (tmp_path / "out/.ringpool").glob("kept.*")
-    assert kept.read_text() == "the only copy"
+    command = f"{taking}; {leaving}; {ending}"
+    assert not Job(command=command, inputs=str(source / "a"), output=f"{tmp_path}/out/{{name}}").run(1).ok
+    kept = [path.read_text() for path in (tmp_path / "out/.ringpool").glob("kept.*")]
+    assert "the only copy" in kept
+
+
+def test_a_task_may_take_a_log_away_while_its_program_goes_on(tmp_path: Path) -> None:
+    source = named(tmp_path / "in", "a")
+    (source / "a").write_text("line 1\n")
+    command = "mv {src} {dst}; echo line 2 > {src}"
+    assert Job(command=command, inputs=str(source), output=f"{tmp_path}/out/{{name}}").run(1).ok
+    assert (tmp_path / "out/a").read_text() == "line 1\n"
+    assert (source / "a").read_text() == "line 2\n"
+
+
+@pytest.mark.parametrize("command", ["mv {src} {dst}", "cat {src} > {dst}; rm {src}"])
+def test_what_has_moved_its_input_away_is_done_though_the_input_is_asked_for(tmp_path: Path, command: str) -> None:
+    source = named(tmp_path / "in", "a", "b")
+    (tmp_path / "list").write_text(f"{source}/a\n{source}/b\n")
+    for number, inputs in enumerate([f"@{tmp_path}/list", [source / "a", source / "b"]]):
+        named(tmp_path / "in", "a", "b")
+        job = Job(command=command, inputs=inputs, output=f"{tmp_path}/out{number}/{{name}}")
+        assert counts(job.run(1)) == (2, 0, 0, 0)
+        assert counts(job.run(1)) == (0, 2, 0, 0)
+        named(tmp_path / "in", "a")
+        (tmp_path / f"out{number}/b").unlink()
+        report = job.run(1)
+        assert counts(report) == (1, 0, 1, 0)
+        assert [(Path(failure.path).name, failure.kind) for failure in report.failures] == [("b", "InputMissingError")]
+    with pytest.raises(InputMissingError):
+        Job(command=command, inputs=[source / "b"], output=f"{tmp_path}/new/{{name}}").run(1)
+
+
+def test_all_that_was_taken_away_is_kept_where_the_task_is_called_again(tmp_path: Path) -> None:
+    """And fails each time: the name is that of a new file by then."""
+    source = named(tmp_path / "in", "a")
+    (source / "a").write_text("1")
+    command, retry = (
+        "old=$(cat {src}); mv {src} {dst}; echo $((old + 1)) > {src}; exit 3",
+        RetryPolicy(3, 0.0, on=Exception),
+    )
+    assert not Job(command=command, inputs=str(source), output=f"{tmp_path}/out/{{name}}", retry=retry).run(1).ok
+    assert sorted(int(path.read_text()) for path in (tmp_path / "out/.ringpool").glob("kept.*")) == [1, 2, 3]
 
 
 def test_an_input_that_a_task_has_moved_is_kept_when_it_is_called_again(tmp_path: Path) -> None:
@@ -718,6 +758,26 @@ def test_an_input_that_the_task_of_a_killed_run_has_moved_is_kept(tmp_path: Path
     [kept] = (tmp_path / "out/.ringpool").glob("kept.*")
     assert kept.read_text() == "the only copy"
     assert [left.name for left in (tmp_path / "other").iterdir()] == ["not a run's"]
+
+
+def test_an_input_that_a_task_has_moved_is_kept_though_nobody_knows_its_run_any_more(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """/dev/shm is a new one, as after a container's restart. Half an output is removed."""
+    source, out = named(tmp_path / "in", "a", "b"), tmp_path / "out"
+    (source / "a").write_text("the only copy")
+    with Child(move_and_wait, source, out) as child:
+        wait_until(lambda: not (source / "a").exists(), "the input is moved")
+        child.kill()
+    [name] = drain.segments_of(os.fsencode(out))
+    segment.unlink(name)
+    [staging] = (out / ".ringpool/staging").glob("*/")
+    (staging / "1.0.0.b").write_text("half")
+    assert Job(functions.compress, source, f"{out}/{{name}}").run(1).ok
+    [kept] = (out / ".ringpool").glob("kept.*")
+    assert kept.read_text() == "the only copy"
+    assert str(kept) in capfd.readouterr().err
+    assert not any((out / ".ringpool/staging").iterdir())
 
 
 def move_and_wait(source: Path, target: Path) -> None:

@@ -122,6 +122,7 @@ def test_a_workers_entry_is_as_the_table_says() -> None:
         "n_tasks": layout.W_N_TASKS,
         "n_errors": layout.W_N_ERRORS,
         "busy_ns": layout.W_BUSY,
+        "input": layout.W_INPUT,
     }
     assert table()["WORKER"] == [(8 * index, "Q", name) for name, index in indices.items()]
     assert table()["WORKER"] == rows_of(layout.WORKER, tuple(indices))

@@ -163,7 +163,13 @@ def inputs_ahead(call: Call, job: Job) -> Iterator[InputFile] | None:
     if call.manifest is not None or call.names or any(word == "-" or word.startswith("@") for word in call.inputs):
         return None
     bases = job.outputs.bases if job.outputs is not None else ()
-    return list_inputs(call.inputs, exclude_under=bases, include=call.include, exclude=call.exclude)
+    return list_inputs(
+        call.inputs,
+        exclude_under=bases,
+        include=call.include,
+        exclude=call.exclude,
+        is_known=lambda _source: True,  # whether it is, the job finds out
+    )
 
 
 def _policy(call: Call) -> RetryPolicy | None:

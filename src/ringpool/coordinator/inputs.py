@@ -73,6 +73,7 @@ def list_inputs(
     exclude_under: Sequence[Path] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    is_known: Callable[[str], bool] = lambda _source: False,
 ) -> Iterator[InputFile]:
     """The files that ``sources`` (files, directories, globs, lists) stand for, each found when it is asked for.
 
@@ -80,7 +81,8 @@ def list_inputs(
     outputs, which need not exist yet. ``include`` and ``exclude`` are filters. A ``Path`` is never a list:
     ``Path("-")`` is the file of that name, which as text is ``./-``.
 
-    Raises at once ``InputMissingError`` where a source is not there or a glob matches nothing, and ``ListError`` where
+    Raises at once ``InputMissingError`` where a source is not there, unless it ``is_known`` to be a file all the same
+    (its task may have moved it away), or a glob matches nothing, and ``ListError`` where
     a list is not there or standard input is named twice; ``ListError`` later where a list cannot be read on, and at the
     end of all the first ``OSError`` of a directory that cannot be read: to leave out what is in it would look like
     success.
@@ -89,7 +91,7 @@ def list_inputs(
     if sum(_list_of(source) == STANDARD_INPUT for source in named) > 1:
         raise ListError(STANDARD_INPUT, 0, "it is named twice, and can be read once")
     limits = _Limits(tuple(exclude_under), _Filters(include, exclude) if include or exclude else None, [])
-    return chain.from_iterable([*(_open_source(source, limits) for source in named), _refusal(limits)])
+    return chain.from_iterable([*(_open_source(source, limits, is_known) for source in named), _refusal(limits)])
 
 
 def _refusal(limits: _Limits) -> Iterator[InputFile]:
@@ -111,7 +113,7 @@ def _list_of(source: str | Path) -> str | None:
     return source[1:] if source.startswith("@") else STANDARD_INPUT if source == STANDARD_INPUT else None
 
 
-def _open_source(source: str | Path, limits: _Limits) -> Iterable[InputFile]:
+def _open_source(source: str | Path, limits: _Limits, is_known: Callable[[str], bool]) -> Iterable[InputFile]:
     listed = _list_of(source)
     if listed is not None:
         return read_list(listed)
@@ -122,9 +124,11 @@ def _open_source(source: str | Path, limits: _Limits) -> Iterable[InputFile]:
         raise
     except (OSError, ValueError):
         naming.encoded(source)  # or its name could not be shown either
-        if not _MAGIC.search(source):
+        if _MAGIC.search(source):
+            return _open_glob(source, limits)
+        if not is_known(source):
             raise InputMissingError(source) from None
-        return _open_glob(source, limits)
+        return (InputFile(source, os.path.basename(source)),)
     if not stat.S_ISDIR(found.st_mode):
         return (InputFile(source, os.path.basename(source)),)
     return _walk(_Directory(_as_prefix(source), "", frozenset(), frozenset()), limits, None)

@@ -32,6 +32,7 @@ from ringpool.coordinator.joblock import JobLock
 from ringpool.coordinator.joboptions import JobOptions as JobOptions
 from ringpool.coordinator.jobrun import JobRun, RunSettings, StopNow
 from ringpool.coordinator.jobwork import Failure, Planned, Progress, Work
+from ringpool.coordinator.knowninputs import KnownInputs
 from ringpool.coordinator.ledger import Ledger
 from ringpool.coordinator.outputs import NamedOutputs
 from ringpool.coordinator.pool import Pool, WorkerLimits, require_importable, require_no_main_import
@@ -123,6 +124,7 @@ class Job:
             self._template,
             self.outputs,
             self.options,
+            KnownInputs(self.directory, self.identity),
             include=tuple(include),
             exclude=tuple(exclude),
         )

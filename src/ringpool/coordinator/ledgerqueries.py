@@ -58,11 +58,11 @@ class Row(msgspec.Struct, gc=False):
     """One file of a job, as it is read. A batch writes tuples of the same, ``RowTuple``.
 
     (job, ``input``, ``output``) is the key; paths are as from ``os.fsencode``. ``output``: the first, empty for none.
-    ``size``, ``mtime_ns``, ``inode``: the input's fingerprint as the task read it; -1, -1, -1 for none. ``checksum``:
-    digest of its content, empty if not asked for. ``parameters``: digest of the function and its parameters. ``made``:
-    msgpack of list[``Made``], may be empty. ``value``: what the function returned, None for nothing, encoded as
-    ``encoding`` says. ``kind``, ``message``, ``traceback``: of the error, empty where there is none; what UTF-8
-    cannot hold is escaped by a backslash.
+    ``size``, ``mtime_ns``, ``inode``: the input's fingerprint as the task read it; -1, -1, -1 for none; as inode -2,
+    where the task has moved it away. ``checksum``: digest of its content, empty if not asked for. ``parameters``:
+    digest of the function and its parameters. ``made``: msgpack of list[``Made``], may be empty. ``value``: what the
+    function returned, None for nothing, encoded as ``encoding`` says. ``kind``, ``message``, ``traceback``: of the
+    error, empty where there is none; what UTF-8 cannot hold is escaped by a backslash.
     """
 
     input: bytes
@@ -250,6 +250,10 @@ class LedgerQueries:
     def is_empty(self, job: int) -> bool:
         """Whether the job has no row at all."""
         return not self._ask("SELECT 1 FROM files WHERE job = ? LIMIT 1", job)
+
+    def has_input(self, job: int, input: bytes) -> bool:  # noqa: A002
+        """Whether the job has a row of that input."""
+        return bool(self._ask("SELECT 1 FROM files WHERE job = ? AND input = ? LIMIT 1", job, input))
 
     def find(self, job: int, input: bytes, output: bytes) -> Found | None:  # noqa: A002
         """What is known of a file; None: nothing."""

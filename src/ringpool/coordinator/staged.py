@@ -97,7 +97,9 @@ class StagedOutputs:
         of_a_name = staged_path(self._token, entry, target, of_file=False)
         if os.path.lexists(of_a_name):
             return of_a_name, None
-        return staged_path(self._token, entry, target, of_file=True), Source(self._payload(entry).source)
+        return staged_path(self._token, entry, target, of_file=True), Source(
+            self._payload(entry).source, inode=self._end.input_of(entry)
+        )
 
     def _target(self, entry: int) -> bytes | None:
         """Where the output of ``entry`` belongs, symlinks followed as its worker has followed them."""

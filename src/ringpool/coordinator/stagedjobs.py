@@ -92,7 +92,9 @@ class StagedJobs:
 
     def _staged(self, entry: int) -> StagedTask:
         spec, task = self.task(entry)
-        return StagedTask(entry, self._outputs(entry), source=jobtasks.movable_source(spec, task.source))
+        is_whole = self._end.ring.status(entry) is Status.STAGED
+        inode = self.outcome(entry).input.inode if is_whole else self._end.input_of(entry)
+        return StagedTask(entry, self._outputs(entry), source=jobtasks.movable_source(spec, task.source, inode))
 
     def _outputs(self, entry: int) -> list[StagedOutput]:
         """Symlinks are followed, as the worker has followed them. Each may have other links: nobody knows any more."""

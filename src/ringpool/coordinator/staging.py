@@ -3,6 +3,11 @@
 <directory>/.ringpool/staging/<token>                outputs on the file system of the job's directory
 <base>/.ringpool/staging/<token>                     those below <base>, on another one
 <directory>/.ringpool/staging/<token>/elsewhere.0    a link to that, made before it: who tidies up finds all
+.../staging/<token>.begun                            an empty file beside each of them, as old as the run
+
+A run tidies up after itself; after one that died, the next one does, once it has drained that one's segment. What is
+still there then is of tasks that nobody knows any more, since the segment is gone: half an output, as a rule, and
+removed. But what is older than the run was not written by it: a task has moved its input there, and it is kept.
 """
 
 from __future__ import annotations
@@ -11,10 +16,14 @@ import contextlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Sequence
+
+from ringpool.workers.groupcommit import keep
 
 _STAGING = b".ringpool/staging"
 _TOKEN = re.compile(rb"[0-9a-f]{16}")
+_BEGUN = b".begun"
 _ELSEWHERE = b"elsewhere."  # what is staged has a name that begins with a number
 
 
@@ -30,12 +39,18 @@ def prepare(directory: bytes, bases: Sequence[bytes], token: str) -> tuple[bytes
     """
     own = staging_directory(directory, token)
     os.makedirs(own, exist_ok=True)
+    _begin(own)
     device = os.stat(directory).st_dev
     places = [own if os.stat(base).st_dev == device else staging_directory(base, token) for base in bases]
     for number, place in enumerate(dict.fromkeys(place for place in places if place != own)):
         os.symlink(place, os.path.join(own, _ELSEWHERE + b"%d" % number))
         os.makedirs(place, exist_ok=True)
+        _begin(place)
     return tuple(places)
+
+
+def _begin(place: bytes) -> None:
+    os.close(os.open(place + _BEGUN, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
 def remove(own: bytes) -> None:
@@ -47,8 +62,22 @@ def remove(own: bytes) -> None:
             if name.startswith(_ELSEWHERE) and os.path.islink(link):
                 place = os.readlink(link)
                 if place.endswith(b"/" + _STAGING + b"/" + token):
-                    shutil.rmtree(place, ignore_errors=True)
-    shutil.rmtree(own, ignore_errors=True)
+                    _remove_one(place)
+    _remove_one(own)
+
+
+def _remove_one(place: bytes) -> None:
+    with contextlib.suppress(OSError):
+        began_ns = os.lstat(place + _BEGUN).st_mtime_ns
+        for name in os.listdir(place):
+            path = os.path.join(place, name)
+            found = os.lstat(path)
+            if stat.S_ISREG(found.st_mode) and found.st_mtime_ns < began_ns:
+                what = "of a dead run, older than that and perhaps the only copy of an input,"
+                keep(path, f"{os.fsdecode(name)} {what}")
+    shutil.rmtree(place, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.unlink(place + _BEGUN)
 
 
 def remove_all(directory: bytes) -> None:

@@ -5,7 +5,8 @@ nothing                                                                       ne
 dead                                                                          set aside
 failed                                                                        done again
 done, by another function          or with other parameters                   done again
-done                               its input is not what it was               done again
+done                               its input is not what it was, or gone       done again
+done, and has moved its input      nothing is at the input's name              as if the input were there
 done                               an output is missing, or not of its size   done again
 done                               one was written since, with other content   done again
 done (``--verify digest``)         an output's content is not what it was     done again
@@ -23,7 +24,7 @@ import msgspec
 from ringpool.coordinator.ledger import Found, Made, State
 from ringpool.errors import InputMissingError
 from ringpool.workers.files import output
-from ringpool.workers.jobtasks import fingerprint
+from ringpool.workers.jobtasks import CONSUMED, fingerprint
 
 Level = Literal["size", "digest"]
 decode_made = msgspec.msgpack.Decoder(list[Made]).decode
@@ -63,7 +64,11 @@ def reason_to_redo(
 
 
 def _is_same_input(found: Found, source: bytes, checksums: bool) -> bool:
-    """By its fingerprint; or, where content was recorded and is asked for, by its content, whatever its times are."""
+    """By its fingerprint; or, where content was recorded and is asked for, by its content, whatever its times are. Of
+    one that its task has moved away, or removed, nothing is to be there.
+    """
+    if found.inode == CONSUMED:
+        return not os.path.lexists(source)
     try:
         status = os.stat(source)
         if (status.st_size, status.st_mtime_ns, status.st_ino) == (found.size, found.mtime_ns, found.inode):

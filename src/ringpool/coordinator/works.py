@@ -7,6 +7,7 @@ Nothing is drawn before it is asked for; what is wrong with an input is raised w
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -26,6 +27,7 @@ from ringpool.workers import jobtasks, tasks
 from ringpool.workers.files import naming
 
 if TYPE_CHECKING:
+    from ringpool.coordinator.knowninputs import KnownInputs
     from ringpool.workers.commands import Template
 
 FilePath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -39,7 +41,8 @@ class Works:
     """A work for each of ``inputs``, as they are drawn.
 
     ``name``, ``signature`` and ``digest`` of the function (with its parameters); ``template``: of the command, or None;
-    ``outputs``: None for values; ``include``, ``exclude``: globs for what a walk finds.
+    ``outputs``: None for values; ``known``: what the job had as inputs before; ``include``, ``exclude``: globs for what
+    a walk finds.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Works:
         template: Template | None,
         outputs: NamedOutputs | None,
         options: JobOptions,
+        known: KnownInputs,
         *,
         include: tuple[str, ...],
         exclude: tuple[str, ...],
@@ -62,6 +66,7 @@ class Works:
         self._template = template
         self._outputs = outputs
         self._options = options
+        self._known = known
         self._include, self._exclude = include, exclude
 
     def __iter__(self) -> Iterator[Work]:
@@ -139,7 +144,15 @@ class Works:
                 return map(_as_input_file, inputs), False
             if not (self._include or self._exclude):
                 self._require_apart(sources)
-            files = list_inputs(sources, exclude_under=bases, include=self._include, exclude=self._exclude)
+            here = os.getcwdb()
+            with contextlib.closing(self._known) as known:
+                files = list_inputs(
+                    sources,
+                    exclude_under=bases,
+                    include=self._include,
+                    exclude=self._exclude,
+                    is_known=lambda source: _absolute(source, here) in known,
+                )
             return files, relpaths_are_unique(sources)
         return map(_as_input_file, inputs), False
 

@@ -55,7 +55,7 @@ class WorkerEnd:
         self.start = self._start()
         self.exchange: Callable[[int, bool], list[int] | None] = self._exchange()
         me = owner.this_process()
-        for word in (layout.W_RUNNING, layout.W_N_TASKS, layout.W_N_ERRORS, layout.W_BUSY):
+        for word in (layout.W_RUNNING, layout.W_N_TASKS, layout.W_N_ERRORS, layout.W_BUSY, layout.W_INPUT):
             ring.words[base + word] = 0
         ring.words[base + layout.W_START] = me.start
         ring.words[base + layout.W_PID] = me.pid  # last: with it the entry is this process's

@@ -411,6 +411,16 @@ class CoordinatorEnd:
             for entry in ring.claimed(worker)
         ]
 
+    def input_of(self, entry: int) -> int:
+        """The inode of the input of ``entry``, as ``Results.note_input`` was given it by the worker that ran it when it
+        died; 0: it was not being run, or has no input.
+        """
+        ring = self.ring
+        for worker in range(ring.workers):
+            if ring.words[ring.worker_word(worker, layout.W_RUNNING)] == entry + 1:
+                return ring.words[ring.worker_word(worker, layout.W_INPUT)]
+        return 0
+
     def failed_to_start(self, worker: int) -> bool:
         """Whether the process that was this worker died before it took a task, though it never got as far as looking
         for one, or there was one. Before ``settle``, which forgets it.

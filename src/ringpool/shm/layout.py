@@ -67,6 +67,8 @@ Little-endian; every word is 8 bytes and aligned. N slots, W workers (at most 64
     0x30   Q    n_tasks          ended by this process
     0x38   Q    n_errors         of them with an exception
     0x40   Q    busy_ns          spent in task functions
+    0x48   Q    input            inode of the input of the task being run, as it was before the call; 0: not known.
+                                 Of a job's tasks, and of file tasks with an output
 
     TASK            written by the publisher before the task is visible, then only: cancel, blame (the coordinator)
     0x00   Q    entry            as first published (attempt 0)
@@ -139,8 +141,8 @@ WORKERS_AT = 0x400
 WORKER_BYTES = 128
 
 # Word indices inside a worker's entry.
-W_PID, W_START, W_CLAIM, W_RUNNING, W_REVOKE, W_TASK_START, W_N_TASKS, W_N_ERRORS, W_BUSY = range(9)
-WORKER = struct.Struct("<9Q")
+W_PID, W_START, W_CLAIM, W_RUNNING, W_REVOKE, W_TASK_START, W_N_TASKS, W_N_ERRORS, W_BUSY, W_INPUT = range(10)
+WORKER = struct.Struct("<10Q")
 
 # Task record: its head, and the offsets of the words that change later.
 TASK = struct.Struct("<QIIQQQQ")  # the whole head
@@ -329,7 +331,7 @@ def _format_id() -> int:
     formats = (HEADER, CURSORS, WORKER, TASK, RESULT, VECTOR, SPAN, OUTCOME)
     words = [s.format for s in formats]
     words += [COORDINATOR_PID_AT, COORDINATOR_START_AT, RUN_STATE_AT, N_REDONE_AT, TASK_CANCEL_AT, TASK_BLAME_AT]
-    words += [W_PID, W_START, W_CLAIM, W_RUNNING, W_REVOKE, W_TASK_START, W_N_TASKS, W_N_ERRORS, W_BUSY]
+    words += [W_PID, W_START, W_CLAIM, W_RUNNING, W_REVOKE, W_TASK_START, W_N_TASKS, W_N_ERRORS, W_BUSY, W_INPUT]
     words += [MUTEX_AT, VERSION_WORD_AT, BLOCK_A_AT, BLOCK_STRIDE, DONE_HEAD_AT, WORKERS_AT, WORKER_BYTES, RECORD_BYTES]
     words += [PAYLOAD_AT, SLOT_BITS, ATTEMPT_BITS, SEQUENCE_BITS, STATUS_BITS, LENGTH_BITS, CLAIM_SHIFT]
     words += [V_PROGRESS, V_LIMIT, V_PREFIX, V_PREFIX_ITEMS, VECTOR_ITEMS_AT, CHUNK_BYTES]

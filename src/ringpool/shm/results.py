@@ -65,6 +65,7 @@ class Results:
         self._results = ring.results
         self._mapping = ring.mapping
         self._words = ring.words
+        self._input = ring.worker_word(index, layout.W_INPUT)
         # Closures over what never changes: between two tasks, whatever they touch has left the processor's caches.
         self.read_task = self._make_read_task()
         self.post = self._make_post()
@@ -107,6 +108,12 @@ class Results:
         self._mapping[at + PAYLOAD_AT : at + PAYLOAD_AT + len(payload)] = payload
         word = entry & layout.IDENTITY_MASK | Status.STAGED << layout.STATUS_SHIFT | len(payload)
         self._words[at >> 3] = word
+
+    def note_input(self, inode: int) -> None:
+        """The task being run has an input, file ``inode``, which it may move to where its output is staged; 0: it has
+        none, as far as is known. By a worker, before it calls the function.
+        """
+        self._words[self._input] = inode
 
     def finish(self, entry: int) -> None:
         """STAGED becomes OK: the output is in its place."""

@@ -22,7 +22,14 @@ from ringpool.workers.confinement import Confinement
 from ringpool.workers.files import naming, output
 from ringpool.workers.files.durability import Durability
 from ringpool.workers.group import Group
-from ringpool.workers.groupcommit import StagedOutput, StagedTask, StagingBeside, discard_or_keep, find_source
+from ringpool.workers.groupcommit import (
+    Source,
+    StagedOutput,
+    StagedTask,
+    StagingBeside,
+    discard_or_keep,
+    find_source,
+)
 from ringpool.workers.posting import Post
 
 FUNCTIONS_MAX = 32  # bound at a time, with their parameters
@@ -114,7 +121,7 @@ class FileRunner:
     ) -> int:
         """Run, and stage. A death leaves all or nothing."""
         assert task.target is not None
-        post, source = self._post, find_source(task.source)
+        post, source = self._post, self._note_source(task.source)
         target = output.prepare_target(task.target, function.durability)
         is_synced = function.durability in _SYNCED
         if is_synced:
@@ -145,6 +152,12 @@ class FileRunner:
         self._group.add(StagedTask(entry, (one,), source=source), self._staging, function.durability)
         return end_ns
 
+    def _note_source(self, path: bytes) -> Source | None:
+        """The file that is about to be a task's input; whoever comes after this worker's death knows it, too."""
+        source = find_source(path)
+        self._post.results.note_input(0 if source is None else source.inode)
+        return source
+
     def _committing(self, call: tasks.TaskFunction) -> tasks.TaskFunction:
         """``call``; where it raises, what is staged of others does not wait for the delay of its retry, and what it
         has written itself must not be taken for the next call's. The child of a call that forked is not tried again: it
@@ -154,7 +167,7 @@ class FileRunner:
         @functools.wraps(call)
         def committing(*arguments: Any, **parameters: Any) -> Any:
             path, *staged = map(os.fsencode, arguments)
-            source = find_source(path) if staged else None
+            source = self._note_source(path) if staged else None
             try:
                 return call(*arguments, **parameters)
             except Exception:

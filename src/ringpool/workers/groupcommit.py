@@ -12,7 +12,7 @@
 Each step may be done again: a staged file that is missing was renamed already. So whoever comes after a death does the
 same, with what it finds, and the outcome is what the dead would have had. An error costs the task that it belongs to;
 one of syncfs, all that have an output on that file system. What a task that failed had staged is removed; or kept,
-where its input is gone: it may be the only copy.
+where the file that was its input is no more at its name: it may be the only copy.
 """
 
 from __future__ import annotations
@@ -382,7 +382,8 @@ def find_source(path: bytes) -> Source | None:
 
 def may_be_only_copy(staged: bytes, source: Source | None) -> bool:
     """Whether what is staged may be all that there is of the input: the file itself, moved, or made of one that is
-    gone. A symlink is where it leads.
+    gone, or has given its name to another (a log that is taken away, while its program goes on with a new one). A
+    symlink is where it leads.
     """
     try:
         found = os.lstat(staged)
@@ -396,37 +397,51 @@ def may_be_only_copy(staged: bytes, source: Source | None) -> bool:
         there = os.stat(source.path)
     except (OSError, ValueError):
         return True
+    if source.inode not in (0, there.st_ino):
+        return True
     return found.st_nlink == 1 and os.path.samestat(there, found)  # a symlink to what is staged
 
 
 def discard_or_keep(staged: bytes, source: Source | None) -> None:
-    """Remove what a task has staged of its input ``source``; or keep it, as ``_kept_name`` has it, where it may be the
-    only copy. The caller has stopped the timers of the task.
+    """Remove what a task has staged of its input ``source`` (None: that was no file, or not there when the task was
+    called); or keep it, as ``_kept_name`` has it, where it may be the only copy. The caller has stopped the timers of
+    the task.
     """
-    kept = _kept_name(staged)
-    # What is kept already is of an earlier call, which had the input; this is of one that had none.
-    if source is None or not may_be_only_copy(staged, source) or os.path.lexists(kept):
+    if source is None or not may_be_only_copy(staged, source):
         discard_staged(staged)
         return
+    fate = "is another file now" if os.path.exists(source.path) else "is gone"
+    keep(staged, f"input {os.fsdecode(source.path)} {fate}, and its output")
+
+
+def keep(staged: bytes, what: str) -> None:
+    """Give a staged file a name where nobody removes it, and say on standard error where it is. Never raises."""
+    kept = _kept_name(staged)
     try:
         calls.rename(staged, kept)
         where = f"not in its place but in {os.fsdecode(kept)}"
     except OSError as error:
         where = f"lost, for {os.fsdecode(kept)} cannot be made: {error.strerror}"
-    words = f"ringpool: input {os.fsdecode(source.path)} is gone, and its output is {where}"
+    words = f"ringpool: {what} is {where}"
     with suppress(OSError, ValueError, AttributeError):  # nobody listens
         print(words.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
 def _kept_name(staged: bytes) -> bytes:
     """``<staged>.kept`` beside an output's place, else the job's ``.ringpool/kept.<token>.<name>``: in no directory of
-    its own, which a full disk may have no room for.
+    its own, which a full disk may have no room for. What is kept already is of an earlier call, and has its name.
     """
     staging, name = os.path.split(staged)
-    if is_staging_name(name):
-        return staged + b".kept"
-    own = os.path.dirname(os.path.dirname(staging))
-    return os.path.join(own, b"kept.%b.%b" % (os.path.basename(staging), name))
+    kept, n = staged, 1
+    if not is_staging_name(name):
+        kept = os.path.join(
+            os.path.dirname(os.path.dirname(staging)), b"kept.%b.%b" % (os.path.basename(staging), name)
+        )
+    ending = b".kept" if kept is staged else b""
+    while os.path.lexists(kept + ending):
+        n += 1
+        ending = b".%d.kept" % n if kept is staged else b".%d" % n
+    return kept + ending
 
 
 def _sync_file(output: StagedOutput) -> None:

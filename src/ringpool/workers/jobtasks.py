@@ -1,7 +1,7 @@
 """The tasks of a batch job, in a worker: run, notice a changed input, stage, and commit in groups.
 
-    stat input -> call(src, staged) -> stat input: the same? -> finish each staged output -> STAGED --commit--> OK
-                         ^                    | no
+    stat input -> call(src, staged) -> stat input: the same, or moved away? -> finish each staged output -> STAGED
+                         ^                    | no                                                  --commit--> OK
                          +--------------------+ at most 3 times, then InputChangedError
 
 A task without an output is done when it has returned. With one, its outputs are put in their places together with those
@@ -30,12 +30,21 @@ from ringpool.workers import tasks, values
 from ringpool.workers.confinement import Confinement
 from ringpool.workers.files import output
 from ringpool.workers.files.durability import Durability, make_directories
-from ringpool.workers.files.target import refused
+from ringpool.workers.files.target import lstat, refused
 from ringpool.workers.group import Group
-from ringpool.workers.groupcommit import Source, StagedOutput, StagedTask, Staging, discard_or_keep, staged_name
+from ringpool.workers.groupcommit import (
+    Source,
+    StagedOutput,
+    StagedTask,
+    Staging,
+    discard_or_keep,
+    find_source,
+    staged_name,
+)
 from ringpool.workers.posting import Post
 
 COMMAND = "ringpool.workers.commands:run_command"
+CONSUMED = -2  # in place of an inode
 CHANGES_MAX = 3  # how often a task is run whose input changes meanwhile
 DIRECTORIES_KNOWN_MAX = 4096
 WEIGH_EVERY_NS = 1_000_000  # how often a worker looks at its peak RSS, which costs more than some tasks
@@ -80,7 +89,9 @@ class JobPayload(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Fingerprint(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What an input was: size in bytes, mtime in ns, inode, and blake2b-128 of its content where that is wanted."""
+    """What an input was: size in bytes, mtime in ns, inode, and blake2b-128 of its content where that is wanted.
+    ``inode`` is ``CONSUMED`` where its task has moved it away, or removed it.
+    """
 
     size: int = -1
     mtime_ns: int = -1
@@ -124,7 +135,7 @@ _NO_FINGERPRINT = Fingerprint()
 class _Bound(msgspec.Struct):
     """A task function, resolved, with what its tasks share. ``directories``: of targets, known to be there;
     ``new_directories``: those that may not be on disk themselves; ``n_calls``: since the task began;
-    ``inode``: of its input, before the last call; ``peak_rss_of_command``: where commands are run, and not functions.
+    ``source``: the input that the last call has had; ``peak_rss_of_command``: where commands are run, not functions.
     """
 
     spec: JobSpec
@@ -138,7 +149,7 @@ class _Bound(msgspec.Struct):
     directories: set[bytes] = msgspec.field(default_factory=set[bytes])
     new_directories: list[bytes] = msgspec.field(default_factory=list[bytes])
     n_calls: int = 0
-    inode: int = 0
+    source: Source | None = None
 
 
 class JobRunner:
@@ -205,12 +216,12 @@ class JobRunner:
                 self._confinement.disarm_for_good()
             finally:
                 self._confinement.end_if_forked()
-                _discard_or_keep(names, bound, task.source)
+                _discard_or_keep(names, bound)
                 blobs.unlink(self._post.blob(entry))  # its name is the error's now
             raise
         if staged:
             assert bound.staging is not None
-            done = StagedTask(entry, staged, source=movable_source(bound.spec, task.source, bound.inode))
+            done = StagedTask(entry, staged, source=bound.source)
             self._group.add(done, bound.staging, bound.durability, bound.new_directories)
         return end_ns
 
@@ -240,9 +251,8 @@ class JobRunner:
             staged_name(stagings[number], sequence, attempt, number, wanted) for number, wanted in enumerate(targets)
         ]
 
-    @staticmethod
-    def _call(bound: _Bound, task: JobPayload, staged: Sequence[bytes]) -> tuple[Any, Fingerprint]:
-        """Call the function until its input was the same before and after."""
+    def _call(self, bound: _Bound, task: JobPayload, staged: Sequence[bytes]) -> tuple[Any, Fingerprint]:
+        """Call the function until its input was the same before and after, or is away."""
         spec, parameters = bound.spec, bound.parameters
         if task.parameters:
             parameters = {**parameters, **tasks.unpack_parameters(task.parameters)}
@@ -251,7 +261,7 @@ class JobRunner:
             arguments.append({name: bound.target_type(one) for name, one in zip(spec.names, staged, strict=True)})
         elif staged:
             arguments.append(bound.target_type(staged[0]))
-        bound.n_calls = bound.inode = 0
+        bound.n_calls, bound.source = 0, None
         if bound.peak_rss_of_command is not None:
             _tell_command(dict(zip(staged, task.targets, strict=True)))
         if not spec.fingerprints:
@@ -259,12 +269,19 @@ class JobRunner:
         for _ in range(CHANGES_MAX):
             before = fingerprint(task.source, spec.checksums)
             if bound.n_calls:
-                _discard_or_keep(staged, bound, task.source)
-            bound.inode = before.inode
+                _discard_or_keep(staged, bound)
+            self._note_source(bound, Source(task.source, inode=before.inode))
             value = bound.retried(staged, *arguments, **parameters)
             if _is_as_it_was(before, task.source, spec.checksums):
                 return value, before
+            if not os.path.exists(task.source) or _is_among(staged, bound.source):
+                return value, msgspec.structs.replace(before, inode=CONSUMED)
         raise InputChangedError(os.fsdecode(task.source), CHANGES_MAX)
+
+    def _note_source(self, bound: _Bound, source: Source | None) -> None:
+        """The function is about to be called for ``source``; whoever comes after this worker's death knows it, too."""
+        bound.source = source
+        self._post.results.note_input(0 if source is None else source.inode)
 
     def _bind(self, function_id: int) -> _Bound:
         _, body, _ = blobs.read(blobs.function_name(self._segment, function_id))
@@ -275,7 +292,9 @@ class JobRunner:
 
         def call_once(staged: Sequence[bytes], *arguments: Any, **parameters: Any) -> Any:
             if bound.n_calls:
-                _discard_or_keep(staged, bound, os.fsencode(arguments[0]))
+                _discard_or_keep(staged, bound)
+                if spec.fingerprints:
+                    self._note_source(bound, find_source(os.fsencode(arguments[0])))
             bound.n_calls += 1
             try:
                 return call(*arguments, **parameters)
@@ -298,11 +317,16 @@ class JobRunner:
         return bound
 
 
-def _discard_or_keep(staged: Iterable[bytes], bound: _Bound, path: bytes) -> None:
+def _discard_or_keep(staged: Iterable[bytes], bound: _Bound) -> None:
     """What a call has left must not be taken for the next one's."""
-    source = movable_source(bound.spec, path, bound.inode)
     for one in staged:
-        discard_or_keep(one, source)
+        discard_or_keep(one, bound.source)
+
+
+def _is_among(staged: Iterable[bytes], source: Source | None) -> bool:
+    """Whether the input has become an output, though another file has its name by now."""
+    inodes = [found.st_ino for one in staged if (found := lstat(one)) is not None]
+    return source is not None and source.inode in inodes
 
 
 def movable_source(spec: JobSpec, path: bytes, inode: int = 0) -> Source | None:
@@ -341,13 +365,13 @@ def fingerprint(path: bytes, with_checksum: bool) -> Fingerprint:
 
 
 def _is_as_it_was(before: Fingerprint, path: bytes, with_checksum: bool) -> bool:
-    """Whether the input is what it was; also where it is gone: a task may have moved it, and has the only copy now."""
+    """Whether the input is what it was."""
     try:
         if with_checksum:
             return fingerprint(path, with_checksum=True) == before
         found = os.stat(path)
     except (FileNotFoundError, InputMissingError):
-        return True
+        return False
     return found.st_mtime_ns == before.mtime_ns and found.st_size == before.size and found.st_ino == before.inode
 
 

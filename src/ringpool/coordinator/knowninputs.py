@@ -1,0 +1,33 @@
+"""Which inputs a job's ledger has: one of them that is gone may have been moved away by its task, and is no mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ringpool.coordinator.inputs import OWN_DIRECTORY
+from ringpool.coordinator.ledger import LEDGER_NAME, Ledger
+
+
+class KnownInputs:
+    """Those of the job ``identity`` in ``directory``. The ledger is opened by the first question; ``close`` it."""
+
+    def __init__(self, directory: Path, identity: str) -> None:
+        self._directory = directory
+        self._identity = identity
+        self._ledger: Ledger | None = None
+        self._job = 0
+
+    def __contains__(self, path: bytes) -> bool:
+        """Whether it has the input at ``path``, absolute, whatever became of it. Raises ``LedgerError``."""
+        if self._ledger is None:
+            if not (self._directory / OWN_DIRECTORY / LEDGER_NAME).exists():
+                return False
+            self._ledger = Ledger.open(self._directory, create=False, read_only=True)
+            self._job = next((found.id for found in self._ledger.jobs() if found.identity == self._identity), 0)
+        return self._ledger.has_input(self._job, path)
+
+    def close(self) -> None:
+        """Close the ledger, if it was opened."""
+        if self._ledger is not None:
+            self._ledger.close()
+            self._ledger = None
