@@ -652,6 +652,21 @@ def test_outputs_among_the_inputs_are_refused_unless_it_is_said_which_are_inputs
     assert counts(job.run(1)) == (0, 10, 0, 0)
 
 
+@pytest.mark.parametrize("inputs", [["a", "a.gz"], ["a*"], ["**/a*"], ["sub/../a", "./a.gz"]])
+def test_an_output_that_is_another_input_is_refused(tmp_path: Path, inputs: list[str]) -> None:
+    """Named, or matched by a glob: it is not written over."""
+    source = named(tmp_path / "in", "a", "a.gz", "b")
+    (source / "sub").mkdir()
+    (source / "a.gz").write_text("precious")
+    with pytest.raises(OutputPatternError, match="an input too"):
+        Job(functions.compress, [f"{source}/{name}" for name in inputs], f"{source}/{{name}}.gz").run(1)
+    assert (source / "a.gz").read_text() == "precious"
+    assert Job(functions.compress, [f"{source}/a", f"{source}/[b]"], f"{source}/{{name}}.gz").run(1).ok
+    job = Job(functions.compress, f"{source}/**/*.gz", f"{source}/out/{{name}}.gz")
+    assert counts(job.run(1)) == (2, 0, 0, 0)
+    assert counts(job.run(1)) == (0, 2, 0, 0)
+
+
 @pytest.mark.parametrize("command", ["mv {src} {dst}", "cat {src} > {dst} && rm {src}"])
 def test_a_task_may_move_its_input_away(tmp_path: Path, command: str) -> None:
     source = named(tmp_path / "in", "a")

@@ -25,6 +25,7 @@ a leading dot.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import pickle
 import re
@@ -104,6 +105,35 @@ def _refusal(limits: _Limits) -> Iterator[InputFile]:
 def relpaths_are_unique(sources: Sequence[str | Path]) -> bool:
     """Whether ``list_inputs`` gives no relpath twice: one file, directory or glob. A list may name a file twice."""
     return len(sources) == 1 and _list_of(sources[0]) is None
+
+
+def taking(sources: Iterable[str | Path], places: Sequence[Path]) -> Callable[[str], bool] | None:
+    """What says whether an absolute path is named by one of ``sources``, or matched by a glob: then it is an input, or
+    the next run would take it for one; None: none could be. Directories are not looked at, nor what lists hold; and no
+    walk enters ``places`` below its root.
+    """
+    files: set[str] = set()
+    globs: list[tuple[str, _Glob]] = []
+    for source in [os.path.abspath(source) for source in sources if _list_of(source) is None]:
+        if os.path.isdir(source):
+            continue
+        if os.path.lexists(source) or not _MAGIC.search(source):
+            files.add(source)
+            continue
+        prefix, parts = _split_glob(source)
+        below = os.path.join(os.path.realpath(prefix), "")
+        if not any(os.path.realpath(place).startswith(below) for place in places):
+            globs.append((prefix, _Glob(parts, takes_dots=False)))
+    if not files and not globs:
+        return None
+    return lambda path: path in files or any(_matches(path, prefix, glob) for prefix, glob in globs)
+
+
+def _matches(path: str, prefix: str, glob: _Glob) -> bool:
+    if not path.startswith(prefix):
+        return False
+    *directories, name = path[len(prefix) :].split("/")
+    return glob.accepts(functools.reduce(glob.states_below, directories, glob.start), name)
 
 
 def _list_of(source: str | Path) -> str | None:

@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ringpool.coordinator.functiondigest import encode_sorted
-from ringpool.coordinator.inputs import OWN_DIRECTORY, InputFile, largest_first, list_inputs, relpaths_are_unique
+from ringpool.coordinator.inputs import (
+    OWN_DIRECTORY,
+    InputFile,
+    largest_first,
+    list_inputs,
+    relpaths_are_unique,
+    taking,
+)
 from ringpool.coordinator.joboptions import JobOptions
 from ringpool.coordinator.jobwork import Work
 from ringpool.coordinator.lists import relpath_of
@@ -34,6 +41,7 @@ FilePath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Inputs = FilePath | Sequence[FilePath] | Iterable[FilePath | InputFile]
 FIELDS_OF_FILE = frozenset({"relpath", "parent", "index", "hash"})
 _ENCODING, _ENCODING_ERRORS = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
+_APART = "write them to a directory of their own, or say what the inputs are (--include '*.txt', --exclude '*.gz')"
 _OWN_DIRECTORY = os.fsencode(f"/{OWN_DIRECTORY}/")
 
 
@@ -71,7 +79,7 @@ class Works:
 
     def __iter__(self) -> Iterator[Work]:
         """Anew, from the first one."""
-        files, one_source = self._files()
+        files, one_source, takes = self._files()
         if self._options.largest_first:
             files = largest_first(files)
         here = os.getcwdb()
@@ -104,6 +112,10 @@ class Works:
             for number, target in enumerate(targets):
                 if target == source:
                     self._refuse_output(number, target, " of itself; write the outputs somewhere else")
+                if takes is not None and takes(os.fsdecode(target)):
+                    self._refuse_output(
+                        number, target, ", which is an input too, or would be one of the next run: " + _APART
+                    )
                 if _OWN_DIRECTORY in target:
                     self._refuse_output(number, target, f", and {OWN_DIRECTORY} is where ledgers and locks are")
             yield Work(file.path, source, targets, packed, own_digest, parameters)
@@ -128,7 +140,8 @@ class Works:
             return True
         return any(isinstance(one, str) and (one == "-" or one.startswith("@")) for one in sources)
 
-    def _files(self) -> tuple[Iterator[InputFile], bool]:
+    def _files(self) -> tuple[Iterator[InputFile], bool, Callable[[str], bool] | None]:
+        """The files; whether no two have one relpath; what says that an output is among the inputs."""
         inputs = self._inputs
         bases = self._outputs.bases if self._outputs is not None else ()
         if isinstance(inputs, (str, bytes, os.PathLike)):
@@ -141,9 +154,11 @@ class Works:
                 if not isinstance(one, InputFile)
             ]
             if len(sources) < len(inputs):
-                return map(_as_input_file, inputs), False
+                return map(_as_input_file, inputs), False, None
+            takes = None
             if not (self._include or self._exclude):
                 self._require_apart(sources)
+                takes = taking(sources, bases)
             here = os.getcwdb()
             with contextlib.closing(self._known) as known:
                 files = list_inputs(
@@ -153,8 +168,8 @@ class Works:
                     exclude=self._exclude,
                     is_known=lambda source: _absolute(source, here) in known,
                 )
-            return files, relpaths_are_unique(sources)
-        return map(_as_input_file, inputs), False
+            return files, relpaths_are_unique(sources), takes
+        return map(_as_input_file, inputs), False, None
 
     def _require_apart(self, sources: Sequence[str | Path]) -> None:
         """Raise ``OutputPatternError`` where the next run would take outputs for inputs."""
@@ -163,8 +178,7 @@ class Works:
             if os.path.realpath(pattern.base) in roots:
                 raise OutputPatternError(
                     pattern.pattern,
-                    "its outputs lie among the inputs, and the next run would take them for inputs: write them to a "
-                    "directory of their own, or say what the inputs are (--include '*.txt', --exclude '*.gz')",
+                    f"its outputs lie among the inputs, and the next run would take them for inputs: {_APART}",
                 )
 
     def _fields(self) -> Callable[[InputFile, int], dict[str, str]] | None:
