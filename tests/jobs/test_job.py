@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -40,6 +41,8 @@ from ringpool.errors import (
 from ringpool.shm import blobs, owner, segment
 from ringpool.shm.layout import Encoding
 from ringpool.workers import jobtasks
+
+WATCHDOG_S = 30.0
 
 
 @pytest.fixture(autouse=True)
@@ -969,6 +972,24 @@ def test_outputs_may_be_on_other_file_systems_than_the_ledger(
     assert job.run(2).progress.skipped == 10
     for base in (other_file_system / "thumb", tmp_path / "meta", tmp_path / "job"):
         assert list((base / ".ringpool").glob("staging/*")) == []
+
+
+def test_outputs_may_be_on_other_mounts_of_one_file_system_than_the_ledger(source: Path, tmp_path: Path) -> None:
+    """As two volumes of a container may be: between them, no rename is possible."""
+    for name in ("host/a", "host/b", "ledger", "out"):
+        (tmp_path / name).mkdir(parents=True)
+    mount = "mount --bind host/a ledger && mount --bind host/b out || exit 99"
+    words = [sys.executable, "-m", "ringpool", "run", "--exec", "cp {src} {dst.a}; cp {src} {dst.b}", str(source)]
+    words += ["--out", "a=ledger/{name}", "--out", "b=out/{name}", "--job", "ledger"]
+    command = ["unshare", "-m", "sh", "-c", f"{mount}; exec {shlex.join(words)}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=WATCHDOG_S)
+    if done.returncode == 99 or "unshare" in done.stderr:
+        pytest.skip("no mounts may be made here")
+    assert done.returncode == 0, done.stderr
+    for side in ("a", "b"):
+        assert sorted(path.name for path in (tmp_path / "host" / side).glob("*.txt")) == sorted(
+            path.name for path in source.rglob("*.txt")
+        )
 
 
 def test_what_a_killed_run_staged_on_another_file_system_is_found(tmp_path: Path, other_file_system: Path) -> None:

@@ -1,6 +1,6 @@
-"""Where a run stages its outputs: one directory on each file system that they are on, since no rename leads to another.
+"""Where a run stages its outputs: one directory on each mount that they are on, since no rename leads to another.
 
-<directory>/.ringpool/staging/<token>                outputs on the file system of the job's directory
+<directory>/.ringpool/staging/<token>                outputs on the mount of the job's directory
 <base>/.ringpool/staging/<token>                     those below <base>, on another one
 <directory>/.ringpool/staging/<token>/elsewhere.0    a link to that, made before it: who tidies up finds all
 .../staging/<token>.begun                            an empty file beside each of them, as old as the run
@@ -40,13 +40,26 @@ def prepare(directory: bytes, bases: Sequence[bytes], token: str) -> tuple[bytes
     own = staging_directory(directory, token)
     os.makedirs(own, exist_ok=True)
     _begin(own)
-    device = os.stat(directory).st_dev
-    places = [own if os.stat(base).st_dev == device else staging_directory(base, token) for base in bases]
+    mount = _mount_of(own)
+    places = [own if _mount_of(base) == mount else staging_directory(base, token) for base in bases]
     for number, place in enumerate(dict.fromkeys(place for place in places if place != own)):
         os.symlink(place, os.path.join(own, _ELSEWHERE + b"%d" % number))
         os.makedirs(place, exist_ok=True)
         _begin(place)
     return tuple(places)
+
+
+def _mount_of(directory: bytes) -> tuple[int, bytes]:
+    """The file system that ``directory`` is on, and by which of its mounts: no rename leads from one to another, also
+    where both are of one file system, as a container's volumes may be.
+    """
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", "rb") as lines:
+            mount = next((line for line in lines if line.startswith(b"mnt_id:")), b"")
+        return os.fstat(fd).st_dev, mount
+    finally:
+        os.close(fd)
 
 
 def _begin(place: bytes) -> None:
