@@ -345,6 +345,30 @@ def test_other_parameters_do_all_again(source: Path, tmp_path: Path) -> None:
     assert counts(compress_job(source, tmp_path / "out", params={"level": 9}).run(2)) == (10, 0, 0, 0)
 
 
+def test_a_function_that_is_changed_while_its_job_runs_stops_it(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that is started then has imported the new one: what it makes is not the job's."""
+    module = tmp_path / "edited.py"
+    text = "def shout(src: str, dst: str) -> None:\n    open(dst, 'w').write(open(src).read().{}())\n"
+    module.write_text("# a comment\n" + text.format("upper"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    job = Job("edited:shout", source, f"{tmp_path}/out/{{relpath}}", max_tasks_per_child=2)
+
+    def edit(*_row: object) -> None:
+        module.write_text(text.format("title"))
+
+    report = job.run(1, on_row=edit)
+    assert report.stopped == "its function was changed while it ran"
+    assert set(report.kinds) == {"FunctionChangedError"}
+    assert {path.read_text()[:7] for path in (tmp_path / "out").rglob("*.txt")} == {"CONTENT"}
+    assert set(job.run(1).kinds) == {"FunctionChangedError"}  # the object is still that of the former function's job
+    sys.modules.pop("edited")
+    assert counts(Job("edited:shout", source, f"{tmp_path}/out/{{relpath}}").run(1)) == (10, 0, 0, 0)
+    assert {path.read_text()[:7] for path in (tmp_path / "out").rglob("*.txt")} == {"Content"}
+
+
 def test_another_function_does_all_again(source: Path, tmp_path: Path) -> None:
     assert compress_job(source, tmp_path / "out").run(2).ok
     other = Job(functions.slowly, str(source), f"{tmp_path}/out/{{relpath}}.gz", params={"seconds": 0})

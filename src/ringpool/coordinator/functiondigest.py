@@ -10,12 +10,9 @@ What MessagePack cannot hold, such as text that is not UTF-8 or an int of more t
 
 from __future__ import annotations
 
-import ast
 import functools
-import inspect
 import io
 import pickle
-import textwrap
 from collections.abc import Callable
 from hashlib import blake2b
 from numbers import Number
@@ -23,9 +20,6 @@ from pathlib import PurePath
 from typing import Any, cast
 
 import msgspec
-
-from ringpool.workers import tasks
-from ringpool.workers.jobtasks import COMMAND
 
 _TOLD_BY_REPR = (str, Number, PurePath, range)
 
@@ -75,16 +69,6 @@ def _parts(value: object) -> list[object]:
     return ["pickle", _pickle_of(value)]
 
 
-def function_digest(name: str, parameters: dict[str, Any]) -> bytes:
+def function_digest(name: str, source: str, parameters: dict[str, Any]) -> bytes:
     """What is done to each file, in 16 bytes: the function, by its name and its own source, and its parameters."""
-    return blake2b(encode_sorted((name, _source_of(name), parameters)), digest_size=16).digest()
-
-
-def _source_of(name: str) -> str:
-    """The text of a function without comments, and in one form: what it does, as far as it stands in itself."""
-    if name == COMMAND:
-        return ""
-    try:
-        return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(tasks.resolve(name))))))
-    except (OSError, TypeError, SyntaxError, ValueError):  # a builtin, or typed at a prompt
-        return ""
+    return blake2b(encode_sorted((name, source, parameters)), digest_size=16).digest()

@@ -112,7 +112,8 @@ class Job:
         self._check_output()
         own = tasks.validate(self.name, self._signature, params or {})
         self._parameters = tasks.pack_parameters(self.name, own)
-        self.digest = function_digest(self.name, own)
+        self._source = jobtasks.source_of(self.name)
+        self.digest = function_digest(self.name, self._source, own)
         if directory is not None and not os.fspath(directory):
             raise ValueError("directory is empty; leave it out for the default, or write '.' for the current directory")
         self.directory = Path(directory if directory is not None else self.outputs.base if self.outputs else ".")
@@ -350,6 +351,7 @@ class Job:
             options.digests,
             os.stat(self.directory).st_dev,
             tuple(os.path.join(os.fsencode(os.path.realpath(base)), b"") for base in self._bases),
+            self._source,
         )
 
     @staticmethod

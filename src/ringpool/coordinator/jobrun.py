@@ -31,6 +31,7 @@ from ringpool.coordinator.ledger import Ledger, State
 from ringpool.coordinator.ledgerqueries import decode_made
 from ringpool.coordinator.pool import Pool
 from ringpool.coordinator.tickets import Ticket
+from ringpool.errors import FunctionChangedError
 from ringpool.shm import blobs, layout
 from ringpool.shm.dispatch import Task
 from ringpool.shm.layout import Encoding, Form, Status
@@ -422,6 +423,8 @@ class JobRun:
             assert value is not None
             row = row_of_error(work, record, value)
             progress.retried += record.attempt > 0
+            if isinstance(value, FunctionChangedError) and not self._stops:
+                self.stop("its function was changed while it ran")
             self.kinds[row[KIND]] += 1
             if row[STATE] == State.DEAD:
                 progress.dead += 1

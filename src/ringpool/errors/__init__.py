@@ -18,6 +18,7 @@
       OutputCollisionError       two inputs map to one output
       OutputPatternError         a pattern for outputs cannot be used
       OutputMissingError         a task function ended without writing its output
+      FunctionChangedError       a worker has another task function than its job
       InputChangedError          an input was changed while its task ran
       ListError                  a list or manifest of inputs cannot be read
       CommandTemplateError       a command template cannot be used
@@ -153,6 +154,7 @@ if TYPE_CHECKING:
         BenchmarkError as BenchmarkError,
         CommandError as CommandError,
         CommandTemplateError as CommandTemplateError,
+        FunctionChangedError as FunctionChangedError,
         InputChangedError as InputChangedError,
         JobBusyError as JobBusyError,
         JobError as JobError,
@@ -169,8 +171,8 @@ _LAZY = {
             "MemoryLimitError ResultTransportError ThreadStartError WorkerDiedError"
         ),
         "jobs": (
-            "BenchmarkError CommandError CommandTemplateError InputChangedError JobBusyError JobError JobMissingError "
-            "LedgerError ListError"
+            "BenchmarkError CommandError CommandTemplateError FunctionChangedError InputChangedError JobBusyError "
+            "JobError JobMissingError LedgerError ListError"
         ),
     }.items()
     for name in names.split()

@@ -23,6 +23,24 @@ class InputChangedError(RingpoolError):
         )
 
 
+class FunctionChangedError(RingpoolError):
+    """A worker that was started while a job ran has imported another task function than the job began with: its module
+    was edited meanwhile. The job stops.
+
+    Attributes: ``function`` (str, its name).
+    """
+
+    def __init__(self, function: str) -> None:
+        super().__init__(function)
+        self.function = function
+
+    def __str__(self) -> str:
+        return (
+            f"task function {self.function} was changed while the job ran; run the job again: what the former one has "
+            "made is done anew"
+        )
+
+
 class ListError(RingpoolError):
     """A list or manifest of inputs cannot be read, or a line of it.
 

@@ -10,10 +10,13 @@ of others, see ``group``.
 
 from __future__ import annotations
 
+import ast
 import errno
+import inspect
 import os
 import pickle
 import stat
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
@@ -22,7 +25,7 @@ from typing import Any
 
 import msgspec
 
-from ringpool.errors import FileOperationError, InputChangedError, InputMissingError
+from ringpool.errors import FileOperationError, FunctionChangedError, InputChangedError, InputMissingError
 from ringpool.shm import blobs, layout
 from ringpool.shm.layout import Encoding, Status
 from ringpool.shm.segment import Segment
@@ -60,7 +63,7 @@ class JobSpec(msgspec.Struct, frozen=True, array_like=True):
     ``digest`` (of function and parameters), for whoever finds this in a dead segment; whether to take
     ``fingerprints`` of inputs, ``checksums`` of their content, and ``digests`` of outputs; ``device``: that of the
     job's directory, so that one that was deleted can be told from one that is not mounted; ``bases``: where outputs
-    go, each ending in a slash, without links.
+    go, each ending in a slash, without links; ``source``: of the function, see ``source_of``.
     """
 
     name: str
@@ -77,6 +80,7 @@ class JobSpec(msgspec.Struct, frozen=True, array_like=True):
     digests: bool
     device: int = 0
     bases: tuple[bytes, ...] = ()
+    source: str = ""
 
 
 class JobPayload(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -287,6 +291,8 @@ class JobRunner:
         _, body, _ = blobs.read(blobs.function_name(self._segment, function_id))
         spec = decode_spec(bytes(body))
         call = tasks.resolve(spec.name)
+        if source_of(spec.name) != spec.source:
+            raise FunctionChangedError(spec.name)
         signature = tasks.signature_of(call, spec.name)
         durability = Durability(spec.durability)
 
@@ -373,6 +379,18 @@ def _is_as_it_was(before: Fingerprint, path: bytes, with_checksum: bool) -> bool
     except (FileNotFoundError, InputMissingError):
         return False
     return found.st_mtime_ns == before.mtime_ns and found.st_size == before.size and found.st_ino == before.inode
+
+
+def source_of(name: str) -> str:
+    """The text of a function without comments, and in one form: what it does, as far as it stands in itself. Empty for
+    a builtin, and for what runs commands.
+    """
+    if name == COMMAND:
+        return ""
+    try:
+        return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(tasks.resolve(name))))))
+    except (OSError, TypeError, SyntaxError, ValueError):  # a builtin, or typed at a prompt
+        return ""
 
 
 def parameters_digest(shared: bytes, own: bytes) -> bytes:
