@@ -13,6 +13,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -440,6 +441,22 @@ def test_an_escaped_child_is_not_waited_for(src: bytes) -> None:
     assert is_alive(pid)
     assert os.getpgid(pid) == os.getpgrp()
     os.kill(pid, signal.SIGKILL)
+
+
+def test_an_interrupt_while_the_command_is_started_kills_it(src: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            pids_of(src)
+            started.append(self)
+            raise KeyboardInterrupt
+
+    started: list[Interrupted] = []
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_command(src, template=LASTING)
+    started[0].wait(WATCHDOG_S)
+    wait_for_end_of(pids_of(src))
 
 
 def test_an_interrupt_kills_the_command(src: bytes) -> None:

@@ -439,6 +439,8 @@ class _Run:
                 is_well = self._has_ended
                 self._reap(self._process)
                 self._settle(LINGER_S if is_well else 0.0)
+            else:
+                self._settle(0.0)  # what was interrupted in the midst of starting it may have started it
         finally:
             if self._pidfd >= 0:
                 os.close(self._pidfd)
