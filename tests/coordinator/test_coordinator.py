@@ -26,6 +26,7 @@ from ringpool.errors import (
     RemoteError,
     ResultTransportError,
     UnknownFunctionError,
+    WorkerDiedError,
     WrongProcessError,
     WrongThreadError,
 )
@@ -293,6 +294,16 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, Any]) -> None:
 def test_numbers_that_are_not_whole_are_refused_by_their_names(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"^{name} must be a whole number, not {value!r}$"):
         Coordinator(**{"workers": 1} | {name: value})
+
+
+def test_numbers_may_be_integers_of_any_type(file: Path) -> None:
+    numbers = {"workers": 1, "ring_slots": 8, "attempts_max": 1, "claims_max": 2}
+    with Coordinator(**{name: np.uint8(n) for name, n in numbers.items()}) as pool:  # type: ignore[arg-type]
+        run = pool.run_file_tasks(tasks.die, [file] * 2, window=np.uint8(1))  # type: ignore[arg-type]
+        errors = [result.error for result in run]
+    assert [(type(error), error.deaths) for error in errors if isinstance(error, WorkerDiedError)] == [
+        (WorkerDiedError, 1)
+    ] * 2
 
 
 def test_what_a_run_cannot_use_is_named(pool: Coordinator) -> None:

@@ -6,8 +6,10 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, wait
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -96,6 +98,45 @@ def test_a_count_that_is_no_integer_is_refused_and_the_pool_goes_on(
 @pytest.mark.parametrize("timeout", [float("inf"), 1e300, 10**9])
 def test_a_limit_beyond_all_time_is_none(executor: RingPoolExecutor, timeout: float) -> None:
     assert executor.submit_with(TaskOptions(timeout=timeout), functions.double, 4).result(WATCHDOG_S) == 8
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32, Fraction, Decimal])
+def test_a_limit_may_be_a_number_of_any_type(executor: RingPoolExecutor, number: Callable[[float], Any]) -> None:
+    options = TaskOptions(timeout=number(LIMIT_S))
+    error = executor.submit_with(options, functions.overrun, "sleep").exception(WATCHDOG_S)
+    assert isinstance(error, TaskTimeoutError)
+    assert type(error.timeout_s) is float
+    assert executor.submit_with(options, functions.double, 4).result(WATCHDOG_S) == 8
+    assert next(executor.map(functions.double, [4], timeout=number(WATCHDOG_S))) == 8
+
+
+@pytest.mark.parametrize("timeout", ["1", b"1", 1j])
+def test_a_limit_that_is_no_number_is_refused(executor: RingPoolExecutor, timeout: Any) -> None:
+    with pytest.raises(TypeError, match="timeout must be a number, not"):
+        TaskOptions(timeout=timeout)
+    with pytest.raises(TypeError, match="timeout must be a number, not"):
+        executor.map(functions.double, [4], timeout=timeout)
+
+
+def test_counts_may_be_integers_of_any_type(executor: RingPoolExecutor) -> None:
+    options = TaskOptions(retries=np.int8(1), priority=np.uint8(9))  # pyright: ignore[reportArgumentType]
+    assert (options.retries, -options.priority) == (1, -9)
+    sizes = {"chunksize": np.int64(2), "buffersize": np.uint8(4)}
+    assert list(executor.map(functions.double, range(9), **sizes)) == [2 * i for i in range(9)]  # type: ignore[arg-type]
+
+
+def test_what_was_about_to_be_published_is_told_where_that_fails(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def expect(_timeout_s: float) -> None:
+        raise ArithmeticError("not today")
+
+    with RingPoolExecutor(1) as pool:
+        assert pool.submit(functions.double, 1).result(WATCHDOG_S) == 2
+        monkeypatch.setattr(pool._pool.pump.staff.limits, "expect", expect)
+        future = pool.options(timeout=LONG_S).submit(functions.double, 2)
+        assert isinstance(future.exception(WATCHDOG_S), ArithmeticError)
+    assert "not today" in capfd.readouterr().err
 
 
 def test_a_task_that_waits_for_a_worker_does_not_use_up_its_time(tmp_path: Path) -> None:
@@ -273,6 +314,22 @@ def test_a_task_that_takes_more_memory_than_it_may_fails_alone(tmp_path: Path) -
         (tmp_path / "gate").touch()
         assert pool.submit(functions.grow, 32 * MIB, str(tmp_path / "gate")).result(WATCHDOG_S) == 32 * MIB
         assert pool.stats().worker_deaths == 1
+
+
+def test_sizes_and_numbers_of_a_pool_may_be_integers_of_any_type() -> None:
+    sizes: dict[str, Any] = {"memory_limit": np.int64(ROOM), "memory_per_child_max": np.uint64(ROOM)}
+    with RingPoolExecutor(np.int8(1), max_tasks_per_child=np.uint16(9), **sizes) as pool:  # type: ignore[arg-type]
+        error = pool.submit(functions.grow_without_end).exception(WATCHDOG_S)
+        assert isinstance(error, MemoryLimitError)
+        assert error.limit_bytes == ROOM
+        assert list(pool.map(functions.double, range(20))) == [2 * i for i in range(20)]
+
+
+@pytest.mark.parametrize("name", ["max_tasks_per_child", "memory_limit", "memory_per_child_max"])
+@pytest.mark.parametrize(("number", "error"), [(1.5, TypeError), ("1", TypeError), (0, ValueError)])
+def test_a_size_or_number_that_is_none_is_refused(name: str, number: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=name):
+        RingPoolExecutor(1, **{name: number})
 
 
 @pytest.mark.parametrize("chunksize", [None, 1, 20])

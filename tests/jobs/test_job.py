@@ -13,10 +13,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from tests.coordinator.program import ROOT, shared_memory_of, wait_until
 from tests.jobs import job_functions as functions
@@ -24,6 +26,7 @@ from tests.workers.files.child import Child, say
 
 from ringpool import InputFile, Job, Report, RetryPolicy
 from ringpool.coordinator import drain
+from ringpool.coordinator.joboptions import JobOptions
 from ringpool.coordinator.jobwork import Progress
 from ringpool.coordinator.ledger import Ledger, Row, State
 from ringpool.coordinator.ledgerqueries import decode_made
@@ -975,6 +978,34 @@ def test_what_was_in_its_place_when_all_died_is_done(tmp_path: Path, has_staging
     finally:
         ledger.close()
     assert (target / "a").stat().st_ino == inode
+
+
+def test_options_may_be_numbers_of_any_type() -> None:
+    whole = {"attempts_max": 2, "memory_limit_bytes": 1 << 30, "max_tasks_per_child": 9, "max_failures": 0, "nice": 1}
+    real = {"timeout_s": 1.5, "max_failure_share": 0.5, "rate_per_s": 2.5, "grace_s": 0.0}
+    given: dict[str, Any] = {name: np.int64(n) for name, n in whole.items()}
+    given |= {name: Fraction(x) for name, x in real.items()}
+    options = JobOptions(**given)
+    assert {name: getattr(options, name) for name in whole} == whole
+    assert {name: getattr(options, name) for name in real} == real
+    assert {type(getattr(options, name)) for name in whole} == {int}
+    assert {type(getattr(options, name)) for name in real} == {float}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("attempts_max", 1.5, TypeError),
+        ("nice", "1", TypeError),
+        ("timeout_s", "1", TypeError),
+        ("timeout_s", float("nan"), ValueError),
+        ("max_failures", np.int8(-1), ValueError),
+        ("max_failure_share", np.float32(1.5), ValueError),
+    ],
+)
+def test_an_option_that_is_no_such_number_is_refused_by_its_name(name: str, value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=name):
+        JobOptions(**{name: value})
 
 
 def test_verify_is_a_word_that_there_is(source: Path, tmp_path: Path) -> None:

@@ -88,9 +88,8 @@ class Coordinator:
     ) -> None:
         cores = len(os.sched_getaffinity(0))
         n_workers = min(cores, layout.WORKERS_MAX) if workers is None else workers
-        layout.check_number("attempts_max", attempts_max, layout.ATTEMPT_MAX)
         self._durability = Durability(durability)
-        self._attempts_max = attempts_max
+        self._attempts_max = layout.check_number("attempts_max", attempts_max, layout.ATTEMPT_MAX)
         self._task_ids = itertools.count(1)
         self._functions: dict[bytes, _Function] = {}
         self._board = TaskBoard()
@@ -171,7 +170,7 @@ class Coordinator:
                 f"output must be a function that gives an input's output, not {output!r}; a Job takes patterns"
             )
         if window is not None:
-            layout.check_number("window", window, sys.maxsize)
+            window = layout.check_number("window", window, sys.maxsize)
         function = self._function(fn, params or {}, retry, group_commit=group_commit)
         inbox = FileInbox(self._pump, lambda: self._release(function), self._attempts_max - 1)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from ringpool import startup
+from ringpool.coordinator import numbers
 from ringpool.coordinator.taskoptions import TaskOptions as TaskOptions
 from ringpool.shm import layout
 
@@ -167,7 +168,8 @@ class RingPoolExecutor(_Tasks):
         forward_logs: bool = True,
     ) -> None:
         n_workers = _n_workers(max_workers)
-        _check(initializer, max_tasks_per_child, memory_limit=memory_limit, memory_per_child_max=memory_per_child_max)
+        if initializer is not None and not callable(initializer):  # pyright: ignore[reportUnnecessaryComparison]
+            raise TypeError("initializer must be a callable")
         self._max_workers = n_workers  # dask reads it
         self._task_options = TaskOptions()
         arguments: dict[str, Any] = {
@@ -175,9 +177,9 @@ class RingPoolExecutor(_Tasks):
             "mp_context": mp_context,
             "initializer": initializer,
             "initargs": initargs,
-            "max_tasks_per_child": max_tasks_per_child,
-            "memory_limit": memory_limit,
-            "memory_per_child_max": memory_per_child_max,
+            "max_tasks_per_child": _count("max_tasks_per_child", max_tasks_per_child),
+            "memory_limit": _size("memory_limit", memory_limit),
+            "memory_per_child_max": _size("memory_per_child_max", memory_per_child_max),
             "on_exit": _teller(on_worker_exit),
             "forward_logs": forward_logs,
         }
@@ -251,7 +253,10 @@ class RingPoolExecutor(_Tasks):
         self, options: TaskOptions, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], **how: Any
     ) -> Iterator[Any]:
         """What ``map`` and ``map_unordered`` are, with these options."""
-        _check_counts(chunksize=how["chunksize"], buffersize=how["buffersize"])
+        for name in ("chunksize", "buffersize"):
+            how[name] = _count(name, how[name])
+        if how["timeout"] is not None:
+            how["timeout"] = numbers.real("timeout", how["timeout"])
         return self._calls.map(options, fn, iterables, **how)
 
     # ---- looking in
@@ -347,34 +352,30 @@ def _is_urgent(error: BaseException | None, pool: Pool) -> bool:
 def _n_workers(max_workers: int | None) -> int:
     if max_workers is None:
         return min(len(os.sched_getaffinity(0)), layout.WORKERS_MAX)
-    if max_workers <= 0:
+    n_workers = numbers.whole("max_workers", max_workers)
+    if n_workers <= 0:
         raise ValueError("max_workers must be greater than 0")
-    if max_workers > layout.WORKERS_MAX:
-        raise ValueError(f"max_workers must be at most {layout.WORKERS_MAX}, not {max_workers}")
-    return max_workers
+    if n_workers > layout.WORKERS_MAX:
+        raise ValueError(f"max_workers must be at most {layout.WORKERS_MAX}, not {n_workers}")
+    return n_workers
 
 
-def _check(initializer: object, max_tasks_per_child: object, **sizes: int | None) -> None:
-    if initializer is not None and not callable(initializer):
-        raise TypeError("initializer must be a callable")
-    if max_tasks_per_child is not None:
-        if not isinstance(max_tasks_per_child, int):
-            raise TypeError("max_tasks_per_child must be an integer")
-        if max_tasks_per_child <= 0:
-            raise ValueError("max_tasks_per_child must be >= 1")
-    for name, n_bytes in sizes.items():
-        if n_bytes is not None and n_bytes <= 0:
-            raise ValueError(f"{name} must be above 0 bytes, not {n_bytes!r}")
+def _count(name: str, count: Any) -> int | None:
+    if count is None:
+        return None
+    n = numbers.whole(name, count, "an integer or None")
+    if n < 1:
+        raise ValueError(f"{name} must be >= 1")
+    return n
 
 
-def _check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is None:
-            continue
-        if not isinstance(count, int):  # pyright: ignore[reportUnnecessaryIsInstance]  (a caller may not check types)
-            raise TypeError(f"{name} must be an integer or None, not {count!r}")
-        if count < 1:
-            raise ValueError(f"{name} must be >= 1.")
+def _size(name: str, size: Any) -> int | None:
+    if size is None:
+        return None
+    n_bytes = numbers.whole(name, size)
+    if n_bytes <= 0:
+        raise ValueError(f"{name} must be above 0 bytes, not {n_bytes!r}")
+    return n_bytes
 
 
 def _teller(on_worker_exit: Callable[[WorkerExit], object] | None) -> Callable[[Death, str], None] | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from ringpool.coordinator import numbers
 from ringpool.shm import layout
 from ringpool.workers.files.durability import Durability
 from ringpool.workers.retry import RetryPolicy
@@ -44,19 +45,24 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         Durability(self.durability)
-        for name, accepts, wanted in _RULES:
+        for name, convert, accepts, wanted in _RULES:
             value = getattr(self, name)
-            if value is not None and not accepts(value):
+            if value is None:
+                continue
+            number = convert(name, value)
+            if not accepts(number):
                 raise ValueError(f"{name} of a job must be {wanted}, not {value!r}")
+            msgspec.structs.force_setattr(self, name, number)
 
 
-_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("attempts_max", lambda n: 1 <= n <= layout.ATTEMPT_MAX, f"from 1 to {layout.ATTEMPT_MAX}"),
-    ("timeout_s", lambda s: s > 0, "more than 0 seconds"),
-    ("memory_limit_bytes", lambda n: n > 0, "more than 0 bytes"),
-    ("max_tasks_per_child", lambda n: n >= 1, "1 or more"),
-    ("max_failures", lambda n: n >= 0, "0 or more"),
-    ("max_failure_share", lambda share: 0 <= share <= 1, "a share from 0 to 1"),
-    ("rate_per_s", lambda rate: rate > 0, "more than 0 files a second"),
-    ("grace_s", lambda s: s >= 0, "0 seconds or more"),
+_RULES: tuple[tuple[str, Callable[[str, Any], float], Callable[[Any], bool], str], ...] = (
+    ("attempts_max", numbers.whole, lambda n: 1 <= n <= layout.ATTEMPT_MAX, f"from 1 to {layout.ATTEMPT_MAX}"),
+    ("timeout_s", numbers.real, lambda s: s > 0, "more than 0 seconds"),
+    ("memory_limit_bytes", numbers.whole, lambda n: n > 0, "more than 0 bytes"),
+    ("nice", numbers.whole, lambda _n: True, "an integer"),
+    ("max_tasks_per_child", numbers.whole, lambda n: n >= 1, "1 or more"),
+    ("max_failures", numbers.whole, lambda n: n >= 0, "0 or more"),
+    ("max_failure_share", numbers.real, lambda share: 0 <= share <= 1, "a share from 0 to 1"),
+    ("rate_per_s", numbers.real, lambda rate: rate > 0, "more than 0 files a second"),
+    ("grace_s", numbers.real, lambda s: s >= 0, "0 seconds or more"),
 )

@@ -132,8 +132,8 @@ class Pool:
         name = self.name = self._segment.name
         self.token = self._segment.header.uuid.hex()[:16]  # what names of staged outputs carry
         self._retains = retains
-        self.slots = slots
-        self.n_workers = n_workers
+        header = self._segment.header
+        self.slots, self.n_workers, claims_max = header.slots, header.workers, header.claims_max  # plain integers
         mask = umask()
         main_file = calls.remember_main()
         if context.get_start_method() == "fork":
@@ -141,7 +141,7 @@ class Pool:
         is_served = context.get_start_method() == "forkserver"
         try:
             self._end = CoordinatorEnd(self._segment, retains=retains)
-            n_started = 1 if on_demand else n_workers  # it begins with a first task
+            n_started = 1 if on_demand else self.n_workers  # it begins with a first task
             self.pump = pump = Pump(self._end, n_started, on_demand, memory_limit_bytes, on_exit, ended)
             self.supervisor = Supervisor(
                 context,

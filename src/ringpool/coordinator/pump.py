@@ -74,6 +74,7 @@ class Pump:
         self._out_of_chunks = False  # the first in the backlog is a vector, and waits for a chunk
         self._is_deep = False  # somebody was overtaken, and enough is in the ring
         self._backlog: Backlog[Ticket] = Backlog()
+        self._leaving: list[Ticket] = []  # out of the backlog, and not yet in the ring
         self._commands: deque[Callable[[], None]] = deque()
         self._deaths: deque[Death] = deque()
         self._tickets: list[Ticket | None] = [None] * end.ring.slots
@@ -359,6 +360,7 @@ class Pump:
                 ticket.slot = slot
                 ticket.sequence = sequence
                 sequence += 1
+            self._leaving = []
             if batch and backlog.has_priorities:
                 self._precedence.entered(batch)
             if self._out_of_chunks:
@@ -369,16 +371,18 @@ class Pump:
         """Up to ``n`` tickets of the backlog, with what is to be published for them. None above priority ``highest``:
         whoever has come since that was looked at overtakes others first.
         """
-        batch: list[Ticket] = []
+        batch = self._leaving = list[Ticket]()  # should anything here raise, these are not lost
         tasks: list[Task] = []
         backlog = self._backlog
         for _ in range(n):
             if backlog.has_priorities and (first := backlog.peek()) is not None and first.priority > highest:
                 break
             ticket = backlog.popleft()
+            batch.append(ticket)
             ticket.sequence = LEAVING
             if ticket.cancelled:
                 ticket.sequence = QUEUED
+                batch.pop()
                 self.parcels.discard_payload(ticket.task)
                 continue
             task = ticket.task
@@ -387,12 +391,11 @@ class Pump:
                 if placed is None:
                     self._out_of_chunks = True
                     ticket.sequence = QUEUED
-                    backlog.append_front([ticket])
+                    backlog.append_front([batch.pop()])
                     break
                 task = placed
             if ticket.timeout_s is not None:
                 self.staff.limits.expect(ticket.timeout_s)
-            batch.append(ticket)
             tasks.append(task)
         return batch, tasks
 
@@ -520,7 +523,10 @@ class Pump:
 
     def _fail_all(self, error: BaseException) -> None:
         """Nobody waits for ever: every task that has no result gets ``error``."""
-        waiting = [ticket for ticket in self._tickets if ticket is not None]
+        leaving, self._leaving = self._leaving, []
+        for ticket in leaving:  # so that a callback that cancels one of them does not wait for it
+            ticket.sequence = QUEUED
+        waiting = [ticket for ticket in self._tickets if ticket is not None] + leaving
         self._tickets[:] = [None] * len(self._tickets)
         waiting += self._backlog.drain()
         self._in_ring = 0

@@ -363,11 +363,14 @@ def slot_of(entry: int) -> int:
     return entry & SLOT_MASK
 
 
-def check_number(what: str, value: object, top: int) -> None:
-    """Raise ``TypeError`` where ``value`` is no whole number, ``ValueError`` where it is not from 1 to ``top``."""
+def check_number(what: str, value: object, top: int) -> int:
+    """``value`` as an ``int``. Raises ``TypeError`` where it is no whole number, ``ValueError`` where it is not in
+    [1, ``top``].
+    """
     try:
         number = operator.index(value)  # pyright: ignore[reportArgumentType]  (that is what is asked)
     except TypeError:
         raise TypeError(f"{what} must be a whole number, not {value!r}") from None
     if not 1 <= number <= top:
         raise ValueError(f"{what} must be from 1 to {top}, not {value}")
+    return number

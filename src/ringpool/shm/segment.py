@@ -79,12 +79,9 @@ def create(slots: int, workers: int, claims_max: int = layout.CLAIMS_MAX, *, kep
     one worker may hold, 1 to 64. Raises ``SharedMemoryFullError`` and ``SharedMemoryUnusableError``, leaving nothing,
     and ``ValueError``.
     """
-    for what, value, top in (
-        ("slots", slots, layout.SLOTS_MAX),
-        ("workers", workers, layout.WORKERS_MAX),
-        ("claims_max", claims_max, layout.CLAIMS_MAX),
-    ):
-        layout.check_number(what, value, top)
+    slots = layout.check_number("slots", slots, layout.SLOTS_MAX)
+    workers = layout.check_number("workers", workers, layout.WORKERS_MAX)
+    claims_max = layout.check_number("claims_max", claims_max, layout.CLAIMS_MAX)
     me = owner.this_process()
     name = f"rp{'j' if kept else ''}.{owner.pid_namespace()}.{me.pid}.{me.start}.{os.urandom(4).hex()}"
     places = layout.sections(slots, workers, claims_max)
