@@ -10,10 +10,12 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.coordinator import call_functions as functions
@@ -425,6 +427,33 @@ def test_an_interrupt_ends_a_map_and_its_program(run_program: RunProgram, where:
     assert program.finish() == -signal.SIGINT, program.err
     assert program.err.splitlines()[-1] == "KeyboardInterrupt"
     program.assert_nothing_is_left()
+
+
+# ---- the pool is shut down, and what has not begun is cancelled ------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunksize", [100, 1000])
+@pytest.mark.parametrize("ends_by", ["a gate", "a death"])
+def test_items_behind_the_one_that_runs_are_cancelled(tmp_path: Path, notes: str, ends_by: str, chunksize: int) -> None:
+    gate, n_vectors = tmp_path / "gate", 1000 // chunksize
+    pool = RingPoolExecutor(1)
+    hold = partial(functions.note_and_hold, notes, str(gate))
+    how: dict[str, Any] = {"chunksize": chunksize, "buffersize": 1000, "timeout": WATCHDOG_S}
+    results = pool.options(retries=3).map_unordered(hold, range(1, 1000), return_exceptions=True, **how)
+    wait_until(lambda: functions.n_noted(notes) == 1, "the first item")
+    pool.shutdown(wait=False, cancel_futures=True)
+    try:
+        cancelled = list(itertools.islice(results, 999 - n_vectors))  # while the first one runs
+        if ends_by == "a death":
+            os.kill(pool.worker_pids[0], signal.SIGKILL)
+            pool.shutdown()
+    finally:
+        gate.touch()
+    pool.shutdown()
+    assert {type(error) for error in cancelled} == {CancelledError}
+    last = [result for result in results if not isinstance(result, CancelledError)]
+    assert last == ([1] if ends_by == "a gate" else [])
+    assert functions.n_noted(notes) == 1
 
 
 # ---- the pool is shut down from within -------------------------------------------------------------------------------

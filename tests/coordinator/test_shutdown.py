@@ -24,9 +24,14 @@ from tests.coordinator.program import (
     wait_until,
     wait_until_gone,
 )
+from tests.crash.harness import World
 
 from ringpool import Coordinator, RingPoolExecutor
+from ringpool.coordinator.balance import Balance
+from ringpool.coordinator.tickets import Ticket
 from ringpool.errors import CoordinatorClosedError
+from ringpool.shm.dispatch import Task
+from ringpool.shm.results import Results
 
 MakeFiles = Callable[[int], list[Path]]
 RunProgram = Callable[..., Program]
@@ -147,6 +152,19 @@ def test_an_exception_in_the_block_cancels_what_has_not_begun(file: Path, tmp_pa
         raise LookupError
     assert held.exception(0) is None
     assert all(future.cancelled() for future in waiting)
+
+
+@pytest.mark.parametrize(("n_begun", "n_kept"), [(0, 1), (1, 1), (2, 2), (4, 4)])
+def test_what_a_worker_has_claimed_and_not_begun_is_refused_but_for_the_first(n_begun: int, n_kept: int) -> None:
+    with World() as world:
+        end, worker = world.coordinator(), world.worker(0)
+        world.publish(end, 8)
+        entries = worker.exchange(4, False)
+        for entry in entries[:n_begun]:
+            assert worker.start(entry, 0)
+        Balance(end, lambda entry: Ticket(Task(0, b""), None, None, None)).refuse_claimed()
+        refused = [bool(Results(worker.ring, 0).read_task(entry)[4]) for entry in entries]
+        assert refused == [False] * n_kept + [True] * (4 - n_kept)
 
 
 @pytest.mark.parametrize("cancel", [False, True])

@@ -523,6 +523,25 @@ def test_what_was_not_begun_has_not_failed(files: MakeFiles) -> None:
     assert after.completed >= len(results) - n_cancelled, "some may come after the pool's end is told"
 
 
+def test_files_behind_the_one_that_runs_are_not_begun_where_the_pool_cancels(many: list[Path], tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    own = Coordinator(1)
+    run = own.run_file_tasks(tasks.odd, many, params={"act": "wait", "more": {"gate": str(gate)}})
+    assert all(result.ok for result in itertools.islice(run, ODD))
+    closing = threading.Thread(target=own.close, kwargs={"cancel": True})
+    try:
+        closing.start()
+        wait_until(lambda: own._pump._cancels_all, "the cancel")
+        own._pump.call(lambda: None)
+    finally:
+        gate.touch()
+    closing.join(WATCHDOG_S)
+    assert not closing.is_alive()
+    assert own.stats().completed == ODD + 1
+    with pytest.raises(CoordinatorClosedError):
+        list(run)
+
+
 def test_a_pool_that_is_closed_gives_what_it_has(files: MakeFiles) -> None:
     own = Coordinator(2)
     run = own.run_file_tasks(tasks.size, itertools.cycle(files(100)), window=1000)

@@ -11,7 +11,7 @@ Used by the pump's thread alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from ringpool.coordinator.tickets import Part, Sink, Ticket
 from ringpool.shm import layout
@@ -107,6 +107,29 @@ class Balance:
             ticket = self._ticket_of(ring.words[ring.worker_word(worker, layout.W_RUNNING)] - 1)
             if ticket is not None and ticket.part is not None and ticket.part.chunk is not None:
                 yield worker, ticket, ring.words[ring.worker_word(worker, layout.W_TASK_START)]
+
+    def cut_short(self, arena: Arena, tickets: Iterable[Ticket | None]) -> list[Ticket]:
+        """What no worker has come to of the vectors that are in the ring, as new tickets: each ends with the item that
+        it is at.
+        """
+        taken: list[Ticket] = []
+        for ticket in tickets:
+            if ticket is not None and ticket.part is not None and ticket.part.chunk is not None:
+                rest = _cut(arena, ticket.part, lambda _n: 0)
+                if rest is not None:
+                    taken.append(_ticket_of(ticket, rest))
+        return taken
+
+    def refuse_claimed(self) -> None:
+        """Have cancelled what workers have claimed and not begun, but for the first of a claim that is just made."""
+        ring = self._end.ring
+        for worker in range(ring.workers):
+            entries = ring.claimed(worker)
+            running = ring.words[ring.worker_word(worker, layout.W_RUNNING)] - 1
+            at = entries.index(running) if running in entries else 0
+            for entry in entries[at + 1 :]:
+                if self._ticket_of(entry) is not None:
+                    self._end.refuse(layout.slot_of(entry), layout.sequence_of(entry))
 
     def split_vectors(self, arena: Arena) -> list[Ticket]:
         """While workers are idle and nothing waits: parts of vectors that others are at, as new tickets."""

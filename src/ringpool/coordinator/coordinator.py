@@ -226,7 +226,7 @@ class Coordinator:
     # ---- the end
 
     def close(self, *, cancel: bool = False) -> None:
-        """Stop: run what is queued to its end (``cancel``: drop what no worker has), end the workers, leave nothing.
+        """Stop: run what is queued to its end (``cancel``: drop what has not begun), end the workers, leave nothing.
 
         Ctrl-C while it waits kills the workers. Safe to call twice, and from any thread; in a
         future's callback, which it would have to wait for, it raises ``WrongThreadError``.

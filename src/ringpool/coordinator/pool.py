@@ -5,7 +5,7 @@
 
 open --close()--> draining --idle--> closed        nothing is left in /dev/shm, no process, no thread
   |                  |
-  +--close(cancel)---+ what no worker has is cancelled first
+  +--close(cancel)---+ what has not begun is cancelled first
   +--Ctrl-C, SIGTERM, exit of the program after an error--> workers are killed at once --> closed
 """
 
@@ -254,7 +254,7 @@ class Pool:
     # ---- the end
 
     def close(self, *, cancel: bool = False) -> None:
-        """Stop: run what is queued to its end (``cancel``: drop what no worker has), end the workers, leave nothing.
+        """Stop: run what is queued to its end (``cancel``: drop what has not begun), end the workers, leave nothing.
 
         Ctrl-C while it waits kills the workers. Safe to call twice, and from any thread; in a
         future's callback, which it would have to wait for, it raises ``WrongThreadError``.
@@ -288,7 +288,7 @@ class Pool:
             return  # the interpreter ends: it is closed at exit
 
     def drop_unstarted(self, *, claimed: bool = False) -> None:
-        """Cancel what no worker has; or with ``claimed`` what no worker runs."""
+        """Cancel what has not begun; with ``claimed`` also what a worker is just about to."""
         if not self.pump.has_begun:  # there was no task ever, and no thread that would answer
             return
         cancel = self.pump.refuse_all if claimed else self.pump.cancel_all

@@ -220,9 +220,10 @@ class Pump:
             return False
 
     def cancel_all(self) -> list[Ticket]:
-        """Keep all tasks from starting that no worker has; those that were not published. Through ``call``.
+        """Keep all from starting that has not begun; those that were not published, and what vectors that run are cut
+        short by. Through ``call``. What comes back from then on, or comes too late, is dropped.
 
-        A worker that is on its way has the task that it is started for.
+        A worker that is on its way has the task that it is started for, one that has just claimed some the first.
         """
         self._cancels_all = True
         on_demand = self.staff.on_demand
@@ -230,11 +231,14 @@ class Pump:
             self._publish()
             self.staff.hire()
         dropped = self._backlog.drain()
+        if self._n_vectors and self.arena is not None:
+            dropped += self.balance.cut_short(self.arena, self._tickets)
+        self.balance.refuse_claimed()
         self.end.cancel_unclaimed(self.staff.on_their_way() if on_demand else 0)
         return dropped
 
     def refuse_all(self) -> list[Ticket]:
-        """``cancel_all``, and what workers have claimed and not started. Through ``call``."""
+        """``cancel_all``, and the first that a worker has claimed and not started. Through ``call``."""
         dropped = self.cancel_all()
         for ticket in self._tickets:
             if ticket is not None:
@@ -304,6 +308,8 @@ class Pump:
     def _turn(self) -> None:
         for feeder in self.feeders.copy():
             feeder.send_drawn()
+        if self._cancels_all and self._backlog:
+            self._drop_backlog()
         self._moved = self._publish()
         if self.end.has_results and self.end.collect(self._deliver):
             self._after_delivery()
@@ -417,6 +423,16 @@ class Pump:
     def _requeue(self, tickets: list[Ticket]) -> None:
         """At the front: what comes back was there before all that waits."""
         self._backlog.append_front(tickets)
+
+    def _drop_backlog(self) -> None:
+        """All was cancelled: what has come back of it since, or has come too late, is so too."""
+        for ticket in self._backlog.drain():
+            try:
+                ticket.sink.drop(ticket)
+            except BaseException:  # a future's callback may raise what it likes
+                traceback.print_exc()
+            self._touched.add(ticket.sink)
+        self._after_delivery()
 
     def _deliver(self, slot: int, entry: int) -> None:
         ticket = self._tickets[slot]
