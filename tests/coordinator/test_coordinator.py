@@ -263,6 +263,13 @@ def test_what_is_no_path_is_refused(pool: Coordinator, file: Path) -> None:
         next(run)
 
 
+def test_a_run_whose_inputs_cannot_be_had_leaves_no_function(pool: Coordinator) -> None:
+    before = shared_memory_of(os.getpid())
+    with pytest.raises(TypeError, match="not iterable"):
+        pool.run_file_tasks(tasks.many_bytes, 5, params={"n": 5})  # type: ignore[arg-type]
+    assert shared_memory_of(os.getpid()) == before
+
+
 def test_a_single_path_is_no_run_of_its_letters(pool: Coordinator) -> None:
     with pytest.raises(TypeError):
         pool.run_file_tasks(tasks.size, "data")

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 from tests.coordinator import call_functions as functions
-from tests.coordinator.program import WATCHDOG_S, Program, wait_until
+from tests.coordinator.program import WATCHDOG_S, Program, shared_memory_of, wait_until
 
 from ringpool import RingPoolExecutor
 from ringpool.coordinator.inbox import Inbox
@@ -123,6 +124,52 @@ def test_an_error_of_the_items_of_a_map_that_nobody_takes_is_reported(
         own.map(partial(functions.note, notes), items())
     assert sorted(functions.noted(notes)) == list(range(n))
     assert capfd.readouterr().err.count("LookupError: the input broke") == 1
+
+
+LEFT: dict[str, Callable[[], Iterable[Any]]] = {
+    **INPUTS,
+    "nothing": list,
+    "few": lambda: range(10),
+    "few of an iterator": lambda: iter(range(10)),
+    "one that cannot be sent": lambda: [1, threading.Lock(), 2],
+}
+
+
+@pytest.mark.parametrize("source", LEFT)
+def test_of_a_map_that_nobody_takes_nothing_is_left_when_it_has_run(executor: RingPoolExecutor, source: str) -> None:
+    before = shared_memory_of(os.getpid())
+    function = partial(functions.identity)
+    there = weakref.ref(function)
+    executor.map(function, LEFT[source]())
+    del function
+
+    def is_left() -> bool:
+        gc.collect()
+        return bool(there() or executor._pool.runs or executor._pool.pump.feeders)
+
+    wait_until(lambda: not is_left(), "the end of the map")
+    wait_until(lambda: shared_memory_of(os.getpid()) == before, "the end of its function")
+
+
+class NotIterable:
+    def __iter__(self) -> Iterator[int]:
+        raise LookupError
+
+
+def interrupted() -> Iterator[int]:
+    yield 1
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("items", "error"), [(NotIterable, LookupError), (interrupted, KeyboardInterrupt)])
+def test_of_a_map_that_nobody_has_got_nothing_is_left(
+    executor: RingPoolExecutor, items: Callable[[], Iterable[int]], error: type[BaseException]
+) -> None:
+    before = shared_memory_of(os.getpid())
+    with pytest.raises(error):
+        executor.map(functions.identity, items())
+    assert not executor._pool.runs
+    wait_until(lambda: shared_memory_of(os.getpid()) == before, "the end of its function")
 
 
 # ---- taken after the end of the pool ---------------------------------------------------------------------------------

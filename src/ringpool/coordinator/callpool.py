@@ -152,25 +152,31 @@ class CallPool:
         pool.check_open(first=lambda: calls.prepare(fn))
         _require_function(fn)
         pool.make_arena()
+        at_hand = all(map(_is_at_hand, iterables))
+        iterators: list[Iterator[Any]] = [iter(each) for each in iterables]  # which may raise: before there is anything
         try:
             function_id = self._write_function(fn)
         except calls.NotSharedError:  # then each item has it
             function_id = self._write_function(calls.apply)
-            iterables = (repeat(fn), *iterables) if iterables else ()
-        starred = len(iterables) != 1
+            iterators = [repeat(fn), *iterators] if iterators else []
+        starred = len(iterators) != 1
         run = MapRun(
             pool,
             fn,
             function_id,
-            zip(*iterables, strict=False) if starred else iter(iterables[0]),
+            zip(*iterators, strict=False) if starred else iterators[0],
             starred=starred,
-            at_hand=all(map(_is_at_hand, iterables)),
+            at_hand=at_hand,
             options=MapOptions(
                 ordered, chunksize, buffersize, return_exceptions, options.timeout, options.retries, options.priority
             ),
             on_retired=_remover(pool, function_id),
         )
-        run.fill()
+        try:
+            run.fill()
+        except BaseException:  # Ctrl-C: nobody will have it
+            run.close()
+            raise
         return run.results(timeout)
 
 

@@ -177,10 +177,15 @@ class Coordinator:
         def ticket_of(path: bytes, src: Any, dst: Any = None, target: bytes | None = None) -> Ticket:
             return self._ticket(function, inbox, path, src, dst, target)
 
+        try:
+            drawing = Drawing(inputs, output, function.name, function.signature, inbox, ticket_of)
+        except BaseException:  # of the inputs, which cannot be iterated over
+            self._release(function)
+            raise
         return FileRun(
             self._pool,
             inbox,
-            Drawing(inputs, output, function.name, function.signature, inbox, ticket_of),
+            drawing,
             ticket_of,
             function.id,
             window=window,

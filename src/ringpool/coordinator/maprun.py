@@ -376,9 +376,8 @@ class MapRun:
             return
         self.inbox.discards = True
         if self._exhausted:
-            self._pool.runs.discard(self)
-            self._pool.pump.feeders.discard(self)
             self._report()
+            self._retire()
             return
         self._ending = ending = Ending()
         try:
@@ -394,7 +393,19 @@ class MapRun:
             self._is_bound = self._input_error is not None and n_drawn == self._n_drawn
             if not self._is_bound:
                 self._report()
+                self._retire()
             ending.reached()
+
+    def _retire(self) -> None:
+        """Nobody takes the results, and all items are drawn: when the last has arrived, nothing of this map is left."""
+        self._leave()
+        # In the pump's thread, which may be about to send what it has drawn.
+        self._pool.pump.call_soon(lambda: self.inbox.retire_after(self._n_drawn - self._n_unsent))
+
+    def _leave(self) -> None:
+        """The pool need not know of this map any more."""
+        self._pool.runs.discard(self)
+        self._pool.pump.feeders.discard(self)
 
     def _draw_bound(self) -> None:
         """What this map's own thread could not begin to draw may belong to the thread that closes the pool."""
@@ -442,8 +453,7 @@ class MapRun:
             self._draw_bound()
         if self.inbox.discards and not cancel:
             self._report()
-        self._pool.runs.discard(self)
-        self._pool.pump.feeders.discard(self)
+        self._leave()
 
     def _is_filling_here(self) -> bool:
         if not self._turn.acquire(blocking=False):  # another thread has it
@@ -474,6 +484,5 @@ class MapRun:
         self._closed = self._exhausted = self.inbox.closed = True
         self.inbox.arrived.clear()
         self._held.clear()
-        self._pool.runs.discard(self)
-        self._pool.pump.feeders.discard(self)
+        self._leave()
         self._pool.pump.abandon(self.inbox)

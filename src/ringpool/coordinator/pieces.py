@@ -105,13 +105,24 @@ class MapInbox(Inbox):
         self.n_arrived = 0  # items; written by the pump's thread alone
         self.discards = False  # nobody takes results, and yet all items are run
         self.refill: Callable[[], None] | None = None  # called when something has arrived, in the pump's thread
+        self._n_last: int | None = None  # with so many items, all have arrived
         self._retries = retries
 
     def settle(self) -> None:
         """What was there for now has been delivered."""
         super().settle()
+        self._end_if_all()
         if self.refill is not None and not self.closed:
             self.refill()
+
+    def retire_after(self, n_items: int) -> None:
+        """Nobody takes results, and no more than ``n_items`` are run. In the pump's thread."""
+        self._n_last, self.refill = n_items, None
+        self._end_if_all()
+
+    def _end_if_all(self) -> None:
+        if self._n_last is not None and self.n_arrived >= self._n_last:
+            self._end()
 
     def put(self, piece: Piece) -> None:
         """Outcomes have arrived."""

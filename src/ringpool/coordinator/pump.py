@@ -75,7 +75,7 @@ class Pump:
         self._is_deep = False  # somebody was overtaken, and enough is in the ring
         self._backlog: Backlog[Ticket] = Backlog()
         self._leaving: list[Ticket] = []  # out of the backlog, and not yet in the ring
-        self._commands: deque[Callable[[], None]] = deque()
+        self._commands: deque[Callable[[], object]] = deque()
         self._deaths: deque[Death] = deque()
         self._tickets: list[Ticket | None] = [None] * end.ring.slots
         self._precedence = Precedence(end, self._tickets)
@@ -120,7 +120,11 @@ class Pump:
 
     def on_failure(self, error: BaseException) -> None:
         """The supervisor has failed: nobody will report deaths any more."""
-        self._commands.append(lambda: self._break(RingpoolError(f"the supervisor of the workers failed: {error!r}")))
+        self.call_soon(lambda: self._break(RingpoolError(f"the supervisor of the workers failed: {error!r}")))
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Run ``function`` in the pump's thread, unless that ends before. From any thread; returns at once."""
+        self._commands.append(function)
         self._wake()
 
     def call(self, function: Callable[[], Any]) -> Any:
@@ -138,8 +142,7 @@ class Pump:
                 outcome.append((None, error))
             done.release()
 
-        self._commands.append(run)
-        self._wake()
+        self.call_soon(run)
         while not outcome:
             if not done.acquire(timeout=1.0) and not outcome and self._ending_of_thread.has_come:
                 raise CoordinatorClosedError
@@ -258,8 +261,7 @@ class Pump:
                     self._cut_short(ticket.part)
             inbox.retire(len(tickets))
 
-        self._commands.append(drop)
-        self._wake()
+        self.call_soon(drop)
 
     def _cut_short(self, part: Part) -> None:
         """The worker that runs a vector ends the item that it is at, and no more."""
@@ -278,8 +280,7 @@ class Pump:
             self.end.release(n)
             self.parcels.release(n)
 
-        self._commands.append(release)
-        self._wake()
+        self.call_soon(release)
 
     def _is_idle(self) -> bool:
         return not self._backlog and not self._in_ring
