@@ -8,6 +8,7 @@ import multiprocessing
 import operator
 import os
 import pickle
+import resource
 import signal
 import socket
 import subprocess
@@ -623,6 +624,22 @@ def test_an_array_that_comes_back_can_be_written_to(executor: RingPoolExecutor) 
         array = executor.submit(functions.ones, n).result(WATCHDOG_S)
         array += 1
         assert float(array.sum()) == 2 * n
+
+
+@pytest.mark.parametrize("way", ["submit", "map", "map_unordered"])
+def test_more_arrays_are_kept_than_there_are_descriptors(executor: RingPoolExecutor, way: str) -> None:
+    n, limits = 100, resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 20, limits[1]))
+    try:
+        if way == "submit":
+            futures = [executor.submit(functions.ones, 10_000) for _ in range(n)]
+            kept = [future.result(WATCHDOG_S) for future in futures]
+        else:
+            kept = list(getattr(executor, way)(functions.ones, [10_000] * n))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert [float(array.sum()) for array in kept] == [10_000] * n
 
 
 def test_arrays_of_all_kinds_arrive_as_they_were(executor: RingPoolExecutor) -> None:

@@ -1,4 +1,4 @@
-"""Blobs: what was written is read, without a copy, for as long as somebody looks at it."""
+"""Blobs: what was written is read, without a copy, for as long as somebody looks at it; or taken, by a copy."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import pickle
 import random
 import stat
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 from tests.shm.test_segment import in_a_small_shared_memory
 from tests.workers.files.child import Child, say
 
-from ringpool.errors import SegmentMissingError
+from ringpool.errors import SegmentFormatError, SegmentMissingError
 from ringpool.shm import blobs, segment
 from ringpool.shm.layout import Encoding
 from ringpool.shm.segment import SHM_DIRECTORY
@@ -144,12 +146,14 @@ def test_an_array_in_a_reader_is_read_only_and_lies_in_the_mapping(stem: str) ->
         found[0, 0] = 1
 
 
-def test_a_writable_array_is_private(stem: str) -> None:
+@pytest.mark.parametrize("n", [1_000, 100_000, blobs.HEAP_MAX_BYTES // 8])
+def test_a_writable_array_is_a_copy(n: int, stem: str) -> None:
     name = blobs.payload_name(stem, 1)
-    array = np.arange(100_000)
+    array = np.arange(n)
     write_pickled(name, array)
     first, second = read_pickled(name, writable=True), read_pickled(name, writable=True)
-    assert is_inside(first, mapped_spans(name))
+    assert mapped_spans(name) == []
+    assert first.__array_interface__["data"][0] % blobs.ALIGN_BYTES == 0
     first[:] = -1
     assert np.array_equal(second, array)
     assert np.array_equal(read_pickled(name), array)
@@ -204,6 +208,23 @@ print(used())
     assert said.splitlines() == ["True", f"True {MIB}", "0"]
 
 
+def test_what_is_taken_is_in_shared_memory_no_more() -> None:
+    said = in_a_small_shared_memory(
+        4096,
+        """
+import os
+from ringpool.shm import blobs
+from ringpool.shm.layout import Encoding
+for n_bytes in (1 << 10, 1 << 20):
+    blobs.write("b", Encoding.PICKLE, b"body", [memoryview(b"x" * n_bytes)])
+    _, _, [view] = blobs.take("b")
+    room = os.statvfs("/dev/shm")
+    print(bytes(view) == b"x" * n_bytes, os.listdir("/dev/shm"), room.f_blocks - room.f_bfree)
+""",
+    )
+    assert said.splitlines() == ["True [] 0"] * 2
+
+
 def test_a_blob_written_by_one_process_is_read_by_another(stem: str) -> None:
     name = blobs.result_name(stem, 5, 1)
     with Child(write_an_array, name) as child:
@@ -223,6 +244,27 @@ def write_an_array(name: str) -> None:
 def test_a_missing_blob_is_named() -> None:
     with pytest.raises(SegmentMissingError, match="rp\\.none\\.t1: the blob is gone"):
         blobs.read("rp.none.t1")
+
+
+def test_what_cannot_be_read_for_want_of_a_descriptor_can_be_taken_later(
+    stem: str, no_descriptors: Callable[[], AbstractContextManager[None]]
+) -> None:
+    name = blobs.result_name(stem, 1, 0)
+    blobs.write(name, Encoding.PICKLE, b"body")
+    with no_descriptors(), pytest.raises(OSError, match="open"):
+        blobs.take(name)
+    _, body, _ = blobs.take(name)
+    assert body == b"body"
+    assert not blobs.exists(name)
+
+
+def test_what_is_no_blob_is_taken_all_the_same(stem: str) -> None:
+    """Nobody will ever read it."""
+    name = blobs.result_name(stem, 1, 0)
+    path_of(name).write_bytes(bytes(100))
+    with pytest.raises(SegmentFormatError, match="wrong magic number"):
+        blobs.take(name)
+    assert not blobs.exists(name)
 
 
 def test_unlinking_what_is_not_there_is_nothing_to_do(stem: str) -> None:

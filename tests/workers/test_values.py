@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from ringpool.errors import RemoteError, ResultTransportError, SegmentMissingError, WorkerDiedError
-from ringpool.shm import owner, segment
+from ringpool.errors import RemoteError, ResultTransportError, WorkerDiedError
+from ringpool.shm import blobs, owner, segment
 from ringpool.shm.layout import INLINE_BYTES, Encoding
 from ringpool.workers import values
 
@@ -198,7 +198,7 @@ def test_the_limit_between_them_is_where_it_is_said_to_be(n_bytes: int) -> None:
 )
 def test_an_array_comes_back_from_a_blob_as_it_was(array: np.ndarray[Any, Any], writable: bool, blob: str) -> None:
     values.write_blob(blob, values.encode({"array": array}))
-    found = values.read_blob(blob, writable=writable)["array"]
+    found = values.decode(*blobs.read(blob, writable=writable))["array"]
     assert found.dtype == array.dtype
     assert np.array_equal(found, array)
     if array.nbytes >= values.OUT_OF_BAND_MIN_BYTES and (array.flags.c_contiguous or array.flags.f_contiguous):
@@ -211,12 +211,8 @@ def test_an_array_comes_back_from_a_blob_as_it_was(array: np.ndarray[Any, Any], 
 def test_a_large_value_comes_back_from_a_blob_and_keeps_its_type(value: object, blob: str) -> None:
     size_bytes = values.write_blob(blob, values.encode(value))
     assert size_bytes == os.stat(f"{segment.SHM_DIRECTORY}/{blob}").st_size
-    assert same(values.read_blob(blob, writable=True), value)
-
-
-def test_a_blob_that_is_gone_is_named() -> None:
-    with pytest.raises(SegmentMissingError, match="the blob is gone"):
-        values.read_blob("rp.none.r1.0", writable=True)
+    assert same(values.decode(*blobs.take(blob)), value)
+    assert not blobs.exists(blob)
 
 
 # ---- what cannot travel ----------------------------------------------------------------------------------------------

@@ -63,15 +63,10 @@ def is_from_signal(error: BaseException) -> bool:
 
 
 def _value_of_blob(ticket: Ticket) -> Any:
-    blob, ticket.result_blob = ticket.result_blob, None  # the value alone keeps the mapping from here on
+    blob, ticket.result_blob = ticket.result_blob, None  # the value alone keeps the memory from here on
     if isinstance(blob, BaseException):
         raise blob
-    if isinstance(blob, str):
-        try:
-            return values.read_blob(blob, writable=True)
-        finally:
-            blobs.unlink(blob)
-    return values.decode(*blob)
+    return values.decode(*blobs.take(blob)) if isinstance(blob, str) else values.decode(*blob)
 
 
 def error_of(ticket: Ticket, status: int, value: Any) -> BaseException:

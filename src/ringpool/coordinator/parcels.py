@@ -1,7 +1,7 @@
 """What is too large for a record: blobs with the payloads of tasks, and with results.
 
     payload   written by whoever submits --> read by the worker --> removed when the task has its result
-    result    written by the worker ------> take: mapped, and its name removed --> lives as long as somebody looks at it
+    result    written by the worker ------> take: copied, and removed
 
 Where results are retained, both keep their names until ``release``: a coordinator that dies before it leaves them to
 whoever drains the segment. Used by the pump's thread alone.
@@ -30,19 +30,16 @@ class Parcels:
         return blobs.result_name(self._segment, layout.sequence_of(entry), layout.attempt_of(entry))
 
     def take(self, entry: int) -> Any:
-        """Map a result's blob: encoding, body and buffers; or the error of that, for its reader to raise; or its name,
-        for its reader to try again.
+        """A result's blob: encoding, body and buffers; or the error of reading it, for whoever wants the result to
+        raise; or its name, for him to try again.
         """
         name = self.name_of_result(entry)
         try:
-            blob = blobs.read(name, writable=True)
-        except OSError:  # no descriptor left, say
+            return blobs.read(name, writable=True) if self._retains else blobs.take(name)
+        except (OSError, MemoryError):  # no descriptor left, say
             return name
         except RingpoolError as error:
-            blob = error
-        if not self._retains:
-            blobs.unlink(name)
-        return blob
+            return error
 
     def retain(self, task: Task, entry: int, *, is_parcel: bool) -> None:
         """The ring retains a result: so are its blob, if it ``is_parcel``, and its task's."""

@@ -38,7 +38,8 @@ class Piece(msgspec.Struct, eq=False):
     """Outcomes of consecutive items, as they arrive; ``values`` is whole once ``decode`` has run.
 
     ``spent_ns`` in the function; ``outcomes``: a stream of further ones, see ``vectors``; ``n_bytes`` that they took
-    in their chunk, plain words not counted; ``blob``: what one of them left in shared memory; ``failed``: whether there
+    in their chunk, plain words not counted; ``blob``: what one of them left in shared memory, or its name, or the error
+    of reading it; ``failed``: whether there
     may be a ``Failure`` among them. ``worker``: where they ran, -1 where that is not known; ``attempts``: how often the
     first was started; ``times``: of items that are timed, the last first, ns.
     """
@@ -79,20 +80,20 @@ class Piece(msgspec.Struct, eq=False):
             case OutcomeKind.PICKLE:
                 return values.decode(1, body)
             case OutcomeKind.BLOB:
-                return values.decode(*self._mapped())
+                return values.decode(*self._taken())
             case OutcomeKind.ERROR:
                 return Failure(values.decode_error(values.decode(1, body)))
             case _:
                 if body:  # there was no room for the exception itself
                     type_name, _, message = str(values.decode(0, body)).partition(": ")
                     return Failure(RemoteError(type_name, message, ""))
-                return Failure(values.decode_error(values.decode(*self._mapped())))
+                return Failure(values.decode_error(values.decode(*self._taken())))
 
-    def _mapped(self) -> Any:
+    def _taken(self) -> Any:
         blob, self.blob = self.blob, None
         if isinstance(blob, BaseException):
             raise blob
-        return blob
+        return blobs.take(blob) if isinstance(blob, str) else blob
 
 
 class MapInbox(Inbox):
@@ -233,15 +234,15 @@ class MapInbox(Inbox):
 
     @staticmethod
     def _blob_of(name: str) -> Any:
-        """The blob that the last of a vector's outcomes may have left, mapped; None for none."""
+        """The blob that the last of a vector's outcomes may have left; None for none."""
         if not blobs.exists(name):
             return None
         try:
-            return blobs.read(name, writable=True)
-        except Exception as error:  # whoever takes the result is told
+            return blobs.take(name)
+        except (OSError, MemoryError):  # whoever takes the result tries again
+            return name
+        except Exception as error:  # and is told
             return error
-        finally:
-            blobs.unlink(name)
 
     def _fail(
         self, part: Part, first: int, end: int, error: BaseException, worker: int = -1, attempts: int = 1

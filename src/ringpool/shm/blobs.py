@@ -7,16 +7,18 @@
     0x18  Q  bytes of each buffer, n_buffers times
     then the body, then the buffers, each on a multiple of 64
 
-The publisher writes once (a buffer is copied once, into the file); a reader maps the file and makes views into the
+The publisher writes once (a buffer is copied once, into the file). A worker maps the file and makes views into the
 mapping: no copy. A view keeps its mapping alive, and an unlinked file lives on while it is mapped, so that nothing is
-reused while something still exports it, and all is freed with the last view. Names: ``<segment>.t<id>`` payloads,
-``.f<id>`` functions, ``.r<sequence>.<attempt>`` results, ``.i<worker>`` what its initializer raised; all go with their
-segment.
+reused while something still exports it, and all is freed with the last view. Whoever takes a result copies it: a
+program may keep any number of them, and a mapping would hold a descriptor, and memory of ``/dev/shm``, for each. Names:
+``<segment>.t<id>`` payloads, ``.f<id>`` functions, ``.r<sequence>.<attempt>`` results, ``.i<worker>`` what its
+initializer raised; all go with their segment.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
@@ -33,6 +35,7 @@ MAGIC = int.from_bytes(b"RPBLOB1\0", "little")
 HEAD = struct.Struct("<QIIQ")
 ALIGN_BYTES = 64
 COPIED_MAX_BYTES = 1 << 16  # a mapping costs a descriptor for as long as it lives, and more time than such a copy
+HEAP_MAX_BYTES = 1 << 23  # up to here malloc has memory to give that was used before; beyond, huge pages are quicker
 Buffer = bytes | bytearray | memoryview
 
 
@@ -100,28 +103,62 @@ def _create(name: str) -> posix_ipc.SharedMemory:
 def read(name: str, *, writable: bool = False) -> tuple[Encoding, memoryview, list[memoryview]]:
     """Map the blob ``name``: encoding, body and buffers, as views into the mapping.
 
-    ``writable``: the views are of a private copy-on-write mapping; otherwise they are read-only. Raises
-    ``SegmentMissingError`` and ``SegmentFormatError``; ``OSError``, where that cannot be told.
+    ``writable``: the views are of a private copy; otherwise they are read-only. Raises ``SegmentMissingError`` and
+    ``SegmentFormatError``; ``OSError`` or ``MemoryError``, where that cannot be told.
     """
     try:
-        file = posix_ipc.SharedMemory(f"/{name}", read_only=not writable)
+        file = posix_ipc.SharedMemory(f"/{name}", read_only=True)
     except posix_ipc.ExistentialError:
         raise SegmentMissingError(name, "the blob is gone") from None
     except posix_ipc.PermissionsError:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), f"{SHM_DIRECTORY}/{name}") from None
     try:
         size_bytes = os.fstat(file.fd).st_size
-        if size_bytes <= COPIED_MAX_BYTES:
-            view = memoryview(bytearray(os.pread(file.fd, size_bytes, 0)))
-            view = view if writable else view.toreadonly()
+        if writable:
+            view = _copied(file.fd, size_bytes)
+        elif size_bytes <= COPIED_MAX_BYTES:
+            view = memoryview(os.pread(file.fd, size_bytes, 0))
         else:
-            view = memoryview(mmap.mmap(file.fd, 0, access=mmap.ACCESS_COPY if writable else mmap.ACCESS_READ))
+            view = memoryview(mmap.mmap(file.fd, 0, access=mmap.ACCESS_READ))
     finally:
         file.close_fd()
     try:
         return _views(view)
     except (ValueError, struct.error) as error:
         raise SegmentFormatError(name, f"it is no blob, or a damaged one: {error}") from None
+
+
+def take(name: str) -> tuple[Encoding, memoryview, list[memoryview]]:
+    """``read`` a copy that can be written to, and remove the blob. It stays where it cannot be read, except for what
+    nobody ever will: where the error is a ``SegmentFormatError``.
+    """
+    try:
+        blob = read(name, writable=True)
+    except SegmentFormatError:
+        unlink(name)
+        raise
+    unlink(name)
+    return blob
+
+
+def _copied(fd: int, size_bytes: int) -> memoryview:
+    """The file's content, in memory of our own. Raises ``MemoryError`` or ``OSError``."""
+    view = _allocate(size_bytes)
+    at = 0
+    while at < size_bytes and (n := os.preadv(fd, [view[at:]], at)):  # in one go, unless it is 2 GiB or more
+        at += n
+    return view[:at]
+
+
+def _allocate(size_bytes: int) -> memoryview:
+    if size_bytes <= HEAP_MAX_BYTES:
+        memory = bytearray(size_bytes + ALIGN_BYTES)
+        start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % ALIGN_BYTES
+        return memoryview(memory)[start : start + size_bytes]
+    mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(mapping)
 
 
 def _views(view: memoryview) -> tuple[Encoding, memoryview, list[memoryview]]:

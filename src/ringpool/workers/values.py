@@ -4,8 +4,8 @@
     everything else                                     pickle, protocol 5; so that a tuple stays a tuple
     more than 1,040 bytes of either                     a blob; large buffers lie in it as they are
 
-A reader gets views into the blob's mapping for out-of-band buffers: read-only in a worker, private copy-on-write
-where the result arrives. The mapping lives as long as any of them.
+A worker gets read-only views into the blob's mapping for out-of-band buffers, which lives as long as any of them;
+whoever takes a result, views into a copy that can be written to.
 
 A class that a worker got by value, because pickle could not name it, goes back by name, see ``byname``.
 """
@@ -105,12 +105,6 @@ def encode_inline(value: object) -> bytes | None:
 def decode(encoding: int, body: bytes | memoryview, buffers: list[memoryview] | None = None) -> Any:
     """The value of an ``Encoded``. Raises whatever pickle raises for it."""
     return _unpack(body) if encoding == _MSGPACK else pickle.loads(body, buffers=buffers)
-
-
-def read_blob(name: str, *, writable: bool) -> Any:
-    """The value in blob ``name``. Raises ``SegmentMissingError`` where it is gone, and whatever pickle raises."""
-    encoding, body, buffers = blobs.read(name, writable=writable)
-    return decode(encoding, body, buffers)
 
 
 def write_blob(name: str, encoded: Encoded) -> int:
