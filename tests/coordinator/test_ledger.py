@@ -619,6 +619,30 @@ def test_a_ledger_whose_maker_was_killed_is_no_job_and_is_made_anew(tmp_path: Pa
         assert ledger.check() == []
 
 
+class MadeMeanwhile(sqlite3.Connection):
+    """A connection to a database in which a neighbour makes the ledger after the first question."""
+
+    def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+        if sql == "PRAGMA user_version":
+            [(_, _, path)] = super().execute("PRAGMA database_list")
+            with closing(sqlite3.connect(path, isolation_level=None)) as neighbour:
+                ledgers._make(neighbour)
+        return super().execute(sql, *parameters)
+
+
+def test_a_ledger_that_is_made_while_one_looks_is_not_taken_for_anothers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path_of(tmp_path).parent.mkdir()
+    change(path_of(tmp_path), "PRAGMA journal_mode = WAL")
+    with monkeypatch.context() as patched:
+        patched.setattr(ledgers, "connect", lambda uri: sqlite3.connect(uri, uri=True, factory=MadeMeanwhile))
+        with pytest.raises(JobMissingError, match="never finished"):
+            Ledger.open(tmp_path, read_only=True)
+    with Ledger.open(tmp_path, read_only=True) as ledger:
+        assert ledger.jobs() == []
+
+
 def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     path_of(tmp_path).parent.mkdir()
     path_of(tmp_path).symlink_to(tmp_path / "gone" / "ledger.db")

@@ -390,9 +390,11 @@ def _refuse_what_is_no_file(path: Path, directory: Path, *, may_be_missing: bool
 
 def _is_ledger(db: sqlite3.Connection, path: Path) -> bool:
     """Whether it is one that we know; False where nothing is in it yet. Raises ``LedgerError`` for anything else."""
+    db.execute("BEGIN")  # who makes one commits it between two questions: the answers are to be of one moment
     [(application,)] = db.execute("PRAGMA application_id")
     [(version,)] = db.execute("PRAGMA user_version")
     [(n_tables,)] = db.execute("SELECT count(*) FROM sqlite_schema")
+    db.execute("COMMIT")
     if not n_tables and not application:
         return False
     if application != APPLICATION_ID:
