@@ -541,6 +541,26 @@ def test_a_stop_lets_what_runs_end_and_a_resume_does_the_rest(tmp_path: Path) ->
     assert counts(again) == (200 - report.progress.done, report.progress.done, 0, 0)
 
 
+def test_a_stop_while_the_run_starts_is_heard_and_one_before_it_is_none(tmp_path: Path) -> None:
+    source = named(tmp_path / "in", "a", "b", "c", "d")
+    job = Job(functions.copy, str(source), f"{tmp_path}/out/{{name}}")
+
+    asked: list[str] = []
+
+    def stop_at_first(work: Any) -> bool:
+        if not asked:
+            assert not (tmp_path / "out").exists()
+            job.stop("not yet")
+        asked.append(work.path)
+        return True
+
+    report = job.run(1, only=stop_at_first)
+    assert (report.stopped, counts(report)) == ("not yet", (0, 0, 0, 0))
+    job.stop()
+    report = job.run(1)
+    assert (report.stopped, counts(report)) == ("", (4, 0, 0, 0))
+
+
 def test_a_second_stop_does_not_wait(tmp_path: Path) -> None:
     source = named(tmp_path / "in", "a", "b.slow")
     job = Job(functions.fail_by_name, str(source), f"{tmp_path}/out/{{name}}")

@@ -31,7 +31,7 @@ from ringpool.coordinator.inputs import OWN_DIRECTORY
 from ringpool.coordinator.joblock import JobLock
 from ringpool.coordinator.joboptions import JobOptions as JobOptions
 from ringpool.coordinator.jobrun import JobRun, RunSettings, StopNow
-from ringpool.coordinator.jobwork import Failure, Planned, Progress, Work
+from ringpool.coordinator.jobwork import Failure, Planned, Progress, Stops, Work
 from ringpool.coordinator.knowninputs import KnownInputs
 from ringpool.coordinator.ledger import Ledger
 from ringpool.coordinator.outputs import NamedOutputs
@@ -131,6 +131,7 @@ class Job:
         )
         self._spec = spec
         self._run: JobRun | None = None
+        self._stops: list[Stops] = []  # of the runs that have been called, and have not returned
 
     if not TYPE_CHECKING:  # for which each attribute is there
 
@@ -223,12 +224,13 @@ class Job:
         works = filter(only, self._works) if only is not None else iter(self._works)
         if verify not in ("size", "digest"):
             raise ValueError(f"verify is 'size' or 'digest', not {verify!r}")
-        # Two inputs with one output are a likely mistake, to be seen before anything is made: unless they are streamed.
-        head = [] if self._works.is_streamed else list(islice(works, 2))
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as locks:
+        with contextlib.ExitStack() as held:
+            stops = held.enter_context(self._hearing_stops())
+            # Two inputs with one output are a likely mistake, to be seen before anything is made; but for a stream.
+            head = [] if self._works.is_streamed else list(islice(works, 2))
+            self.directory.mkdir(parents=True, exist_ok=True)
             for place in self._places():
-                locks.enter_context(JobLock(place))
+                held.enter_context(JobLock(place))
             ledger = Ledger.open(self.directory, synchronous=self.options.durability in ("data", "full"))
             try:
                 job = ledger.job(self.identity, self._spec)
@@ -242,6 +244,7 @@ class Job:
                     job,
                     settings,
                     progress,
+                    stops=stops,
                     redo=redo,
                     on_progress=on_progress,
                     on_row=on_row,
@@ -261,11 +264,11 @@ class Job:
 
     def stop(self, reason: str = "asked to stop") -> None:
         """Take no new file and let those that run end, for ``grace_s`` at most; called again: at once. From any
-        thread.
+        thread, and from the moment that ``run`` is called: one that still starts begins no file. Where no ``run`` is
+        under way nothing happens: a later one is not stopped.
         """
-        run = self._run
-        if run is not None:
-            run.stop(reason)
+        for stops in tuple(self._stops):
+            stops.ask(reason)
 
     def interrupt(self, reason: str) -> bool:
         """``stop``, from a signal handler of the thread that runs; whether there is a run."""
@@ -289,6 +292,16 @@ class Job:
             options.rate_per_s,
             options.grace_s,
         )
+
+    @contextlib.contextmanager
+    def _hearing_stops(self) -> Iterator[Stops]:
+        """What ``stop`` is told meanwhile."""
+        stops = Stops()
+        self._stops.append(stops)
+        try:
+            yield stops
+        finally:
+            self._stops.remove(stops)
 
     def _run_on_pool(self, run: JobRun, ledger: Ledger, job: int, workers: int | None, mp_context: Any) -> None:
         options = self.options

@@ -26,7 +26,7 @@ from ringpool.coordinator import lists, verify
 from ringpool.coordinator.futures import outcome_of
 from ringpool.coordinator.inbox import Inbox
 from ringpool.coordinator.jobrows import KIND, MADE, SIZE, STATE, row_of, row_of_error
-from ringpool.coordinator.jobwork import Failure, Planned, Progress, Work
+from ringpool.coordinator.jobwork import Failure, Planned, Progress, Stops, Work
 from ringpool.coordinator.ledger import Ledger, State
 from ringpool.coordinator.ledgerqueries import decode_made
 from ringpool.coordinator.pool import Pool
@@ -99,6 +99,7 @@ class RunSettings(NamedTuple):
 class JobRun:
     """Does ``works``, and keeps ``ledger`` (None: there is none yet, for ``plan``) of ``job``.
 
+    ``stops``: what it is asked by others, perhaps before it is made.
     ``on_progress(progress)`` is called ten times a second at most; ``on_row(work, row)`` for each file that ended.
     """
 
@@ -110,6 +111,7 @@ class JobRun:
         settings: RunSettings,
         progress: Progress,
         *,
+        stops: Stops | None = None,
         redo: Callable[[Work], bool] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         on_row: Callable[[Work, tuple[Any, ...], Any], None] | None = None,
@@ -138,8 +140,7 @@ class JobRun:
         self._input_error: Exception | None = None
         self._error: BaseException | None = None
         self._n_dead = 0  # set aside by this run
-        self._stops = 0
-        self._stop_reason = ""
+        self._stops = stops if stops is not None else Stops()
         self._stopped_at: float | None = None
         self._is_drawing = False
         self._next_start_s = 0.0
@@ -148,8 +149,7 @@ class JobRun:
 
     def stop(self, reason: str = "asked to stop") -> None:
         """Take no new input, and let what runs end; called again: stop at once."""
-        self._stops += 1
-        self._stop_reason = self._stop_reason or reason
+        self._stops.ask(reason)
 
     def interrupt(self, reason: str) -> None:
         """``stop``, from a signal handler in the thread that runs: inputs that do not come are not waited for."""
@@ -251,15 +251,15 @@ class JobRun:
             progress.output_bytes += n_bytes
 
     def _consider_stopping(self) -> None:
-        if not self._stops:
+        if not self._stops.n:
             return
         if self._stopped_at is None:
             self._stopped_at = time.monotonic()
             self._exhausted = True
-            self.progress.stopping = self._stop_reason
+            self.progress.stopping = self._stops.reason
             assert self._pool is not None
             self._pool.drop_unstarted(claimed=True)
-        if self._stops > 1 or time.monotonic() - self._stopped_at > self._settings.grace_s:
+        if self._stops.n > 1 or time.monotonic() - self._stopped_at > self._settings.grace_s:
             raise StopNow
 
     def _fill(self) -> None:
@@ -268,7 +268,7 @@ class JobRun:
         began_s, not_told = clock(), 0 if self._under_way else FLUSH_TICKETS
         rate_per_s, now_s = self._settings.rate_per_s, began_s
         window = min(self._window, self._n_may_fail())
-        while self._under_way < window and not self._stops:
+        while self._under_way < window and not self._stops.n:
             if rate_per_s is not None and clock() < self._next_start_s:
                 break
             work = self._draw()
@@ -353,7 +353,7 @@ class JobRun:
         self._consider_stopping()
         self._tell()
         self._is_drawing = True
-        if self._stops:
+        if self._stops.n:
             raise _DrawingStopped
 
     def _collect(self) -> None:
@@ -399,7 +399,7 @@ class JobRun:
     def _limit_failures(self) -> None:
         settings, progress, n = self._settings, self.progress, self._n_failed
         n_run = progress.done + n
-        if self._stops or not n:
+        if self._stops.n or not n:
             return
         if settings.max_failures is not None and n > settings.max_failures:
             self.stop(f"more than {settings.max_failures} failure{'' if settings.max_failures == 1 else 's'}")

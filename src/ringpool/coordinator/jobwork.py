@@ -59,3 +59,18 @@ class Progress(msgspec.Struct):
     def seen(self) -> int:
         """How many inputs have come to their end, in whatever way."""
         return self.done + self.skipped + self.failed + self.dead
+
+
+class Stops:
+    """How often a run was asked to stop, and why: ``n``, and the ``reason`` of the first time. Made before the run is,
+    so that who asks while it starts is heard.
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.reason = ""
+
+    def ask(self, reason: str) -> None:
+        """Once more. From any thread, and from a signal handler."""
+        self.reason = self.reason or reason
+        self.n += 1
