@@ -128,3 +128,8 @@ def kill_before_the_result(src: Path, dst: Path, *, pid: int) -> None:
 
     Results.finish = die
     dst.write_bytes(src.read_bytes())
+
+
+def megabyte(src: str) -> bytes:
+    """A value that takes its room."""
+    return b"x" * 1_000_000

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from tests.coordinator.program import ROOT, shared_memory_of, wait_until
 from tests.jobs import job_functions as functions
+from tests.shm.test_segment import in_a_small_shared_memory
 from tests.workers.files.child import Child, say
 
 from ringpool import InputFile, Job, Report, RetryPolicy
@@ -1200,3 +1201,15 @@ def test_a_terminal_that_goes_away_says_so_twice_and_a_job_leaves_nothing(source
         assert program.returncode in (128 + signal.SIGHUP, -signal.SIGHUP)
     assert shared_memory_of(program.pid) == set()
     assert not list((place / ".ringpool" / "staging").iterdir())
+
+
+_MANY_MEGABYTES = """
+from ringpool import Job
+from tests.jobs.job_functions import megabyte
+report = Job(megabyte, map(str, range(120)), directory={!r}, fingerprints=False, durability="none").run(2)
+print(report.progress.done, report.kinds)
+"""
+
+
+def test_values_of_a_megabyte_fit_a_small_shared_memory_one_after_the_other(tmp_path: Path) -> None:
+    assert in_a_small_shared_memory(48 << 10, _MANY_MEGABYTES.format(str(tmp_path))) == "120 {}\n"

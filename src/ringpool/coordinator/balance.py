@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from ringpool.coordinator.tickets import Part, Sink, Ticket
-from ringpool.shm import layout
+from ringpool.shm import blobs, layout
 from ringpool.shm.dispatch import CoordinatorEnd
 from ringpool.shm.vectors import Arena
 
@@ -44,14 +44,15 @@ class Balance:
         time to look.
 
         Where results are retained, for a job, nobody waits for one task: its claims are long, because outputs are
-        committed together, and are broken up only when somebody has nothing to do.
+        committed together, and are broken up only when somebody has nothing to do; or when ``/dev/shm`` is nearly full,
+        for somebody may wait for room there, and the results that a claim holds are nobody's until it ends.
         """
         now = time.monotonic()
         if now - self._watched_at < TAKE_BACK_AFTER_S:
             return False
         self._watched_at = now
         ring = self._end.ring
-        if self._end.retains and not self.is_anybody_idle():
+        if self._end.retains and not self.is_anybody_idle() and not blobs.is_room_short():
             return True
         for worker in range(ring.workers):
             claim = ring.words[ring.worker_word(worker, layout.W_CLAIM)]

@@ -10,7 +10,8 @@
        |                                |                                                             |
        +--all done--------------------- +---------------------------------- rows, drain, segment gone +
 
-A batch is written when it has 1,024 rows or is a quarter of a second old. Used by one thread, except ``stop``.
+A batch is written when it has 1,024 rows, when its results hold 8 MiB of /dev/shm, or when it is a quarter of a second
+old. Used by one thread, except ``stop``.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ RATED_S = 0.1  # ... where their rate is limited, what may begin in this time: w
 SLOTS = 4 * WINDOW  # ... and results that the ledger does not have yet
 BATCH_ROWS = 1024
 BATCH_S = 0.25
+BATCH_BYTES = 8 << 20  # of results that are blobs: a container's /dev/shm may have 64 MiB in all
 BATCHES_KEPT = 4  # the segment forgets a batch as soon as the pump has a turn
 FILL_S = 0.002  # how long inputs are drawn while results wait to be taken
 FLUSH_TICKETS = 64
@@ -133,6 +135,7 @@ class JobRun:
         self._rows: list[tuple[Any, ...]] = []
         self._counted: deque[set[tuple[Any, ...]]] = deque(maxlen=BATCHES_KEPT)  # files of the last batches
         self._n_results = 0  # of records in ``_rows``, and of tasks without a row
+        self._held_bytes = 0  # of their blobs
         self._batch_at = self._told_at = time.monotonic()
         self._under_way = 0
         self._window = WINDOW
@@ -226,7 +229,7 @@ class JobRun:
         """Write what has arrived into the ledger, then let the segment forget it."""
         self._batch_at = time.monotonic()
         self.commit_rows()
-        n, self._n_results = self._n_results, 0
+        n, self._n_results, self._held_bytes = self._n_results, 0, 0
         if n and self._pool is not None:
             self._pool.pump.release(n)
 
@@ -364,8 +367,11 @@ class JobRun:
             self._under_way -= 1
             if isinstance(record, ResultRecord):
                 self._n_results += 1
+                self._held_bytes += record.blob_bytes
                 if record.status != _CANCELLED:
                     self._count(ticket, record)
+                if self._held_bytes >= BATCH_BYTES:
+                    self.commit()
             elif record is not None and self._error is None:  # the pool is broken: one error, not one for each file
                 self._error = record
                 self._exhausted = True

@@ -185,6 +185,12 @@ def exists(name: str) -> bool:
     return os.path.exists(f"{SHM_DIRECTORY}/{name}")
 
 
+def is_room_short() -> bool:
+    """Whether less than a quarter of ``/dev/shm`` is free: what waits there in vain is better off elsewhere."""
+    found = os.statvfs(SHM_DIRECTORY)
+    return found.f_bavail * 4 < found.f_blocks
+
+
 def unlink(name: str) -> None:
     """Remove the blob ``name``; its mappings stay valid. One that is not there is none to remove."""
     with contextlib.suppress(posix_ipc.ExistentialError):

@@ -209,11 +209,12 @@ class JobRunner:
                 self._peak_rss = bound.peak_rss_of_command()
             elif end_ns - self._weighed_ns > WEIGH_EVERY_NS:
                 self._weighed_ns, self._peak_rss = end_ns, getrusage(RUSAGE_SELF).ru_maxrss << 10
-            encoding, encoded = _encode_value(value)
-            outcome = JobOutcome(found, tuple(outputs), encoding, encoded, bound.n_calls, started_s, self._peak_rss)
+            encoding, own = _encode_value(value)
+            outcome = JobOutcome(found, tuple(outputs), encoding, own, bound.n_calls, started_s, self._peak_rss)
             body, encoding, blob_bytes = encode_outcome(outcome), _MSGPACK, 0
             if len(body) > layout.INLINE_BYTES:
-                body, encoding, blob_bytes = self._post.place(entry, values.Encoded(_MSGPACK, body))
+                encoded = values.Encoded(_MSGPACK, body)
+                body, encoding, blob_bytes = self._post.place_in_time(entry, encoded, self._group.commit)
             self._post.results.post(entry, _STAGED if staged else _OK, encoding, body, end_ns - start_ns, blob_bytes)
         except BaseException:
             try:
