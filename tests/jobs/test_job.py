@@ -36,6 +36,7 @@ from ringpool.errors import (
     CommandTemplateError,
     InputMissingError,
     JobBusyError,
+    JobMissingError,
     OutputCollisionError,
     OutputPatternError,
     ParameterError,
@@ -580,6 +581,28 @@ def test_what_runs_has_its_grace_and_no_more(tmp_path: Path) -> None:
     job = Job(functions.fail_by_name, str(source), f"{tmp_path}/out/{{name}}", grace_s=0.2)
     report = job.run(2, on_row=lambda *_: job.stop())
     assert counts(report) == (1, 0, 0, 0)
+
+
+@pytest.mark.parametrize("is_made_anew", [False, True])
+def test_a_run_whose_directory_was_renamed_ends_and_goes_on_when_it_is_back(tmp_path: Path, is_made_anew: bool) -> None:
+    source = named(tmp_path / "in", *(f"{i:04}" for i in range(400)))
+    job = Job(functions.slowly, str(source), f"{tmp_path}/out/{{name}}", params={"seconds": 0.02})
+
+    def rename(*_: Any) -> None:
+        if not (tmp_path / "moved").exists():
+            (tmp_path / "out").rename(tmp_path / "moved")
+            if is_made_anew:
+                Ledger.open(tmp_path / "out").close()
+
+    progress = Progress()
+    with pytest.raises(JobMissingError, match=r"no job in .*/out: it was removed or renamed while the job ran"):
+        job.run(2, on_row=rename, progress=progress)
+    assert progress.seen < 400
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    (tmp_path / "moved").rename(tmp_path / "out")
+    report = job.run(2)
+    assert report.ok
+    assert report.progress.skipped == progress.done > 0
 
 
 def test_what_the_inputs_raise_comes_when_all_before_is_done(tmp_path: Path) -> None:

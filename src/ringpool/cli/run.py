@@ -232,6 +232,7 @@ def execute(order: Order) -> int:
     from ringpool.cli.screen import Failures, shown
     from ringpool.coordinator.jobwork import Progress
     from ringpool.coordinator.pool import start_server
+    from ringpool.errors import JobMissingError
 
     call, job, directory, selection = order
     progress, failures = Progress(), Failures()
@@ -253,10 +254,10 @@ def execute(order: Order) -> int:
                 on_row=_writer(order, failures),
                 progress=progress,
             )
-    except BaseException:
+    except BaseException as error:
         failures.say()
         if progress.seen and not call.quiet:
-            _say_summary(progress, directory)
+            _say_summary(progress, directory, has_ledger=not isinstance(error, JobMissingError))
         raise
     failures.say()
     if not call.quiet:
@@ -267,11 +268,11 @@ def execute(order: Order) -> int:
     return _ending(order, progress, report.stopped)
 
 
-def _say_summary(progress: Progress, directory: str) -> None:
+def _say_summary(progress: Progress, directory: str, *, has_ledger: bool = True) -> None:
     from ringpool.cli.screen import in_words, ways_on
 
     say(in_words(progress))
-    ways = ways_on(progress, directory)
+    ways = ways_on(progress, directory) if has_ledger else ""
     if ways:
         say(ways)
 

@@ -226,8 +226,12 @@ class JobRun:
             self.commit()
 
     def commit(self) -> None:
-        """Write what has arrived into the ledger, then let the segment forget it."""
+        """Write what has arrived into the ledger, then let the segment forget it. Raises ``JobMissingError`` where the
+        ledger is not in its place any more: nor is what is staged.
+        """
         self._batch_at = time.monotonic()
+        if self._ledger is not None:
+            self._ledger.require_in_place()
         self.commit_rows()
         n, self._n_results, self._held_bytes = self._n_results, 0, 0
         if n and self._pool is not None:

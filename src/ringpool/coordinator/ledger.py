@@ -124,6 +124,8 @@ class Ledger(LedgerQueries):
         self._read_only = read_only
         self._pid = os.getpid()
         self._numbered: dict[int, bool] = {}
+        self._place = path.absolute()
+        self._file = _file_at(self._place)
 
     @classmethod
     def open(cls, directory: Path, *, create: bool = True, read_only: bool = False, synchronous: bool = True) -> Ledger:
@@ -167,6 +169,13 @@ class Ledger(LedgerQueries):
                 self._db.execute("PRAGMA busy_timeout = 0")
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         self._db.close()
+
+    def require_in_place(self) -> None:
+        """Raise ``JobMissingError`` where another file is at its path, or none: what is written goes there no more."""
+        if _file_at(self._place) != self._file:
+            reason = "it was removed or renamed while the job ran"
+            way = "put it back and resume the job, or run its command again"
+            raise JobMissingError(str(self.path.parent.parent), f"{reason}; {way}")
 
     def __enter__(self) -> Ledger:
         return self
@@ -386,6 +395,15 @@ def _refuse_what_is_no_file(path: Path, directory: Path, *, may_be_missing: bool
         raise LedgerError(str(path), f"it is {kind}; move it away, and the job begins anew")
     if not os.access(path, os.R_OK if read_only else os.R_OK | os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def _file_at(path: Path) -> tuple[int, int]:
+    """Device and inode of the file at ``path``; 0, 0: there is none."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return 0, 0
+    return found.st_dev, found.st_ino
 
 
 def _is_ledger(db: sqlite3.Connection, path: Path) -> bool:
