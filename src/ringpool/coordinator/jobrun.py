@@ -433,7 +433,7 @@ class JobRun:
             assert value is not None
             row = row_of_error(work, record, value)
             progress.retried += record.attempt > 0
-            if isinstance(value, FunctionChangedError) and not self._stops:
+            if isinstance(value, FunctionChangedError) and not self._stops.n:
                 self.stop("its function was changed while it ran")
             self.kinds[row[KIND]] += 1
             if row[STATE] == State.DEAD:
