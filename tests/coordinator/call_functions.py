@@ -542,6 +542,20 @@ def answer(value: object) -> None:
     _ends[1].send(value)
 
 
+class EndError(Exception):
+    """``args``: words, and an end of a pipe, or a socket."""
+
+
+def raise_with_end(kind: str) -> None:
+    """With one end; to the other, ``answer`` writes, or ``send_to_kept`` where it is a socket."""
+    _ends[:] = multiprocessing.Pipe() if kind == "pipe" else socket.socketpair()
+    raise EndError("it has an end", _ends[0])
+
+
+def send_to_kept(words: str) -> None:
+    send_to(_ends[1], words)
+
+
 class Registered:
     """Tests register a reducer for it, that ``multiprocessing`` uses and pickle does not."""
 

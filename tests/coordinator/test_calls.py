@@ -552,6 +552,24 @@ def test_a_function_that_holds_a_socket_can_be_mapped(method: str) -> None:
         assert sorted(end.recv() for _ in range(4) if end.poll(WATCHDOG_S)) == [0, 1, 2, 3]
 
 
+def test_an_exception_brings_its_end_of_a_pipe_and_leaves_the_workers_own(by_method: RingPoolExecutor) -> None:
+    error = by_method.submit(functions.raise_with_end, "pipe").exception(WATCHDOG_S)
+    assert isinstance(error, functions.EndError)
+    by_method.submit(functions.answer, "well").result(WATCHDOG_S)
+    with error.args[1] as end:
+        assert end.poll(WATCHDOG_S)
+        assert end.recv() == "well"
+
+
+def test_an_exception_brings_its_socket(by_method: RingPoolExecutor) -> None:
+    error = by_method.submit(functions.raise_with_end, "socket").exception(WATCHDOG_S)
+    assert isinstance(error, functions.EndError)
+    with error.args[1] as back:
+        back.settimeout(WATCHDOG_S)
+        by_method.submit(functions.send_to_kept, "hi").result(WATCHDOG_S)
+        assert back.recv(10) == b"hi"
+
+
 def test_no_descriptor_is_left_of_what_pickle_refuses(executor: RingPoolExecutor) -> None:
     here, there = socket.socketpair()
     with here, there:

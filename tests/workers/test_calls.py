@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import multiprocessing
 import operator
 import os
 import pickle
@@ -25,6 +26,8 @@ from ringpool.shm import blobs, owner, segment
 from ringpool.shm.layout import CHUNK_BYTES, Encoding, Form, ItemsEncoding
 from ringpool.workers import calls, values
 from ringpool.workers.values import OUT_OF_BAND_MIN_BYTES
+
+WATCHDOG_S = 30.0
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_PLAIN = [2**64, -(2**63) - 1, "\ud800", (), [1], {"a": 1}, {1}, 1j, Point(1, 2), Colour.RED, bytearray(b"x"), len]
@@ -360,6 +363,21 @@ def test_an_exception_of_a_class_of_main_is_one_of_the_readers(monkeypatch: pyte
     error = raised(sent)
     assert (type(error), error.args) == (true, ("words of it",))
     assert "words of it" in str(error.__cause__)
+
+
+def test_an_exception_of_a_class_of_main_brings_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = multiprocessing.Pipe()
+    monkeypatch.setattr(sys.modules["__main__"], "OwnError", true := of_main("OwnError", ValueError), raising=False)
+    with here, there:
+        error = raised(of_main("OwnError", ValueError)("words of it", there))
+        assert type(error) is true
+        with error.args[1] as end:
+            assert end.fileno() != there.fileno()
+            end.send("well")
+        assert here.poll(WATCHDOG_S)
+        assert here.recv() == "well"
+        there.send("still its own")
+        assert here.recv() == "still its own"
 
 
 def test_a_name_that_the_reader_does_not_have_says_so() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -42,6 +43,14 @@ def test_a_record_arrives_with_all_it_had() -> None:
         assert getattr(got, name) == getattr(sent, name), name
     assert got.process == os.getpid()
     assert got.threadName == threading.current_thread().name
+
+
+def test_a_connection_of_a_record_arrives_in_words() -> None:
+    here, there = multiprocessing.Pipe()
+    with here, there:
+        got: Any = decode(encode(record(end=there, path=Path(multiprocessing.__file__)), BYTES_MAX))
+        assert got.end == repr(there)
+        assert got.path == Path(multiprocessing.__file__)
 
 
 def test_a_traceback_arrives_as_text_and_is_printed_once() -> None:

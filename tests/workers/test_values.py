@@ -12,6 +12,7 @@ import sys
 from collections import namedtuple
 from collections.abc import Iterator
 from concurrent.futures.process import _RemoteTraceback as RemoteTraceback
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,15 @@ def test_an_exception_arrives_as_itself_with_the_traceback_of_the_worker(error: 
     assert str(found.__cause__).startswith('\n"""\n')
     assert "Traceback (most recent call last)" in str(found.__cause__)
     assert "in arrive" in str(found.__cause__)
+
+
+def test_an_exception_that_has_a_reducer_of_multiprocessing_goes_by_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reduce(error: LockedError) -> tuple[type[ValueError], tuple[str]]:
+        return ValueError, (f"{error} by its reducer",)
+
+    monkeypatch.setitem(ForkingPickler._extra_reducers, LockedError, reduce)  # pyright: ignore
+    error = arrive(LockedError())
+    assert (type(error), error.args) == (ValueError, ("a lock hangs on it by its reducer",))
 
 
 def test_the_facts_of_an_exception_arrive() -> None:

@@ -80,7 +80,8 @@ class ErrorByName:
     def __init__(self, error: BaseException, words: RemoteError) -> None:
         self._body, sent = _dumps(error)
         self._words = words
-        require_error(_Unpickler(self._body, sent).load())
+        trial = self._body if reducers.may_do_without(self._body) else _dumps(error)[0]  # see ``values.encode_error``
+        require_error(_Unpickler(trial, sent).load())
 
     def __reduce__(self) -> tuple[Callable[..., BaseException], tuple[bytes, RemoteError]]:
         return rebuild_error, (self._body, self._words)

@@ -31,6 +31,7 @@ import socket
 import time
 from typing import Any
 
+from ringpool.workers import reducers
 from ringpool.workers.confinement import Confinement
 from ringpool.workers.descriptor import Descriptor
 
@@ -184,8 +185,12 @@ def decode(message: memoryview | bytes) -> logging.LogRecord:
 
 
 def _pack(value: object) -> bytes:
+    """A pickle of it; of its ``repr``, where it has none, or one that could be read once, and by this process's leave:
+    a message outlives its sender, so no descriptor goes with it.
+    """
     try:
-        return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+        body = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+        return body if reducers.may_do_without(body) else reducers.dumps_by_table(value, None, is_shared=True)
     except Exception:
         try:
             text = repr(value)

@@ -127,14 +127,23 @@ def encode_error(error: BaseException) -> Encoded:
     text = _traceback_of(error)
     try:
         try:
-            body = pickle.dumps((error, text), 5)
-            # many an exception can be pickled and not be rebuilt: find that out here, not in the collector
-            byname.require_error(pickle.loads(body)[0])
+            body = _dumps_error(error, text)
+            # Many an exception can be pickled and not be rebuilt: find that out here, not in the collector. Its
+            # descriptors can be fetched once, by the collector: this is tried with others.
+            trial = body if reducers.may_do_without(body) else _dumps_error(error, text)
+            byname.require_error(pickle.loads(trial)[0])
         except pickle.PicklingError:
             body = pickle.dumps((byname.ErrorByName(error, _in_words(error, text)), text), 5)
     except BaseException:  # pickling may run anything, sys.exit too
         body = pickle.dumps((_in_words(error, text), text), 5)
     return Encoded(_PICKLE, body)
+
+
+def _dumps_error(error: BaseException, text: str) -> bytes:
+    try:
+        return reducers.dumps((error, text), None, None)
+    except TypeError:
+        return reducers.dumps_by_table((error, text), None)
 
 
 def _traceback_of(error: BaseException) -> str:
