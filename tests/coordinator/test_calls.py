@@ -432,6 +432,168 @@ def test_an_initializer_of_a_main_that_is_no_file_is_sent_with_its_arguments(how
     assert (run.returncode, run.stdout, run.stderr) == (0, "well done\n", "")
 
 
+MADE_BY_LIBRARY = """
+import abc, functools, sys
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+from ringpool import RingPoolExecutor
+
+@dataclass(slots=True)
+class Point:
+    x: int
+
+@dataclass(slots=True)
+class Point3(Point):
+    z: int
+
+class Private:
+    __slots__ = "__x", "__weakref__"
+    def __init__(self, x):
+        self.__x = x
+    def __eq__(self, other):
+        return type(other) is Private and other.__x == self.__x
+
+class Single(abc.ABC):
+    __slots__ = "x"
+    def __eq__(self, other):
+        return type(other) is Single and other.x == self.x
+
+class HasX(Protocol):
+    __slots__ = ()
+    x: int
+
+class Explicit(HasX):
+    __slots__ = {"x": "what it is"}
+    def __eq__(self, other):
+        return type(other) is Explicit and other.x == self.x
+
+class Pair(NamedTuple):
+    x: int
+
+def with_x(kind):
+    made = kind()
+    made.x = 3
+    return made
+
+SLOTTED = {
+    "Point": lambda: Point(1), "Point3": lambda: Point3(1, 2), "Private": lambda: Private(4), "Pair": lambda: Pair(5),
+    "Single": lambda: with_x(Single), "Explicit": lambda: with_x(Explicit),
+}
+
+def slotted(name):
+    made = SLOTTED[name]()
+    return made, hasattr(made, "__dict__")
+
+@functools.lru_cache(maxsize=7)
+def fibonacci(n):
+    "The n-th."
+    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)
+
+fibonacci.more = 3
+
+def about_fibonacci():
+    return fibonacci(30), fibonacci.cache_parameters()["maxsize"], fibonacci.__doc__, fibonacci.__name__, fibonacci.more
+
+@functools.singledispatch
+def depth(value):
+    "How deep it is."
+    return 0
+
+@depth.register
+def _(value: list):
+    return 1 + max(map(depth, value), default=0)
+
+depth.more = 4
+
+def about_depth(value):
+    return depth(value), depth.__doc__, depth.__name__, depth.more
+
+class Lazy:
+    def __init__(self, x):
+        self.x = x
+    @functools.cached_property
+    def double(self):
+        return 2 * self.x
+    @functools.cache
+    def plus(self, y):
+        return self.x + y
+    @functools.singledispatchmethod
+    def kind(self, value):
+        return "other"
+    @kind.register
+    def _(self, value: int):
+        return "int"
+
+def lazily(x):
+    made = Lazy(x)
+    return made.double + made.plus(1), made.kind(1), made.kind(""), made
+
+def local():
+    @functools.cache
+    def inner(x):
+        return x + 1
+    return inner
+
+if __name__ == "__main__":
+    with RingPoolExecutor(2) as pool:
+        for name in SLOTTED:
+            assert pool.submit(slotted, name).result() == slotted(name), name
+        assert pool.submit(fibonacci, 30).result() == 832040
+        assert list(pool.map(fibonacci, range(5))) == [0, 1, 1, 2, 3]
+        assert pool.submit(about_fibonacci).result() == (832040, 7, "The n-th.", "fibonacci", 3)
+        assert pool.submit(depth, [[], [[]]]).result() == 3
+        assert pool.submit(about_depth, [[]]).result() == (2, "How deep it is.", "depth", 4)
+        *words, made = pool.submit(lazily, 5).result()
+        assert (words, vars(made)) == ([16, "int", "other"], {"x": 5, "double": 10})
+        assert pool.submit(Lazy(5).plus, 2).result() == 7
+        assert pool.submit(local(), 1).result() == 2
+        assert pool.submit(lambda: (fibonacci(7), depth([]), Lazy(2).double)).result() == (13, 1, 4)
+    print("well done")
+"""
+
+
+@pytest.mark.parametrize("how", ["a script", "-"])
+def test_what_the_library_makes_of_classes_and_functions_of_main_is_that_in_workers(tmp_path: Path, how: str) -> None:
+    script = tmp_path / "a_script.py"
+    script.write_text(MADE_BY_LIBRARY)
+    run = subprocess.run(
+        [sys.executable, script if how == "a script" else how],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        input=MADE_BY_LIBRARY,
+        capture_output=True,
+        text=True,
+        timeout=WATCHDOG_S,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "well done\n", "")
+
+
+CACHED_IN_A_SCRIPT = """
+import functools
+from ringpool import RingPoolExecutor
+
+@functools.cache
+def cached(x):
+    return x
+
+if __name__ == "__main__":
+    with RingPoolExecutor(1) as pool:
+        print(*[pool.submit(lambda: (cached(1), cached.cache_info().hits)).result()[1] for _ in range(3)])
+"""
+
+
+def test_a_cache_of_a_script_is_one_for_all_tasks_of_a_worker(tmp_path: Path) -> None:
+    script = tmp_path / "a_script.py"
+    script.write_text(CACHED_IN_A_SCRIPT)
+    run = subprocess.run(
+        [sys.executable, script],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=WATCHDOG_S,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "0 1 2\n", "")
+
+
 def test_a_class_method_of_a_module_goes_by_name_from_a_main_that_is_no_file() -> None:
     program = """
 from ringpool import RingPoolExecutor

@@ -1,21 +1,45 @@
-"""Pickles of what pickle cannot name: classes and functions go by value, through cloudpickle."""
+"""Pickles of what pickle cannot name: classes and functions go by value, through cloudpickle.
+
+a class                  its ``__slots__`` with it, and its whole name, by which ``byname`` may send it back
+lru_cache, cache         what is cached, and how; the cache there is empty. By its name where that is found
+cached_property          its function, and its name in its class
+singledispatch           its functions
+a class method           by its name in its class, as pickle sends it: cloudpickle would send its function by value,
+                         with globals of its own
+a memoryview             refused, as by pickle
+"""
 
 from __future__ import annotations
 
+import abc
 import functools
 import io
 import pickle
 import sys
 from collections import ChainMap
 from collections.abc import Callable
-from types import MethodType
-from typing import Any, cast
+from types import FunctionType, MethodType
+from typing import Any, Protocol, cast
 
 import cloudpickle
 
-from ringpool.workers import reducers
+from ringpool.workers import calls, reducers
 
 _STATE_SETTER = 5  # where a reducer's tuple has it, see ``object.__reduce__``
+_CLASS_KEYWORDS = 3  # where cloudpickle's arguments for a class have what its namespace begins with
+_METACLASSES = {type, abc.ABCMeta, type(Protocol)}  # others may make slots of their own, and so does NamedTuple
+_Cached: type[Any] = type(functools.lru_cache(len))
+_CachedProperty: type[Any] = functools.cached_property
+
+
+@functools.singledispatch
+def _dispatcher(_value: object) -> None:
+    """As ``functools`` makes them, whose code is one for all."""
+
+
+_DISPATCHER_CODE: object = cast("Any", _dispatcher).__code__
+_MADE = vars(_dispatcher).keys() - {"__wrapped__"}
+_COPIED = functools.WRAPPER_ASSIGNMENTS
 _Base: type[pickle.Pickler] = cast("Any", cloudpickle).CloudPickler  # it has no types
 
 
@@ -31,10 +55,7 @@ def dumps(
 
 
 class _Pickler(_Base):
-    """A class within a class or a function arrives with its whole name, by which ``byname`` may send it back. A class
-    method goes as pickle sends it: by its name in its class. Its function is not found there as such, so cloudpickle
-    would send that by value, with globals of its own. A memoryview is refused, as by pickle.
-    """
+    """Reduces what the module says; all else as cloudpickle does."""
 
     def __init__(self, *arguments: Any, is_shared: bool, **keywords: Any) -> None:
         own: Any = _Base.dispatch_table
@@ -46,27 +67,97 @@ class _Pickler(_Base):
             raise TypeError("cannot pickle 'memoryview' object; send bytes of it, or the array that it shows")
         if type(obj) is MethodType and _is_named(obj.__self__) and getattr(obj.__self__, obj.__name__, None) == obj:
             return getattr, (obj.__self__, obj.__name__)
+        if type(obj) is _Cached and not _is_found(obj):
+            return _reduce_cached(obj)
+        if type(obj) is _CachedProperty:
+            return _reduce_cached_property(obj)
         reduced: Any = super().reducer_override(obj)
-        if reduced is not NotImplemented and type(obj).__module__ == "_ctypes":
+        if reduced is NotImplemented:
+            return reduced
+        if type(obj).__module__ == "_ctypes":
             raise pickle.PicklingError(f"Can't pickle {obj!r}: no module has this type of ctypes by its name")
-        if not issubclass(type(obj), type) or obj.__qualname__ == obj.__name__:
-            return reduced
-        if reduced is NotImplemented or len(reduced) <= _STATE_SETTER:  # it goes by name
-            return reduced
-        return (*reduced[:_STATE_SETTER], functools.partial(set_state, reduced[_STATE_SETTER], obj.__qualname__))
+        if type(obj) is FunctionType and obj.__code__ is _DISPATCHER_CODE:
+            return _reduce_dispatcher(obj)
+        return _reduce_class(obj, reduced) if issubclass(type(obj), type) else reduced
+
+
+def _is_found(obj: Any) -> bool:
+    """Whether another process finds it by its name."""
+    module, name = getattr(obj, "__module__", None), getattr(obj, "__qualname__", "")
+    if calls.is_lost(module):
+        return False
+    found: object = sys.modules.get(module or "")
+    for each in name.split("."):
+        found = getattr(found, each, None)
+    return found is obj
 
 
 def _is_named(owner: object) -> bool:
-    """Whether it is a class that another process finds by its name."""
-    if not isinstance(owner, type) or owner.__module__ == "__main__":
-        return False
-    found: object = sys.modules.get(owner.__module__)
-    for name in owner.__qualname__.split("."):
-        found = getattr(found, name, None)
-    return found is owner
+    """Whether it is a class of a module other than the main one, which another process finds by its name."""
+    return isinstance(owner, type) and owner.__module__ != "__main__" and _is_found(owner)
+
+
+# ---- classes ---------------------------------------------------------------------------------------------------------
+
+
+def _reduce_class(kind: Any, reduced: Any) -> Any:
+    """``reduced``: what cloudpickle makes of it."""
+    if len(reduced) <= _STATE_SETTER:  # it goes by name
+        return reduced
+    make, arguments, state, _, _, set_rest = reduced
+    if type(kind) in _METACLASSES and "__slots__" in vars(kind) and not issubclass(kind, tuple):
+        # cloudpickle sets them when the class is made, and then its instances have a ``__dict__``
+        keywords = {**arguments[_CLASS_KEYWORDS], "__slots__": kind.__slots__}
+        arguments = (*arguments[:_CLASS_KEYWORDS], keywords, *arguments[_CLASS_KEYWORDS + 1 :])
+    if kind.__qualname__ != kind.__name__:
+        set_rest = functools.partial(set_state, set_rest, kind.__qualname__)
+    return make, arguments, state, None, None, set_rest
 
 
 def set_state(set_rest: Callable[[type, Any], object], name: str, made: type, state: Any) -> None:
     """Make a class what it was: as cloudpickle does, and its name."""
     set_rest(made, state)
     made.__qualname__ = name
+
+
+# ---- what functools has made of a function ---------------------------------------------------------------------------
+#
+# A function may refer to what was made of it, and arrives before that has come to its end. So what ``functools`` copies
+# from it goes along.
+
+
+def _attributes(made: Any) -> dict[str, Any]:
+    return {**made.__dict__}
+
+
+def _reduce_cached(cached: Any) -> Any:
+    attributes = _attributes(cached)
+    del attributes["cache_parameters"]
+    return make_cached, (cached.__wrapped__, cached.cache_parameters()), attributes
+
+
+def make_cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Callable[..., Any]:
+    """``function`` with an empty cache."""
+    return functools.lru_cache(**parameters)(function)
+
+
+def _reduce_cached_property(cached: Any) -> Any:
+    attributes = _attributes(cached)
+    attributes.pop("lock", None)  # it has one up to Python 3.11
+    return functools.cached_property, (cached.func,), attributes
+
+
+def _reduce_dispatcher(dispatcher: Any) -> Any:
+    attributes: dict[str, Any] = {name: getattr(dispatcher, name) for name in _COPIED if hasattr(dispatcher, name)}
+    attributes |= {name: value for name, value in _attributes(dispatcher).items() if name not in _MADE}
+    functions = dict(dispatcher.registry)
+    return functools.singledispatch, (dispatcher.__wrapped__,), (functions, attributes), None, None, set_dispatcher
+
+
+def set_dispatcher(made: Any, state: tuple[dict[type, Callable[..., Any]], dict[str, Any]]) -> None:
+    """Make a function of ``functools.singledispatch`` what it was: ``state``: its functions by type, its attributes."""
+    functions, attributes = state
+    for kind, function in functions.items():
+        made.register(kind, function)
+    for name, value in attributes.items():
+        setattr(made, name, value)
