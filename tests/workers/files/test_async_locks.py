@@ -96,6 +96,25 @@ def test_a_task_may_lock_again_and_another_task_may_not_release_it(tmp_path: Pat
     asyncio.run(main())
 
 
+def test_one_lock_object_serves_several_tasks(tmp_path: Path) -> None:
+    async def main() -> None:
+        lock = AsyncPathLock(tmp_path / "a", timeout_s=60)
+        inside: list[int] = []
+
+        async def enter() -> None:
+            async with lock, lock:
+                inside.append(1)
+                assert len(inside) == 1
+                await asyncio.sleep(0)
+                inside.pop()
+
+        await asyncio.gather(*(enter() for _ in range(5)))
+        assert not lock.turns
+        assert is_free(lock_file(tmp_path, lock))
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("place", ["head", "behind"])
 def test_a_cancelled_wait_leaves_nothing_behind(tmp_path: Path, place: str) -> None:
     lock = AsyncPathLock(tmp_path / "a")

@@ -234,6 +234,25 @@ def test_a_release_without_the_lock_or_by_another_thread_is_an_error_and_changes
     assert is_free(lock_file(tmp_path, lock))
 
 
+def test_one_lock_object_serves_several_threads(tmp_path: Path) -> None:
+    lock = PathLock(tmp_path / "a", timeout_s=60)
+    inside: list[int] = []
+
+    def enter() -> None:
+        for _ in range(20):
+            with lock, lock:
+                inside.append(1)
+                assert len(inside) == 1
+                inside.pop()
+
+    lock.acquire()
+    with in_a_thread(enter), in_a_thread(enter), in_a_thread(enter):
+        until(lambda: waiting(lock_file(tmp_path, lock)) == 3)
+        lock.release()
+    assert not lock.turns
+    assert is_free(lock_file(tmp_path, lock))
+
+
 def test_ctrl_c_while_waiting_leaves_nothing_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Child(hold, tmp_path / "a") as child:
         child.wait_for("held")

@@ -22,7 +22,8 @@ _R = TypeVar("_R")
 class AsyncPathLock(LockBase):
     """The lock on ``path`` for an asyncio task, its owner; otherwise as ``PathLock``, in one queue with it.
 
-    An async context manager. Waiting takes no thread, and a cancelled wait leaves nothing behind.
+    An async context manager. Waiting takes no thread, and a cancelled wait leaves nothing behind. Several tasks may use
+    one object.
     """
 
     __slots__ = ()

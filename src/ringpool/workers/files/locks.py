@@ -134,26 +134,41 @@ class LockBase:
         raise error
 
     def _release(self, whose: Callable[[], object], kind: str) -> None:
-        turn = self.turns[-1] if self.turns else None
+        turn: Turn | None = None
         try:
-            self._leave(turn, whose(), kind)
+            turn = self._newest_of(whose())
+            if turn is None:
+                fault = f"released by a {kind} that does not hold it" if self.turns else "released, but not locked"
+                raise RuntimeError(f"{os.fsdecode(self.path)}: {fault}")
+            self._leave(turn)
         except RuntimeError:
             raise
         except BaseException as error:  # a Ctrl-C, or an error of the kernel's: to its end, from what stands there
-            if turn is not None and turn.owner == whose():
+            turn = turn or self._newest_of(whose())
+            if turn is not None:
                 self._undo(turn)
             if isinstance(error, OSError):
                 raise operation_error(self.path, "unlock", error) from error
             raise
 
-    def _leave(self, turn: Turn | None, owner: object, kind: str) -> None:
-        if turn is None:
-            raise RuntimeError(f"{os.fsdecode(self.path)}: released, but not locked")
-        stripe = turn.stripe
-        assert stripe is not None
-        if turn.owner != owner and not stripe.abandoned:
-            raise RuntimeError(f"{os.fsdecode(self.path)}: released by a {kind} that does not hold it")
-        stripe.leave(turn)
+    def _newest_of(self, owner: object) -> Turn | None:
+        """The turn that a release by ``owner`` ends. Those of others, who hold it or are on their way, are theirs.
+
+        An owner that releases is not on its way in, so each turn of its own is one that it holds.
+        """
+        turns_now = self.turns[::-1]  # a copy: others come and go
+        for turn in turns_now:
+            if turn.owner == owner:
+                return turn
+        return next((turn for turn in turns_now if self._is_nobodys(turn)), None)
+
+    def _is_nobodys(self, turn: Turn) -> bool:
+        """Whether anybody may release it: in the child of a fork it is the parent's, and that has no effect."""
+        return turn.stripe is not None and turn.stripe.abandoned
+
+    def _leave(self, turn: Turn) -> None:
+        assert turn.stripe is not None
+        turn.stripe.leave(turn)
         self.turns.remove(turn)
 
 
@@ -162,7 +177,8 @@ class PathLock(LockBase):
 
     ``mode`` is "exclusive" or "shared". ``base`` is the directory whose ``.ringpool`` holds the lock files; None: the
     outermost ancestor that has one, else the file's own directory. ``timeout_s`` bounds the wait (None: no bound, 0:
-    one try). Re-entrant for a thread, and for all paths of a stripe. Released by the thread that acquired it.
+    one try). Re-entrant for a thread, and for all paths of a stripe. Released by the thread that acquired it. Several
+    threads may use one object, as they may a ``threading.Lock``.
     """
 
     __slots__ = ()
