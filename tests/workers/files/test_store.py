@@ -12,6 +12,7 @@ import stat
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 from tests.workers.files import child_store
 from tests.workers.files.child import Child
+from tests.workers.files.child_locks import lock_file, waiting
 from tests.workers.files.model import Recording
 
 from ringpool.errors import (
@@ -669,6 +671,27 @@ def test_a_cancelled_wait_for_the_lock_leaves_nothing_behind(tmp_path: Path) -> 
 
     asyncio.run(main())
     assert (tmp_path / "a").read_bytes() == b"after"
+
+
+def test_tasks_go_on_beside_threads_of_their_loop_that_all_wait_for_the_same_lock(tmp_path: Path) -> None:
+    plain = FileStore(tmp_path, durability="atomic", timeout_s=20)
+    store = AsyncFileStore(tmp_path, durability="atomic", timeout_s=20)
+
+    def add(old: bytes) -> str:
+        return str(int(old) + 1)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(2))
+        async with await store.lock("n") as lock:
+            blocked = [asyncio.create_task(asyncio.to_thread(plain.update, "n", add, missing=b"0")) for _ in range(4)]
+            while waiting(lock_file(tmp_path, lock)) != 2:
+                await asyncio.sleep(0.001)
+            await store.update("n", add, missing=b"0")
+        await asyncio.gather(*blocked)
+
+    asyncio.run(main())
+    assert plain.read("n") == b"5"
 
 
 def test_an_async_change_holds_the_lock_over_its_awaits(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
     await store.update(path, change)
         lock       AsyncPathLock: waits on the loop, in turn with all threads and processes; cancelled, it leaves
-        file work  in a thread of the loop's default executor, while the lock is held
+        file work  in a thread of ringpool's own, while the lock is held: all of the loop's default executor may wait
+                   for that lock
 
 A thread cannot be stopped. An operation that is cancelled during its file work therefore keeps the lock until that has
 ended, well or not, and is cancelled then: nobody gets the lock while the old holder still writes. What it did is whole,

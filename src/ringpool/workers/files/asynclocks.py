@@ -8,8 +8,10 @@ import functools
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 from ringpool.workers.files import lockfiles, turns
 from ringpool.workers.files.locks import LockBase
@@ -17,6 +19,10 @@ from ringpool.workers.files.stripes import Turn
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+# Threads for file work, apart from the loop's default executor: that may be full of calls (``asyncio.to_thread``) that
+# wait for the very lock under which the work is to be done. They end with their loop.
+_threads: WeakKeyDictionary[asyncio.AbstractEventLoop, ThreadPoolExecutor] = WeakKeyDictionary()
 
 
 class AsyncPathLock(LockBase):
@@ -48,7 +54,7 @@ class AsyncPathLock(LockBase):
     async def _recover_root(self) -> None:
         place = lockfiles.find(self.path, self.base)
         if not turns.is_recovered(place):
-            await asyncio.to_thread(turns.recover, place)
+            await in_thread(turns.recover, place)
 
     async def _finish(self, turn: Turn, deadline_s: float | None) -> None:
         loop = asyncio.get_running_loop()
@@ -100,12 +106,17 @@ async def _sleep(turn: Turn, woken: asyncio.Event, pause_s: float) -> bool:
 
 
 async def in_thread(function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-    """``asyncio.to_thread``, but a cancellation comes through only when the function has ended.
+    """``asyncio.to_thread``, but a cancellation comes through only when the function has ended; in threads that nobody
+    else uses, so that ``function`` must not wait for the lock on a path.
 
     What is awaited is no task: ``asyncio.run`` cancels all tasks at its end, and the thread would go on.
     """
+    loop = asyncio.get_running_loop()
+    threads = _threads.get(loop)
+    if threads is None:
+        threads = _threads[loop] = ThreadPoolExecutor(thread_name_prefix="ringpool-files")
     context = contextvars.copy_context()
-    work = asyncio.get_running_loop().run_in_executor(None, functools.partial(context.run, function, *args, **kwargs))
+    work = loop.run_in_executor(threads, functools.partial(context.run, function, *args, **kwargs))
     cancelled: asyncio.CancelledError | None = None
     while not work.done():
         try:
