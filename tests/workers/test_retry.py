@@ -345,3 +345,30 @@ def test_a_generator_function_is_refused() -> None:
 
     with pytest.raises(TypeError, match="generator"):
         retrying(SWIFT)(generate)
+
+
+def test_without_a_policy_it_is_the_default_one(clock: Clock) -> None:
+    @retrying
+    def bare(flaky: Flaky) -> int:
+        """What it says."""
+        return flaky()
+
+    @retrying()
+    def called(flaky: Flaky) -> int:
+        return flaky()
+
+    for function in (bare, called):
+        flaky = Flaky(*[BusyError()] * 2)
+        assert function(flaky) == 1
+        assert flaky.calls == RetryPolicy().max_attempts
+        with pytest.raises(BusyError):
+            function(Flaky(*[BusyError()] * 3))
+    assert bare.__doc__ == "What it says."
+
+
+@pytest.mark.parametrize("policy", [3, None, "3", OSError, RetryPolicy])
+def test_what_is_no_policy_and_what_cannot_be_called_is_refused(policy: Any) -> None:
+    with pytest.raises(TypeError, match="no RetryPolicy"):
+        retrying(policy)
+    with pytest.raises(TypeError, match="cannot be called"):
+        retrying(SWIFT)(3)  # pyright: ignore[reportArgumentType]

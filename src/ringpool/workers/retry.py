@@ -21,7 +21,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast, overload
 
 from ringpool.errors import DurabilityError, words_of
 
@@ -29,6 +29,35 @@ NOTES_MAX = 10  # of attempts that an error carries: the first, and the last one
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+
+# ---- what a policy may say -------------------------------------------------------------------------------------------
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _are_exceptions(value: Any) -> bool:
+    return len(value) > 0 and all(isinstance(kind, type) and issubclass(kind, Exception) for kind in value)
+
+
+_RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("max_attempts", "a whole number, 1 or more", _is_count),
+    ("delay_s", "seconds, 0 or more", lambda value: _is_number(value) and value >= 0),
+    ("factor", "a number, 1 or more", lambda value: _is_number(value) and value >= 1),
+    ("jitter", "a share from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1),
+    ("on", "one or more subclasses of Exception", _are_exceptions),
+    ("delay_max_s", "seconds, 0 or more", lambda value: _is_number(value) and value >= 0),
+    ("deadline_s", "seconds, 0 or more, or None", lambda value: value is None or (_is_number(value) and value >= 0)),
+)
+
+
+# ---- the policy ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,21 +110,46 @@ class RetryPolicy:
         return (self.delay_after(attempt, source) for attempt in range(1, self.max_attempts))
 
 
+# ---- calls that are tried again --------------------------------------------------------------------------------------
+
+_DEFAULT = RetryPolicy()
+
+
+@overload
+def retrying(policy: Callable[_P, _R]) -> Callable[_P, _R]: ...
+
+
+@overload
 def retrying(
-    policy: RetryPolicy, *, source: random.Random | None = None
-) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    policy: RetryPolicy = ..., *, source: random.Random | None = None
+) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]: ...
+
+
+def retrying(policy: Any = _DEFAULT, *, source: random.Random | None = None) -> Any:
     """Decorate a function or method, ordinary or ``async``, so that a call is tried again as ``policy`` says.
 
-    What is raised in the end is the last attempt's own exception; where there were several attempts, its notes tell of
-    each. An ``async`` function waits without blocking its loop. Raises ``TypeError`` for a generator function: its
+    ``@retrying`` and ``@retrying()`` mean ``RetryPolicy()``. What is raised in the end is the last attempt's own
+    exception; where there were several attempts, its notes tell of each. An ``async`` function waits without blocking
+    its loop. Raises ``TypeError`` for what is no policy, for what cannot be called, and for a generator function: its
     errors come when it is iterated, not when it is called.
     """
+    if isinstance(policy, RetryPolicy):
+        return _decorator(policy, source)
+    if isinstance(policy, type) or not (callable(policy) or isinstance(policy, classmethod)):
+        raise TypeError(
+            f"{policy!r} is no RetryPolicy: write @retrying(RetryPolicy(...)), or @retrying for the default"
+        )
+    return _decorator(_DEFAULT, source)(cast("Any", policy))
 
+
+def _decorator(policy: RetryPolicy, source: random.Random | None) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         method: Any = function
         if isinstance(method, (staticmethod, classmethod)):
             method = cast("Any", method)
             return method.__class__(decorate(method.__func__))
+        if not callable(function):
+            raise TypeError(f"{function!r} cannot be called: what is retried is a function or method")
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(f"{function!r} is a generator function: retry what its caller does with each item")
 
@@ -167,29 +221,3 @@ class _Attempts:
         self._notes.append(
             f"attempt {self._count} failed after {elapsed_s:.3f} s: {type(error).__name__}: {words_of(error)}"
         )
-
-
-# ---- what a policy may say -------------------------------------------------------------------------------------------
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _are_exceptions(value: Any) -> bool:
-    return len(value) > 0 and all(isinstance(kind, type) and issubclass(kind, Exception) for kind in value)
-
-
-_RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    ("max_attempts", "a whole number, 1 or more", _is_count),
-    ("delay_s", "seconds, 0 or more", lambda value: _is_number(value) and value >= 0),
-    ("factor", "a number, 1 or more", lambda value: _is_number(value) and value >= 1),
-    ("jitter", "a share from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1),
-    ("on", "one or more subclasses of Exception", _are_exceptions),
-    ("delay_max_s", "seconds, 0 or more", lambda value: _is_number(value) and value >= 0),
-    ("deadline_s", "seconds, 0 or more, or None", lambda value: value is None or (_is_number(value) and value >= 0)),
-)
