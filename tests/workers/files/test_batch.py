@@ -65,6 +65,19 @@ def test_text_and_any_buffer_are_taken(tmp_path: Path) -> None:
     assert [(tmp_path / name).read_bytes() for name in "abc"] == ["\u20ac".encode(), b"b", b""]
 
 
+def test_a_mapping_is_taken_by_its_items(tmp_path: Path) -> None:
+    write_batch({tmp_path / "x1": "content", tmp_path / "x2": b"more"})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"x1": "content", "x2": "more"}
+
+
+def test_words_are_no_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for items in (["x1"], "x1", {"x1", "x2"}):
+        with pytest.raises(TypeError, match="no pair"):
+            write_batch(items)  # pyright: ignore[reportArgumentType]
+    assert not os.listdir(tmp_path)
+
+
 def test_of_two_items_for_one_target_the_later_stands(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("a")
     write_batch([(tmp_path / "a", b"1"), (tmp_path / "link", b"2"), (f"{tmp_path}/./a", b"3")])

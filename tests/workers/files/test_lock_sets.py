@@ -62,6 +62,12 @@ def test_a_set_of_no_paths_is_had_at_once() -> None:
         assert locks.held == []
 
 
+def test_a_single_path_is_no_set_of_paths(tmp_path: Path) -> None:
+    for path in ("ab", b"ab", tmp_path):
+        with pytest.raises(TypeError, match="one path"):
+            LockSet(path)  # pyright: ignore[reportArgumentType]
+
+
 def test_a_set_that_cannot_be_had_in_time_holds_nothing(tmp_path: Path) -> None:
     locks = [PathLock(tmp_path / f"f{n}") for n in range(8)]
     for taken in (locks[0], locks[3], locks[7]):

@@ -452,6 +452,12 @@ def test_a_snapshot_leaves_out_what_is_no_file_and_stays_in_its_base(base: Path)
     assert snapshot([base / "link"]) == {base / "link": b"old a"}
 
 
+def test_a_snapshot_of_a_single_path_that_is_in_no_list_is_refused(base: Path) -> None:
+    for path in ("ab", b"ab", base / "a"):
+        with pytest.raises(TypeError, match="one path"):
+            snapshot(path, base=base)  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("name", ["", "a\0b", "n" * 256])
 def test_a_snapshot_refuses_what_can_be_no_name(base: Path, name: str) -> None:
     for root in (None, base):

@@ -30,8 +30,8 @@ import errno
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple, cast
 
 from ringpool.errors import BatchWriteError, DurabilityError, FileOperationError
 from ringpool.workers.files.durability import Durability, close_quietly, level_of, sync
@@ -69,12 +69,13 @@ class BatchReport(NamedTuple):
 
 
 def write_batch(
-    items: Iterable[tuple[FilePath, Content]],
+    items: Iterable[tuple[FilePath, Content]] | Mapping[FilePath, Content],
     *,
     durability: Durability | str = Durability.FULL,
     symlinks: Symlinks = "follow",
 ) -> BatchReport:
-    """Write each ``(path, content)`` of ``items`` as ``atomic_write`` does, and make them durable together.
+    """Write each ``(path, content)`` of ``items``, or of a mapping, as ``atomic_write`` does, and make them durable
+    together.
 
     At its return all of them are as durable as ``durability`` says; ``none`` means ``atomic``. ``items`` may be a
     generator: it is drawn one item after another, and at most a group is under way.
@@ -84,7 +85,7 @@ def write_batch(
     temporary is left but by a kill.
     """
     level = level_of(durability)
-    source = iter(items)
+    source = iter(cast("Mapping[FilePath, Content]", items).items() if isinstance(items, Mapping) else items)
     report = BatchReport(0, 0, 0, 0, 0)
     while True:
         group = _Group(Durability.ATOMIC if level is Durability.NONE else level, symlinks, report.n_files)
@@ -228,7 +229,10 @@ class _Group:
 
     def stage(self, source: Iterator[tuple[FilePath, Content]]) -> bool:
         """Draw and write files until the group is full; whether there are no more."""
-        for path, content in source:
+        for item in source:
+            if isinstance(item, str):  # of two characters, it would be a path and a content
+                raise TypeError(f"{item!r} is no pair of path and content")
+            path, content = item
             one = _Member(self.directories)
             self.members.append(one)
             target, pieces = encoded(path), octets(content)

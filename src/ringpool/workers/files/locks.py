@@ -60,7 +60,7 @@ from typing import Literal, NoReturn, Self, TypeVar
 from ringpool.errors import FileOperationError, LockTimeoutError, RingpoolError
 from ringpool.workers.files import lockfiles, stripes, turns
 from ringpool.workers.files.lockfiles import root_of
-from ringpool.workers.files.naming import FilePath, absolute, encoded, unusable
+from ringpool.workers.files.naming import FilePath, absolute, check_several, encoded, unusable
 from ringpool.workers.files.oslayer import calls
 from ringpool.workers.files.stripes import MARK_BYTES_MAX, OutOfTimeError, Turn
 
@@ -284,7 +284,8 @@ class LockSet:
     """The locks on ``paths``, all or none, for a thread. A context manager.
 
     Taken in one order by everybody (base, then stripe), each stripe once: sets do not wait for each other in a circle.
-    ``mode``, ``base`` and ``timeout_s`` as in ``PathLock``; the timeout is for all together.
+    ``mode``, ``base`` and ``timeout_s`` as in ``PathLock``; the timeout is for all together. Raises ``TypeError`` where
+    ``paths`` is a single path.
     """
 
     def __init__(
@@ -295,6 +296,7 @@ class LockSet:
         base: FilePath | None = None,
         timeout_s: float | None = None,
     ) -> None:
+        check_several(paths)
         self.mode: Mode = mode
         self.timeout_s = timeout_s
         self._wanted = [PathLock(path, mode, base=base, timeout_s=timeout_s) for path in paths]

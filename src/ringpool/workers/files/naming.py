@@ -166,6 +166,12 @@ def encoded(path: FilePath) -> bytes:
         raise not_encodable(path) from None
 
 
+def check_several(paths: object) -> None:
+    """Raise ``TypeError`` where ``paths`` is one path, of which each character would be taken for a path."""
+    if isinstance(paths, (str, bytes, bytearray, os.PathLike)):
+        raise TypeError(f"{paths!r} is one path, where several are wanted: give a list of paths")
+
+
 def not_encodable(path: FilePath) -> PathNameError:
     """The error of text that stands for no bytes; to be raised."""
     shown = str(path).encode("utf-8", "backslashreplace").decode()

@@ -60,7 +60,7 @@ from ringpool.workers.files.journal import (
     read_all,
 )
 from ringpool.workers.files.locks import LockSet, root_of, under
-from ringpool.workers.files.naming import FilePath, check_path, encoded
+from ringpool.workers.files.naming import FilePath, check_path, check_several, encoded
 from ringpool.workers.files.operations import (
     Delete,
     File,
@@ -311,8 +311,10 @@ def snapshot(
     It holds shared locks on all of them while it reads. ``base``, where given, is that of the transactions, and the
     paths are relative to it and stay in it. What is no file is left out: what is missing, also with its directory, what
     is a directory or pipe, and with ``base`` a symbolic link. ``timeout_s`` bounds the wait for the locks (None: none).
-    Raises ``LockTimeoutError``; ``PathNameError``; ``FileOperationError`` where a file cannot be read.
+    Raises ``LockTimeoutError``; ``PathNameError``; ``FileOperationError`` where a file cannot be read;
+    ``TypeError`` where ``paths`` is a single path.
     """
+    check_several(paths)
     root, places = _places(paths, base)
     flags = os.O_NOFOLLOW if base is not None else 0
     deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
