@@ -8,6 +8,7 @@ import errno
 import gc
 import io
 import os
+import shutil
 import stat
 import threading
 import tracemalloc
@@ -671,6 +672,37 @@ def test_a_cancelled_wait_for_the_lock_leaves_nothing_behind(tmp_path: Path) -> 
 
     asyncio.run(main())
     assert (tmp_path / "a").read_bytes() == b"after"
+
+
+@pytest.mark.parametrize("kind", [FileStore, AsyncFileStore])
+def test_a_base_that_is_removed_and_made_again_is_locked_where_all_others_lock_it(
+    tmp_path: Path, kind: type[FileStore | AsyncFileStore]
+) -> None:
+    made = kind(tmp_path / "base", durability="atomic")
+    store: Any = Blocking(made) if isinstance(made, AsyncFileStore) else made
+    store.write("a", b"1")
+    shutil.rmtree(tmp_path / "base")
+    store.write("a", b"2")
+    assert store.read("a") == b"2"
+    shutil.rmtree(tmp_path / "base")
+    (tmp_path / "base/sub").mkdir(parents=True)
+    store.write("sub/a", b"3")
+    assert (tmp_path / "base/.ringpool").is_dir()
+    assert not (tmp_path / "base/sub/.ringpool").exists()
+
+
+def test_a_base_that_is_a_link_may_be_turned(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+    base = tmp_path / "base"
+    base.symlink_to("one")
+    store = FileStore(base, durability="atomic")
+    store.write("sub/a", b"1")
+    base.unlink()
+    base.symlink_to("two")
+    store.write("sub/a", b"2")
+    assert (tmp_path / "two/.ringpool").is_dir()
+    assert not (tmp_path / "two/sub/.ringpool").exists()
 
 
 def test_tasks_go_on_beside_threads_of_their_loop_that_all_wait_for_the_same_lock(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ class FileStore:
         self.timeout_s = timeout_s
         self.unlocked = Unlocked(Contained(self.base))
         self._objects = Objects(self.unlocked.contained)
-        self._is_rooted = False
+        self._rooted: tuple[bytes, int, int] | None = None  # the .ringpool that serves the base; device, inode of it
 
     # ---- reading, without locks --------------------------------------------------------------------------------------
 
@@ -174,12 +174,26 @@ class FileStore:
 
         Without ``create`` a missing directory is a ``FileMissingError``.
         """
-        if not self._is_rooted and (create or os.path.isdir(self.base)):
+        if not self._is_rooted() and (create or os.path.isdir(self.base)):
             self._root()
         absolute = self.unlocked.contained.path(path)
         if not os.path.isdir(os.path.dirname(absolute)):
             self.unlocked.make_parent(path, create=create)
         return absolute
+
+    def _is_rooted(self) -> bool:
+        """Whether the base is still the one that ``_root`` has seen to, and what it made or found is there.
+
+        Both: a base that is removed and made again may get its old inode.
+        """
+        if self._rooted is None:
+            return False
+        marker, device, inode = self._rooted
+        try:
+            found = calls.stat(self.base)
+        except OSError:
+            return False
+        return (found.st_ino, found.st_dev) == (inode, device) and calls.access(marker, os.F_OK)
 
     def _root(self) -> None:
         """Make the base and its ``.ringpool``, unless a directory further out has one.
@@ -189,6 +203,7 @@ class FileStore:
         """
         make_directories(self.base, durable=True)  # like those below it
         try:
+            found = calls.stat(self.base)
             root = lockfiles.root_of(self.base)
             calls.close(lockfiles.open_lock_file(lockfiles.lock_file(root, 0)))
         except OSError as error:
@@ -196,7 +211,7 @@ class FileStore:
             raise FileOperationError(
                 os.fsdecode(self.base), "make its locks", error.errno or errno.EIO, reason
             ) from error
-        self._is_rooted = True
+        self._rooted = os.path.join(root, lockfiles.DIRECTORY), found.st_dev, found.st_ino
 
     def level(self, durability: Durability | str | None) -> Durability:
         """The level of an operation: the store's, where it names none. ``none`` means ``atomic``: files are whole."""
