@@ -158,14 +158,21 @@ class LockTimeoutError(RingpoolError, TimeoutError):
 class LockUpgradeError(RingpoolError):
     """The owner of a shared lock wants it exclusive. Two who did so would wait for each other for ever.
 
-    Attributes: ``path`` (str).
+    Attributes: ``path`` (str); ``shared`` (str), the path that is held shared: another one, where both have one lock
+    file, as about every 256th pair of paths has.
     """
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
+    def __init__(self, path: str, shared: str | None = None) -> None:
+        super().__init__(path, shared)
         self.path = path
+        self.shared = path if shared is None else shared
 
     def __str__(self) -> str:
+        if self.shared != self.path:
+            return (
+                f"{self.path}: its lock file is also that of {self.shared}, which the same thread or task holds shared "
+                "and cannot have exclusive as well; take a LockSet of both in exclusive mode, or release that one before"
+            )
         return (
             f"{self.path}: held shared by the same thread or task, which cannot have it exclusive as well; take it "
             "exclusive from the start, or release it before"

@@ -163,6 +163,20 @@ def test_from_shared_to_exclusive_is_an_error_and_the_shared_one_stays(tmp_path:
     assert is_free(lock_file(tmp_path, lock))
 
 
+def test_an_upgrade_that_is_one_of_the_lock_file_only_names_both_paths(tmp_path: Path) -> None:
+    lock = PathLock(tmp_path / "a", "shared")
+    twin = next(name for name in map(str, range(100_000)) if PathLock(tmp_path / name).stripe == lock.stripe)
+    with lock:
+        with pytest.raises(LockUpgradeError) as caught:
+            FileStore(tmp_path).write(twin, "new")
+        assert (caught.value.path, caught.value.shared) == (str(tmp_path / twin), str(tmp_path / "a"))
+        for path in (caught.value.path, caught.value.shared):
+            assert path in str(caught.value)
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    with LockSet([tmp_path / "a", tmp_path / twin]):
+        FileStore(tmp_path).write(twin, "new")
+
+
 def test_shared_inside_exclusive_is_exclusive_until_both_are_released(tmp_path: Path) -> None:
     outer, inner = PathLock(tmp_path / "a"), PathLock(tmp_path / "a", "shared")
     outer.acquire()

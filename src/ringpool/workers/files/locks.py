@@ -20,7 +20,8 @@
 What holds
 
 - An owner (a thread, a task) may take what it has once more, shared inside exclusive as well, also where others wait.
-  From shared to exclusive it may not: two who wanted that would wait for each other (``LockUpgradeError``).
+  From shared to exclusive it may not: two who wanted that would wait for each other (``LockUpgradeError``). That holds
+  for all paths of a stripe: the kernel lets go of a shared flock before it takes the exclusive one.
 - First come, first served: who comes while others wait goes behind them, shared or not, so neither readers nor writers
   starve. Shared ones next to each other go in together. A waiter that is stopped (SIGSTOP) and leaves a free lock
   untaken for 0.1 s is overtaken.

@@ -140,7 +140,7 @@ class Stripe:
         for held in self.holds:
             if held.owner == turn.owner:
                 if turn.exclusive and not self.exclusive:
-                    raise LockUpgradeError(os.fsdecode(turn.path))
+                    raise LockUpgradeError(os.fsdecode(turn.path), os.fsdecode(held.path))
                 return True
         return False
 
