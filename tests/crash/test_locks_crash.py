@@ -80,7 +80,7 @@ def take_a_set(path: Path, mode: Mode, number: int) -> None:
 def test_killed_before_any_call_nothing_is_left_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: Callable[[Path, Mode, int], None], mode: Mode
 ) -> None:
-    monkeypatch.setattr(journal, "recover_marked", lambda root, text: None)
+    monkeypatch.setattr(journal, "recover_marked", lambda root, text, deadline_s: None)
     for number in range(1, CALLS_MAX):
         child = Child(partial(action, tmp_path / "a", mode, number))
         survived = child.wait() == 0
@@ -335,7 +335,7 @@ def let_go(lock: PathLock) -> None:
 def test_interrupted_anywhere_nothing_is_held_that_nobody_knows_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: Callable[[Path], None], stride: int
 ) -> None:
-    monkeypatch.setattr(journal, "recover_marked", lambda root, text: None)
+    monkeypatch.setattr(journal, "recover_marked", lambda root, text, deadline_s: None)
     path = tmp_path / "a"
     with LockSet([path, tmp_path / "b"]):
         pass

@@ -183,7 +183,7 @@ def test_a_task_that_is_cancelled_while_it_recovers_recovers_to_the_end(
     file = lock_file(tmp_path, PathLock(tmp_path / "a"))
     began, go_on = threading.Event(), threading.Event()
 
-    def recover(root: bytes, text: bytes) -> None:
+    def recover(root: bytes, text: bytes, _deadline_s: float | None) -> None:
         began.set()
         assert go_on.wait(60)
         assert not is_free(file, shared=True)

@@ -25,7 +25,7 @@ from tests.workers.files.child_locks import (
 )
 
 from ringpool.errors import FileOperationError, LockTimeoutError
-from ringpool.workers.files import journal
+from ringpool.workers.files import holds, journal, turns
 from ringpool.workers.files.asynclocks import AsyncPathLock
 from ringpool.workers.files.locks import LockSet, Mode, PathLock
 from ringpool.workers.files.oslayer import intercepted
@@ -120,7 +120,7 @@ class Recoveries:
         self.seen: list[tuple[bytes, bytes]] = []
         self.error: Exception | None = None
 
-    def recover(self, root: bytes, text: bytes) -> None:
+    def recover(self, root: bytes, text: bytes, _deadline_s: float | None) -> None:
         assert not is_free(self.file, shared=True)
         self.seen.append((root, text))
         if self.error is not None:
@@ -184,6 +184,49 @@ def test_a_recovery_that_fails_is_raised_and_leaves_the_mark_and_no_lock(
         assert len(recoveries.seen) == 3
 
 
+@pytest.mark.parametrize("timeout_s", [0, 0.02])
+@pytest.mark.parametrize("is_marked", [False, True])
+def test_a_timeout_holds_for_the_wait_for_anothers_recovery_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timeout_s: float, is_marked: bool
+) -> None:
+    """The patience with a recovery is longer than the test may take, and ends with an error of another kind."""
+    monkeypatch.setattr(journal, "RECOVERER_PATIENCE_S", 1e9)
+    with PathLock(tmp_path / "a") as lock:
+        file = lock_file(tmp_path, lock)
+    made = journal.Journal.begin(os.fsencode(tmp_path), durable=False)
+    if is_marked:
+        file.write_bytes(made.id)
+        held = None
+    else:
+        turns._looked_at.clear()  # pyright: ignore[reportPrivateUsage]  (as in a process that has just started)
+        held = holds.take(made.txn_fd, b".", os.O_DIRECTORY)
+    try:
+        for kind in (PathLock, AsyncPathLock):
+            with pytest.raises(LockTimeoutError, match="recovery of a dead transaction") as caught:
+                acquire(kind(tmp_path / "a", timeout_s=timeout_s))
+            assert caught.value.waited_s >= timeout_s
+            assert is_free(file)
+    finally:
+        if held is not None:
+            holds.let_go(held)
+        made.close()
+    acquire(PathLock(tmp_path / "a", timeout_s=0))
+
+
+def acquire(lock: PathLock | AsyncPathLock) -> None:
+    """Take it, and let go of it again."""
+
+    async def acquire_async(lock: AsyncPathLock) -> None:
+        async with lock:
+            pass
+
+    if isinstance(lock, AsyncPathLock):
+        asyncio.run(acquire_async(lock))
+    else:
+        with lock:
+            pass
+
+
 def test_the_marks_of_a_set_are_no_concern_of_those_who_hold_it(tmp_path: Path, recoveries: Recoveries) -> None:
     several = LockSet([tmp_path / "a", tmp_path / "b"])
     with several, PathLock(tmp_path / "a"):
@@ -218,7 +261,7 @@ def test_a_base_is_looked_through_for_dead_transactions_the_first_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     roots: list[bytes] = []
-    monkeypatch.setattr(journal, "recover_root", roots.append)
+    monkeypatch.setattr(journal, "recover_root", lambda root, deadline_s: roots.append(root))
     for name in "xy":
         (tmp_path / name / "deep").mkdir(parents=True)
         (tmp_path / name / ".ringpool").mkdir()

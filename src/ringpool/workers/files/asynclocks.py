@@ -40,9 +40,10 @@ class AsyncPathLock(LockBase):
         turn = Turn(asyncio.current_task(), self.path, self.mode == "exclusive")
         try:
             self.turns.append(turn)
-            await self._recover_root()
-            if not turns.arrive(turn, self.base, may_wait=self.timeout_s != 0) or turn.is_marked:
-                await self._finish(turn, self._deadline_s(began_s))
+            deadline_s = self._deadline_s(began_s)
+            await self._recover_root(deadline_s)
+            if not turns.arrive(turn, self.base, deadline_s, may_wait=self.timeout_s != 0) or turn.is_marked:
+                await self._finish(turn, deadline_s)
         except BaseException as error:
             try:
                 self._undo(turn)
@@ -51,10 +52,10 @@ class AsyncPathLock(LockBase):
                 raise
             self._fail(error, turn, began_s)
 
-    async def _recover_root(self) -> None:
+    async def _recover_root(self, deadline_s: float | None) -> None:
         place = lockfiles.find(self.path, self.base)
         if not turns.is_recovered(place):
-            await in_thread(turns.recover, place)
+            await in_thread(turns.recover, place, deadline_s)
 
     async def _finish(self, turn: Turn, deadline_s: float | None) -> None:
         loop = asyncio.get_running_loop()
@@ -65,7 +66,7 @@ class AsyncPathLock(LockBase):
             pause_s = next(steps)
             while True:
                 if pause_s is None:
-                    await in_thread(turn.recover)
+                    await in_thread(turn.recover, deadline_s)
                     pause_s = next(steps)
                 else:
                     pause_s = steps.send(await _sleep(turn, woken, pause_s))

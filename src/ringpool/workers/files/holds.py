@@ -12,10 +12,26 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+import time
+from collections.abc import Generator
 from contextlib import suppress
 
 from ringpool.workers.files.durability import close_quietly
 from ringpool.workers.files.oslayer import calls
+
+WAIT_MIN_S = 5e-5
+WAIT_MAX_S = 5e-3
+
+
+class OutOfTimeError(Exception):
+    """The deadline came first. ``holder`` (str): who had what was waited for, where that is known. Never leaves this
+    package.
+    """
+
+    def __init__(self, holder: str = "") -> None:
+        super().__init__(holder)
+        self.holder = holder
+
 
 _held: set[int] = set()
 _guard = threading.RLock()  # no fork between opening a descriptor and its entry; re-entrant: signal handlers may fork
@@ -38,6 +54,16 @@ def take(dir_fd: int, name: bytes, flags: int) -> int | None:
         raise
     let_go(fd)
     return None
+
+
+def tries(end_s: float) -> Generator[bool]:
+    """Once at each try, with a growing pause after it, until ``end_s`` (monotonic); true for the last one."""
+    wait_s = WAIT_MIN_S
+    while (left_s := end_s - time.monotonic()) > 0:
+        yield False
+        time.sleep(min(wait_s, left_s))  # flock wakes only who blocks in it, and that cannot be ended at a deadline
+        wait_s = min(2 * wait_s, WAIT_MAX_S)
+    yield True
 
 
 def let_go(fd: int) -> None:

@@ -64,8 +64,6 @@ MAGIC = b"RPJ1"
 BEFORE, AFTER = "fsync of the directory, before the commit", "fsync of the directory, after it"
 IDS_TRIED_MAX = 100
 RECOVERER_PATIENCE_S = 30
-WAIT_MIN_S = 5e-5
-WAIT_MAX_S = 5e-3
 
 _header = struct.Struct("<4sII")
 _id = re.compile(rb"[0-9a-f]{16}")
@@ -342,27 +340,29 @@ def read_all(fd: int) -> bytes:
 # ---- recovery --------------------------------------------------------------------------------------------------------
 
 
-def recover_marked(root: bytes, text: bytes) -> None:
+def recover_marked(root: bytes, text: bytes, deadline_s: float | None = None) -> None:
     """The transaction that the mark ``text`` names is finished or dropped when this returns.
 
     For whoever finds a mark in a lock file that it has just locked: so the transaction is dead. Another process may be
-    recovering it; that is waited for. Raises ``OSError``; ``FileOperationError`` (EBUSY) where the id stays held.
+    recovering it; that is waited for. Raises ``OSError``; ``FileOperationError`` (EBUSY) where the id stays held;
+    ``OutOfTimeError`` where that lasts until ``deadline_s`` (monotonic).
     """
     if not _id.fullmatch(text):
         return  # not ours, or torn by a power cut, after which the journals are looked through anyway
-    for is_last in _tries():
+    for is_last in holds.tries(_end_s(deadline_s)):
         if _recover(root, text, create=False)[0]:
             return
         if is_last:
-            raise _busy(txn_directory(root) + b"/" + text + b".lock", "though its locks are free")
+            raise _busy(txn_directory(root) + b"/" + text + b".lock", "though its locks are free", deadline_s)
 
 
-def recover_root(root: bytes) -> int:
+def recover_root(root: bytes, deadline_s: float | None = None) -> int:
     """Finish or drop every dead transaction of ``root``; how many were rolled forward. Raises ``OSError``.
 
     A living one is left alone, and so are those of a directory that is closed to us, and those that we do not trust:
     they are their owner's. After a power cut there may be no marks that keep others away from what one recovers here:
-    one does that at a time, and who comes after it waits. Raises ``FileOperationError`` (EBUSY) where that is long.
+    one does that at a time, and who comes after it waits. Raises ``FileOperationError`` (EBUSY) where that is long, and
+    ``OutOfTimeError`` where it lasts until ``deadline_s`` (monotonic).
     """
     try:
         txn_fd = calls.open(txn_directory(root), _DIRECTORY_FLAGS)
@@ -371,7 +371,7 @@ def recover_root(root: bytes) -> int:
     try:
         if not _ids_in(txn_fd):
             return 0
-        turn_fd = _turn_to_recover(root, txn_fd)
+        turn_fd = _turn_to_recover(root, txn_fd, deadline_s)
         if turn_fd is None:
             return 0
         try:
@@ -388,28 +388,24 @@ def _ids_in(txn_fd: int) -> list[bytes]:
     return sorted({identity for name in names if (identity := _id_of(name))})
 
 
-def _turn_to_recover(root: bytes, txn_fd: int) -> int | None:
+def _turn_to_recover(root: bytes, txn_fd: int, deadline_s: float | None) -> int | None:
     """The directory, locked by us; None where it was removed meanwhile."""
-    for is_last in _tries():
+    for is_last in holds.tries(_end_s(deadline_s)):
         with suppress(BlockingIOError):
             return holds.take(txn_fd, b".", os.O_DIRECTORY)
         if is_last:
             break
-    raise _busy(txn_directory(root), "by a recovery")
+    raise _busy(txn_directory(root), "by a recovery", deadline_s)
 
 
-def _tries() -> Generator[bool]:
-    """Once at each try, with a growing pause after it; true for the last one."""
-    deadline_s = time.monotonic() + RECOVERER_PATIENCE_S
-    wait_s = WAIT_MIN_S
-    while time.monotonic() <= deadline_s:
-        yield False
-        time.sleep(wait_s)  # flock wakes only who blocks in it, and that cannot be ended at a deadline
-        wait_s = min(2 * wait_s, WAIT_MAX_S)
-    yield True
+def _end_s(deadline_s: float | None) -> float:
+    patience_end_s = time.monotonic() + RECOVERER_PATIENCE_S
+    return patience_end_s if deadline_s is None else min(deadline_s, patience_end_s)
 
 
-def _busy(path: bytes, how: str) -> FileOperationError:
+def _busy(path: bytes, how: str, deadline_s: float | None) -> Exception:
+    if deadline_s is not None and time.monotonic() >= deadline_s:
+        return holds.OutOfTimeError(f"the recovery of a dead transaction ({os.fsdecode(path)})")
     reason = f"still held after {RECOVERER_PATIENCE_S} s, {how}: end the process that has it"
     return FileOperationError(os.fsdecode(path), "recover a transaction", errno.EBUSY, reason)
 

@@ -60,10 +60,11 @@ from typing import Literal, NoReturn, Self, TypeVar
 
 from ringpool.errors import FileOperationError, LockTimeoutError, RingpoolError
 from ringpool.workers.files import lockfiles, stripes, turns
+from ringpool.workers.files.holds import OutOfTimeError
 from ringpool.workers.files.lockfiles import root_of
 from ringpool.workers.files.naming import FilePath, absolute, check_several, encoded, unusable
 from ringpool.workers.files.oslayer import calls
-from ringpool.workers.files.stripes import MARK_BYTES_MAX, OutOfTimeError, Turn
+from ringpool.workers.files.stripes import MARK_BYTES_MAX, Turn
 
 __all__ = ["LockBase", "LockSet", "Mode", "PathLock", "root_of"]
 
@@ -129,7 +130,8 @@ class LockBase:
     def _fail(self, error: BaseException, turn: Turn, began_s: float) -> NoReturn:
         """Raise what the caller is to see of ``error``. Nothing is held any more."""
         if isinstance(error, OutOfTimeError):
-            raise LockTimeoutError(os.fsdecode(self.path), _holder_of(turn), time.monotonic() - began_s) from None
+            holder = error.holder or _holder_of(turn)
+            raise LockTimeoutError(os.fsdecode(self.path), holder, time.monotonic() - began_s) from None
         if isinstance(error, OSError) and not isinstance(error, RingpoolError):
             raise operation_error(self.path, "lock", error) from error
         raise error
@@ -194,8 +196,9 @@ class PathLock(LockBase):
         turn = Turn(threading.get_ident(), self.path, self.mode == "exclusive")
         try:
             self.turns.append(turn)
-            if not turns.arrive(turn, self.base, may_wait=self.timeout_s != 0) or turn.is_marked:
-                self._finish(turn, self._deadline_s(began_s))
+            deadline_s = self._deadline_s(began_s)
+            if not turns.arrive(turn, self.base, deadline_s, may_wait=self.timeout_s != 0) or turn.is_marked:
+                self._finish(turn, deadline_s)
         except BaseException as error:
             try:
                 self._undo(turn)
@@ -212,7 +215,7 @@ class PathLock(LockBase):
             pause_s = next(steps)
             while True:
                 if pause_s is None:
-                    turn.recover()
+                    turn.recover(deadline_s)
                     pause_s = next(steps)
                 else:
                     pause_s = steps.send(turns.sleep(turn, gate, pause_s))

@@ -59,10 +59,6 @@ class StaleError(Exception):
     """The locked file is not the one that others find: somebody removed ``.ringpool``. Never leaves this package."""
 
 
-class OutOfTimeError(Exception):
-    """The deadline came first. Never leaves this package."""
-
-
 class Turn:
     """One acquisition by ``owner`` (a thread's number, a task), from its arrival until it leaves."""
 
@@ -80,10 +76,10 @@ class Turn:
         self.path = path
         self.exclusive = exclusive
 
-    def recover(self) -> None:
+    def recover(self, deadline_s: float | None) -> None:
         """See ``Stripe.recover``."""
         assert self.stripe is not None
-        self.stripe.recover(self)
+        self.stripe.recover(self, deadline_s)
 
     def wake(self) -> None:
         """Have it look. It may be asleep, and another thread's."""
@@ -353,14 +349,15 @@ class Stripe:
         if self.fd >= 0:
             calls.unlock_descriptor(self.fd)
 
-    def recover(self, turn: Turn) -> None:
+    def recover(self, turn: Turn, deadline_s: float | None) -> None:
         """Finish the transaction that the file names; not under ``mutex``, and ``turn`` is the only holder until then.
 
-        It may wait afterwards, if it is to share: the kernel cannot turn one lock into the other at one moment.
+        It may wait afterwards, if it is to share: the kernel cannot turn one lock into the other at one moment. Raises
+        ``OutOfTimeError`` where another recovers it, and that lasts until ``deadline_s`` (monotonic).
         """
         text = calls.pread(self.fd, MARK_BYTES_MAX, 0)
         if text:
-            journal.recover_marked(self.root, text)
+            journal.recover_marked(self.root, text, deadline_s)
             self.write_mark(b"")
         turn.is_marked = False
         if turn.exclusive:

@@ -22,9 +22,10 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from ringpool.workers.files import journal, lockfiles, stripes, tickets
+from ringpool.workers.files.holds import OutOfTimeError
 from ringpool.workers.files.lockfiles import Place
 from ringpool.workers.files.oslayer import calls
-from ringpool.workers.files.stripes import OutOfTimeError, SoftStripe, StaleError, Stripe, Turn
+from ringpool.workers.files.stripes import SoftStripe, StaleError, Stripe, Turn
 
 DESCRIPTORS_MAX = (
     256  # a job locks every stripe of its base again and again; and a quarter of what the process may have open
@@ -38,12 +39,15 @@ _stripes: OrderedDict[tuple[bytes, int], Stripe] = OrderedDict()  # the least re
 _looked_at: set[tuple[bytes, int, int]] = set()
 
 
-def arrive(turn: Turn, base: bytes | None, *, may_wait: bool) -> bool:
-    """Whether ``turn`` holds the stripe of its path; otherwise it waits there, if it may. Raises ``OSError``."""
+def arrive(turn: Turn, base: bytes | None, deadline_s: float | None, *, may_wait: bool) -> bool:
+    """Whether ``turn`` holds the stripe of its path; otherwise it waits there, if it may.
+
+    Raises ``OSError``; ``OutOfTimeError`` where another recovers that base until ``deadline_s`` (monotonic).
+    """
     for _ in range(lockfiles.REOPENS_MAX):
         place = lockfiles.find(turn.path, base)
         if not is_recovered(place):
-            recover(place)
+            recover(place, deadline_s)
         turn.place = root, number = place.root, place.stripe
         with stripes.mutex:
             stripe = _stripes.get((root, number))
@@ -100,17 +104,17 @@ def is_recovered(place: Place) -> bool:
     return (place.root, place.device, place.inode) in _looked_at
 
 
-def recover(place: Place) -> None:
+def recover(place: Place, deadline_s: float | None) -> None:
     """Finish what died transactions left there, the first time that this process comes to that directory.
 
     Marks tell of them as well, but are not durable, and those of a base further in are seen by nobody any more. Raises
-    ``OSError``.
+    ``OSError``; ``OutOfTimeError`` as ``arrive`` does.
     """
     if len(_looked_at) >= DIRECTORIES_REMEMBERED_MAX:
         _looked_at.clear()
     for base in (place.root, *lockfiles.bases_between(place.root, place.directory)):
         if (base, 0, 0) not in _looked_at:
-            journal.recover_root(base)
+            journal.recover_root(base, deadline_s)
             _looked_at.add((base, 0, 0))
     _looked_at.add((place.root, place.device, place.inode))
 
@@ -233,7 +237,7 @@ def finish(
             stripe.leave(turn)  # a .ringpool was made further out, or the directory replaced, while it waited
             is_stale = True
         if is_stale:
-            arrive(turn, base, may_wait=True)
+            arrive(turn, base, deadline_s, may_wait=True)
             continue
         pause_s = idle_s if not is_first else stripe.look_s if turn.bell is not None else WITHOUT_BELL_S
         if deadline_s is not None:
