@@ -115,6 +115,19 @@ def test_one_lock_object_serves_several_tasks(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_what_a_task_has_acquired_that_has_ended_may_be_released_by_anybody(tmp_path: Path) -> None:
+    async def main() -> None:
+        lock = AsyncPathLock(tmp_path / "a")
+        await asyncio.create_task(lock.acquire())  # as asyncio.wait_for does it, before Python 3.12
+        assert not is_free(lock_file(tmp_path, lock))
+        lock.release()
+        assert is_free(lock_file(tmp_path, lock))
+        with pytest.raises(RuntimeError, match="not locked"):
+            lock.release()
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("place", ["head", "behind"])
 def test_a_cancelled_wait_leaves_nothing_behind(tmp_path: Path, place: str) -> None:
     lock = AsyncPathLock(tmp_path / "a")

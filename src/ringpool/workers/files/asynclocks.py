@@ -29,7 +29,7 @@ class AsyncPathLock(LockBase):
     """The lock on ``path`` for an asyncio task, its owner; otherwise as ``PathLock``, in one queue with it.
 
     An async context manager. Waiting takes no thread, and a cancelled wait leaves nothing behind. Several tasks may use
-    one object.
+    one object. What a task has acquired that has ended, anybody may release who has the object.
     """
 
     __slots__ = ()
@@ -72,6 +72,10 @@ class AsyncPathLock(LockBase):
                     pause_s = steps.send(await _sleep(turn, woken, pause_s))
         except StopIteration:
             return
+
+    def _is_nobodys(self, turn: Turn) -> bool:
+        """Or its task has ended: ``asyncio.wait_for``, before Python 3.12, acquires in a task of its own."""
+        return super()._is_nobodys(turn) or (isinstance(turn.owner, asyncio.Task) and turn.owner.done())
 
     def release(self) -> None:
         """Release it once. Raises ``RuntimeError`` where this task does not hold it, else as ``PathLock.release``."""
