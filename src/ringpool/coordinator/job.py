@@ -17,7 +17,7 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -294,7 +294,7 @@ class Job:
         )
 
     @contextlib.contextmanager
-    def _hearing_stops(self) -> Iterator[Stops]:
+    def _hearing_stops(self) -> Generator[Stops]:
         """What ``stop`` is told meanwhile."""
         stops = Stops()
         self._stops.append(stops)
