@@ -301,3 +301,14 @@ def test_options_of_a_retry_hold_once() -> None:
     done = run("retry")
     assert done.returncode == 1
     assert done.stderr.splitlines()[0] == "ringpool: failed: in/slow1.txt: TimeoutError: too slow"
+
+
+@pytest.mark.usefixtures("mixed")
+def test_what_a_retry_has_done_with_other_parameters_a_resume_does_not_undo() -> None:
+    run(*FAIL)
+    done = run("retry", "--param", "healed=in/fine.txt", "--kind", "ValueError", "--quiet")
+    assert sorted(done.stdout.splitlines()) == ["in/bad1.txt\twell", "in/bad2.txt\twell"]
+    done = run("resume", "--dry-run", "--quiet")
+    assert "skip in/bad1.txt: done and verified" in done.stdout.splitlines()
+    done = run("resume", "--param", "healed=never", "--dry-run", "--quiet")
+    assert "run in/bad1.txt: the function or its parameters have changed" in done.stdout.splitlines()

@@ -131,7 +131,7 @@ def _bench_own(words: tuple[str, ...], options: dict[str, Any]) -> int:
     from ringpool.coordinator.pool import start_server
     from ringpool.errors import BenchmarkError
 
-    job = job_of(call, b"")  # whatever is wrong with function, parameters and patterns, in the command's words
+    job = job_of(call, call)  # whatever is wrong with function, parameters and patterns, in the command's words
     if options["durability"] and not call.out:
         raise click.UsageError("--durability is that of outputs, and there are none: leave it away, or say --out")
     rounds = options["rounds"] or ROUNDS

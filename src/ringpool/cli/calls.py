@@ -11,6 +11,7 @@ A job that a Python program has made has no spec: that program resumes it.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import importlib
 import json
 import os
@@ -29,7 +30,7 @@ from ringpool.coordinator.inputs import InputFile, list_inputs
 from ringpool.coordinator.job import Job
 from ringpool.coordinator.ledger import JobInfo, Ledger
 from ringpool.coordinator.lists import read_list, read_manifest, relpath_of
-from ringpool.errors import JobError, OutputPatternError, UnknownFunctionError
+from ringpool.errors import JobError, OutputPatternError, RingpoolError, UnknownFunctionError
 from ringpool.workers import tasks
 from ringpool.workers.commands import ITS_OWN, NOT_OF_A_FILE, Template
 from ringpool.workers.retry import RetryPolicy
@@ -48,8 +49,15 @@ class Stored(msgspec.Struct, frozen=True):
 # ---- to a job --------------------------------------------------------------------------------------------------------
 
 
-def job_of(call: Call, spec: bytes) -> Job:
-    """The job of ``call``, here. Raises ``click.UsageError`` and the errors of ``Job`` for what is wrong with it."""
+def job_of(call: Call, own: Call) -> Job:
+    """The job of ``call``, here; recorded, with its files, as that of ``own``, which a resume goes by: whoever has
+    some of its files done with other parameters takes them for this job's. Raises ``click.UsageError`` and the errors
+    of ``Job`` for what is wrong with it.
+    """
+    digest = b""
+    if own.param != call.param:
+        with contextlib.suppress(RingpoolError, click.UsageError):  # the function takes those parameters no more
+            digest = job_of(own, own).digest
     import_from_here()
     _check_outputs(call)
     limits = limits_of(call)
@@ -62,7 +70,8 @@ def job_of(call: Call, spec: bytes) -> Job:
         directory=call.job,
         include=call.include,
         exclude=call.exclude,
-        spec=spec,
+        spec=spec_of(own),
+        digest=digest,
         durability=call.durability,
         retry=_policy(call),
         attempts_max=call.attempts,

@@ -95,9 +95,9 @@ def run(context: click.Context, words: tuple[str, ...], **_options: Any) -> int:
     told = given(context)
     call = combined(Call(), settings(Path(), context.command))
     call = combined(call, {**told, **_function_and_inputs(call, words, told)})
-    from ringpool.cli.calls import job_of, spec_of
+    from ringpool.cli.calls import job_of
 
-    job = job_of(call, spec_of(call))
+    job = job_of(call, call)
     return execute(Order(call, job, str(job.directory)))
 
 
@@ -128,14 +128,12 @@ def resume(context: click.Context, directory: str, **_options: Any) -> int:
     DIR is where .ringpool is: where its outputs are, or what its --job said. The job is run as it was started, from
     where it was started; options that are given here override those, and are its own from then on.
     """
-    from ringpool.cli.calls import spec_of
-
     stored = _stored(directory)
     call = combined(stored.call, given(context))
     kept = msgspec.structs.replace(
         call, quiet=stored.call.quiet, json=stored.call.json
     )  # what it does, not how it looks
-    return execute(_order_again(call, directory, lambda: spec_of(kept), stored.cwd))
+    return execute(_order_again(call, kept, directory, stored.cwd))
 
 
 @click.command(short_help="Do the failed files of a job again.")
@@ -153,7 +151,8 @@ def resume(context: click.Context, directory: str, **_options: Any) -> int:
 def retry(context: click.Context, directory: str, wanted: tuple[str, ...], dead: bool, **_options: Any) -> int:
     """Do the failed files of DIR's last job again, and nothing else.
 
-    The job is run as it was started, from where it was started; options that are given here hold for this time only.
+    The job is run as it was started, from where it was started; options that are given here hold for this time only,
+    and what is done with them is done.
     """
     stored = _stored(directory)
     selection = _selection(Path(directory), stored.id, wanted, dead=dead)
@@ -161,10 +160,8 @@ def retry(context: click.Context, directory: str, wanted: tuple[str, ...], dead:
         which = f" of kind {' or '.join(wanted)}" if wanted else ""
         say(f"{directory}: no file{which} has failed{_others_in_words(selection)}")
         return 0
-    from ringpool.cli.calls import spec_of
-
     call = combined(stored.call, given(context))
-    return execute(_order_again(call, directory, lambda: spec_of(stored.call), stored.cwd, selection))
+    return execute(_order_again(call, stored.call, directory, stored.cwd, selection))
 
 
 def _stored(directory: str) -> Stored:
@@ -176,10 +173,10 @@ def _stored(directory: str) -> Stored:
     return found
 
 
-def _order_again(
-    call: Call, directory: str, spec: Callable[[], bytes], cwd: str, selection: Selection | None = None
-) -> Order:
-    """The job of ``call`` from where it was started. ``directory`` is as it was called from here."""
+def _order_again(call: Call, own: Call, directory: str, cwd: str, selection: Selection | None = None) -> Order:
+    """The job of ``call`` from where it was started, recorded as that of ``own``. ``directory`` is as it was called
+    from here.
+    """
     from ringpool.cli.calls import job_of, require_same_place
 
     place = Path(os.path.abspath(directory))
@@ -187,7 +184,7 @@ def _order_again(
         os.chdir(cwd)
     except OSError as error:
         raise click.UsageError(f"{cwd}, where the job was started, cannot be entered: {error.strerror}") from None
-    job = job_of(call, spec())
+    job = job_of(call, own)
     require_same_place(job, place, directory)
     return Order(call, job, directory, selection)
 

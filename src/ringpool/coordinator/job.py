@@ -88,12 +88,13 @@ class Job:
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         spec: bytes = b"",
+        digest: bytes = b"",
         **options: Any,
     ) -> None:
         if startup.is_importing_main() and "_later" not in self.__dict__:
             # A global of the main module: its workers rarely use it.
             more = {"command": command, "params": params, "directory": directory, "include": include}
-            more |= {"exclude": exclude, "spec": spec, **options}
+            more |= {"exclude": exclude, "spec": spec, "digest": digest, **options}
             self._later = functools.partial(Job.__init__, self, function, inputs, output, **more)
             return
         if (function is None) == (command is None):
@@ -113,7 +114,7 @@ class Job:
         own = tasks.validate(self.name, self._signature, params or {})
         self._parameters = tasks.pack_parameters(self.name, own)
         self._source = jobtasks.source_of(self.name)
-        self.digest = function_digest(self.name, self._source, own)
+        self.digest = digest or function_digest(self.name, self._source, own)  # what files are recorded as made by
         if directory is not None and not os.fspath(directory):
             raise ValueError("directory is empty; leave it out for the default, or write '.' for the current directory")
         self.directory = Path(directory if directory is not None else self.outputs.base if self.outputs else ".")
