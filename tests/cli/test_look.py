@@ -14,6 +14,7 @@ import pytest
 from tests.cli.command import TASKS, Terminal, finish, has_ended, objects, run, segments_of, start, wait_until
 
 from ringpool.coordinator.ledger import Ledger
+from ringpool.shm import segment
 
 FAIL = ("run", f"{TASKS}:fail_unless", "in", "--param", "healed=healed", "--attempts", "1", "--quiet")
 
@@ -181,8 +182,8 @@ def test_a_reader_of_results_that_has_enough_ends_them_quietly() -> None:
 # ---- clean -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("numbers")
-def test_clean_writes_down_what_a_killed_run_had_done_and_removes_the_rest(here: Path) -> None:
+def kill_a_run(here: Path) -> set[Path]:
+    """Its files in /dev/shm."""
     (here / "begun").mkdir()
     words = ("--param", "begun=begun", "--param", "gate=gate", "--workers", "2", "--out", "out/{relpath}")
     command = start("run", f"{TASKS}:wait_for_gate", "in", *words)
@@ -192,15 +193,44 @@ def test_clean_writes_down_what_a_killed_run_had_done_and_removes_the_rest(here:
     command.kill()
     finish(command)
     wait_until(lambda: all(map(has_ended, workers)), "the end of the workers")
-    assert [segment for segment in segments if segment.exists()]
+    return segments
+
+
+@pytest.mark.usefixtures("numbers")
+def test_clean_writes_down_what_a_killed_run_had_done_and_removes_the_rest(here: Path) -> None:
+    segments = kill_a_run(here)
+    assert [path for path in segments if path.exists()]
     assert os.listdir("out/.ringpool/staging")
     done = run("clean", "out")
     assert (done.returncode, done.stdout) == (0, "")
     said = "ringpool: out: 0 files found in what killed runs had left; all else of them is removed\n"
     assert done.stderr == said
-    assert not [segment for segment in segments if segment.exists()]
+    assert not [path for path in segments if path.exists()]
     assert not Path("out/.ringpool/staging").exists()
     assert run("clean", "out").stderr == said
+
+
+@pytest.mark.usefixtures("numbers")
+def test_what_another_version_has_left_goes_with_the_ledger_only(here: Path) -> None:
+    segments = kill_a_run(here)
+    [ring] = [path for path in segments if segment.NAME.fullmatch(path.name)]
+    with ring.open("r+b") as file:
+        file.seek(8)
+        file.write(b"\x63")  # its layout's version
+    for words in (("clean", "out"), ("resume", "out")):
+        done = run(*words)
+        assert done.returncode == 1
+        assert "it has layout version 99, and this build has" in done.stderr
+        assert "or `ringpool clean --ledger out`, which removes it and forgets what is done" in done.stderr
+        assert ring.exists()
+    done = run("clean", "out", "--ledger", "--yes")
+    assert done.returncode == 0
+    said = (
+        f"ringpool: /dev/shm/{ring.name}, which this version of ringpool cannot read, is removed; what it held is lost"
+    )
+    assert done.stderr.splitlines()[0] == said
+    assert not list(ring.parent.glob(f"*{ring.name}*"))
+    assert "8 files done" in run("run", f"{TASKS}:copy", "in", "--out", "out/{relpath}").stderr
 
 
 @pytest.mark.usefixtures("numbers")

@@ -226,7 +226,8 @@ def _find_modules_of(job: JobInfo) -> None:
 def clean(directory: str, forgets: bool, yes: bool) -> int:
     """Write down what killed runs of DIR had done, and remove what else they left, on disk and in /dev/shm.
 
-    The next run does the same. Outputs that are in their places stay there, with --ledger too.
+    The next run does the same. Outputs that are in their places stay there, with --ledger too. That also removes what
+    a run of another version of ringpool has left in /dev/shm, which else only that version can collect.
     """
     from ringpool.coordinator.joblock import JobLock
     from ringpool.coordinator.ledger import Ledger
@@ -258,6 +259,10 @@ def _confirm(directory: str) -> None:
     click.confirm(f"Forget what is done in {directory}? The next run does all files again", abort=True, err=True)
 
 
+def _say_forgotten(segment: str) -> None:
+    say(f"/dev/shm/{segment}, which this version of ringpool cannot read, is removed; what it held is lost")
+
+
 def _collect(place: Path, *, forgets: bool) -> int:
     """Drain what dead runs left, put it into the ledger if there is one that can be read; how many files."""
     from ringpool.coordinator.ledger import Ledger
@@ -268,7 +273,7 @@ def _collect(place: Path, *, forgets: bool) -> int:
     reclaim_dead()
     try:
         with Ledger.open(place, create=False) as ledger:
-            n_files = take_over_dead_runs(place, ledger)
+            n_files = take_over_dead_runs(place, ledger, _say_forgotten if forgets else None)
             for name in ledger.open_segments():
                 ledger.forget_segment(name)
             return n_files

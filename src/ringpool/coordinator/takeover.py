@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ringpool.coordinator import drain, jobrows, staging
 from ringpool.coordinator.ledger import Ledger
+from ringpool.errors import JobError, SegmentError, SegmentFormatError, SegmentTruncatedError
 from ringpool.shm import segment
 
 
-def take_over_dead_runs(directory: Path, ledger: Ledger) -> int:
+def take_over_dead_runs(directory: Path, ledger: Ledger, forgotten: Callable[[str], None] | None = None) -> int:
     """Drain into ``ledger`` what runs of ``directory`` left whose processes are dead, and remove what they staged; how
     many files that gave. Its caller holds the lock: nobody alive stages there.
+
+    A segment that cannot be read, because another version of ringpool made it, is a ``JobError``; with ``forgotten`` it
+    is removed, and its name given to that.
     """
     base = base_of(directory)
     n = 0
     for name in drain.segments_of(base):
-        n += drain_into(ledger, name)
+        try:
+            n += drain_into(ledger, name)
+        except (SegmentFormatError, SegmentTruncatedError, msgspec.MsgspecError) as error:
+            if forgotten is None:
+                reason = error.reason if isinstance(error, SegmentError) else str(error)
+                way = shlex.join(["ringpool", "clean", "--ledger", os.fspath(directory)])
+                raise JobError(
+                    f"{directory}: a killed run left {name} in /dev/shm, and {reason}; use the version of ringpool "
+                    f"that made it, or `{way}`, which removes it and forgets what is done: all is done again then"
+                ) from error
+            segment.unlink(name)
+            forgotten(name)
     staging.remove_all(base)
     return n
 
