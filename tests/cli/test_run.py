@@ -26,6 +26,8 @@ from tests.cli.command import (
     wait_until,
 )
 
+from ringpool.cli.lines import MESSAGE_LENGTH_MAX, one_line
+
 
 def sizes(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
     """The values that were printed, by path."""
@@ -440,6 +442,31 @@ def test_a_ledger_that_cannot_be_used_is_one_line_and_status_1() -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("\n") == 1
     assert "it is no SQLite database; move it away" in done.stderr
+
+
+@pytest.mark.usefixtures("numbers")
+def test_a_ledger_at_a_path_too_long_for_sqlite_says_so_and_where_else_it_may_be() -> None:
+    done = run("run", f"{TASKS}:copy", "in", "--out", "/".join([*["d" * 200] * 3, "{relpath}"]))
+    assert done.returncode == 1
+    assert "bytes, and SQLite takes 504; keep it in a directory with a shorter one, by --job" in done.stderr
+    done = run("run", f"{TASKS}:copy", "in", "--job", "job", "--out", "/".join([*["d" * 200] * 3, "{relpath}"]))
+    assert done.returncode == 0
+
+
+@pytest.mark.usefixtures("numbers")
+def test_a_limit_of_file_sizes_is_no_failure_of_the_disk() -> None:
+    limited = ["sh", "-c", 'ulimit -f 20; exec "$0" "$@"', sys.executable, "-m", "ringpool"]
+    words = ["run", f"{TASKS}:copy", "in", "--out", "out/{relpath}"]
+    done = subprocess.run([*limited, *words], env=environment(), stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert "RLIMIT_FSIZE); raise `ulimit -f`" in done.stderr
+
+
+def test_of_a_long_message_the_middle_is_cut() -> None:
+    said = one_line(f"ledger /a/{'long/' * 200}path: its reason; a way out")
+    assert len(said) == MESSAGE_LENGTH_MAX
+    assert said.startswith("ledger /a/long/")
+    assert said.endswith("path: its reason; a way out")
 
 
 @pytest.mark.usefixtures("numbers")

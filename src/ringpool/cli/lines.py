@@ -31,7 +31,7 @@ import msgspec
 
 from ringpool.cli.stopping import Stopped, stopper
 
-MESSAGE_LENGTH_MAX = 300
+MESSAGE_LENGTH_MAX, MESSAGE_BEGIN_LENGTH = 300, 120
 _CONTROLS = {code: ascii(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0))}
 
 
@@ -77,9 +77,13 @@ def _as_bytes(text: str) -> bytes:
 
 
 def one_line(error: BaseException | str) -> str:
-    """What an error says, in one line that is not too long."""
+    """What an error says, in one line that is not too long. What is cut is its middle: where it begins it says what is
+    wrong, and where it ends, why, and what to do.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= MESSAGE_LENGTH_MAX else text[: MESSAGE_LENGTH_MAX - 3] + "..."
+    if len(text) <= MESSAGE_LENGTH_MAX:
+        return text
+    return f"{text[:MESSAGE_BEGIN_LENGTH]} ... {text[MESSAGE_BEGIN_LENGTH + 5 - MESSAGE_LENGTH_MAX :]}"
 
 
 def counted(n: int, noun: str, nouns: str = "") -> str:

@@ -21,6 +21,7 @@ totals, nearly doubles the time that a row takes to be written.
 from __future__ import annotations
 
 import os
+import resource
 import sqlite3
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
@@ -417,6 +418,7 @@ _REASONS = {
 _PRIMARY = 0xFF  # of a result code; above are details
 _OF_NO_ROOM = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR)  # of -wal and -shm, too
 _ROOM_BYTES_MIN = 1 << 16  # so much both need at first
+_PATH_BYTES_MAX = 504  # SQLite's 512, less what it appends
 
 
 def connect(uri: str) -> sqlite3.Connection:
@@ -433,6 +435,20 @@ def _is_full(directory: Path) -> bool:
     return found.f_bavail * found.f_frsize < _ROOM_BYTES_MIN or (found.f_files > 0 and found.f_favail == 0)
 
 
+def _reason_of_system(path: Path, code: int) -> str:
+    """What else than the file may be the cause of ``code``; empty: nothing is known."""
+    n_bytes = max(len(os.fsencode(path.absolute())), len(os.path.realpath(os.fsencode(path))))
+    if code == sqlite3.SQLITE_CANTOPEN and n_bytes > _PATH_BYTES_MAX:
+        limit = f"its path has {n_bytes} bytes, and SQLite takes {_PATH_BYTES_MAX}"
+        return f"{limit}; keep it in a directory with a shorter one, by --job, or directory= of a Job"
+    limit_bytes = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if code == sqlite3.SQLITE_IOERR and limit_bytes != resource.RLIM_INFINITY:
+        sizes = [os.stat(name).st_size for name in (path, f"{path}-wal", f"{path}-shm") if os.path.exists(name)]
+        if max(sizes, default=0) + _ROOM_BYTES_MIN > limit_bytes:
+            return f"this process may make no file of more than {limit_bytes} bytes (RLIMIT_FSIZE); raise `ulimit -f`"
+    return ""
+
+
 def explained(path: Path, error: sqlite3.Error | msgspec.MsgspecError | TypeError) -> Exception:
     """``error`` as a ``LedgerError``; itself, where it is a mistake of ours, such as a question after ``close``."""
     if isinstance(error, sqlite3.ProgrammingError | sqlite3.InterfaceError):
@@ -441,5 +457,5 @@ def explained(path: Path, error: sqlite3.Error | msgspec.MsgspecError | TypeErro
     code &= _PRIMARY
     if code in _OF_NO_ROOM and _is_full(path.parent):
         code = sqlite3.SQLITE_FULL
-    reason = _REASONS.get(code, "it cannot be used")
+    reason = _reason_of_system(path, code) or _REASONS.get(code, "it cannot be used")
     return LedgerError(str(path), f"{reason} ({error})")
