@@ -145,7 +145,15 @@ def test_a_manifest_has_no_say_in_what_a_command_runs(key: str, suffix: str) -> 
     assert "leave it out" in done.stderr
 
 
-@pytest.mark.parametrize("key", ["template", "fields"])
+@pytest.mark.usefixtures("numbers")
+def test_a_column_that_a_command_has_no_use_for_is_named() -> None:
+    Path("m.csv").write_text("path,title\nin/1.txt,x\n")
+    done = run("run", "--exec", "cat {src}", "--manifest", "m.csv", "--job", "job")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "a command takes no parameter 'title', nor can it have it as a field; drop it, in a manifest" in done.stderr
+
+
+@pytest.mark.parametrize("key", ["template", "fields", "environment"])
 @pytest.mark.usefixtures("numbers")
 def test_a_parameter_does_not_replace_what_a_command_has_of_its_own(key: str) -> None:
     done = run("run", "--exec", "cat {src}", "in/1.txt", "--param", f"{key}=x")

@@ -108,7 +108,7 @@ def _check_outputs(call: Call) -> None:
         for name in sorted(ITS_OWN.intersection(call.param)):
             raise click.UsageError(f"--param {name}: a command has that from --exec and its files; leave it away")
         for name in call.param:
-            if name not in NOT_OF_A_FILE:
+            if name != "shell":  # nor environment: text is none
                 raise click.UsageError(f"--param {name}: a command has none but shell; write it into the command")
         shell = call.param.get("shell")
         if isinstance(shell, str) and shutil.which(shell) is None:

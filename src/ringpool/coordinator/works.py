@@ -94,9 +94,9 @@ class Works:
         for index, (file, outputs) in enumerate(pairs):
             own: dict[str, Any] = dict(file.parameters or ())
             if own:
-                own = self._validated(file.path, own)
                 if self._template is not None:
                     self._template.refuse_own(own)
+                own = self._validated(file.path, own)
             if fields is not None:
                 own["fields"] = fields(file, index)
             targets = tuple([_absolute(output, here) for output in outputs])

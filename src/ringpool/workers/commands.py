@@ -243,9 +243,12 @@ class Template:
                 raise CommandTemplateError(self.text, f"the task has an output{which}; write > {output} to make it")
 
     def refuse_own(self, parameters: Collection[str]) -> None:
-        """Raise ``CommandTemplateError`` where ``parameters`` has what a job gives itself."""
+        """Raise ``CommandTemplateError`` where ``parameters`` has what a job gives itself, or what no command has."""
         for name in sorted(ITS_OWN.intersection(parameters)):
             raise CommandTemplateError(self.text, f"it comes with its own {name}; leave out that parameter")
+        for name in sorted(set(parameters) - NOT_OF_A_FILE):
+            reason = f"a command takes no parameter {name!r}, nor can it have it as a field"
+            raise CommandTemplateError(self.text, f"{reason}; drop it, in a manifest its column or key")
 
     def command_with(self, values: Mapping[str, bytes]) -> str:
         """What somebody may type to run it with these values."""
