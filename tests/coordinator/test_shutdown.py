@@ -550,6 +550,49 @@ def test_a_signal_to_end_ends_a_program_quietly(run_program: RunProgram, where: 
     program.assert_nothing_is_left()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "how", ["pool.shutdown(wait=False)", "del pool", "threading.Thread(target=pool.shutdown).start()"]
+)
+def test_after_its_last_pool_a_program_ends_by_a_signal_as_without_one(
+    run_program: RunProgram, how: str, number: int
+) -> None:
+    program = run_program(
+        f"""
+        pool = RingPoolExecutor(1)
+        assert pool.submit(abs, -1).result() == 1
+        calls = pool._pool
+        {how}
+        while not calls.closed:
+            select.select([], [], [], 0.01)
+        say("ready")
+        wait()
+        """,
+        top="from ringpool import RingPoolExecutor",
+    )
+    program.wait_for("ready")
+    program.signal(number, group=False)
+    assert program.finish() == -number, program.err
+    program.assert_nothing_is_left()
+
+
+def test_after_its_last_pool_a_program_has_its_signals_back_as_soon_as_its_main_thread_comes_by(
+    run_program: RunProgram,
+) -> None:
+    program = run_program(
+        """
+        with RingPoolExecutor(1) as pool:
+            assert pool.submit(abs, -1).result() == 1
+            thread = threading.Thread(target=pool.shutdown)
+            thread.start()
+            thread.join()
+        assert {signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)} == {signal.SIG_DFL}
+        """,
+        top="from ringpool import RingPoolExecutor",
+    )
+    assert program.finish() == 0, program.err
+
+
 def test_a_signal_ends_a_program_whose_pool_was_made_in_a_thread(run_program: RunProgram) -> None:
     """No handler can be set there, so that the segment may stay; the next start removes it."""
     program = run_program(WHERE["with a pool made in a thread"], top=STUCK.format(how="deaf", workers=2))

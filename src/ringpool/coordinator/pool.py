@@ -260,6 +260,7 @@ class Pool:
         future's callback, which it would have to wait for, it raises ``WrongThreadError``.
         """
         if self.closed or os.getpid() != self.pid:
+            signals.restore()
             return
         self.pump.check_thread("close its pool")
         self.closing = True
@@ -334,6 +335,7 @@ class Pool:
             if self._signals_installed:
                 self._signals_installed = False
                 signals.uninstall()
+            signals.restore()  # also where another thread, which could not, has closed it meanwhile
         finally:
             if not self._retains:
                 with self.lock:  # an arena that is being made is there now

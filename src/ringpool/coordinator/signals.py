@@ -5,7 +5,8 @@
 
 The exception unwinds the program's ``with`` block, or its ``atexit``, and that stops the pool. A signal's default
 action would end the process with the segment left in ``/dev/shm`` until the next start removes it. A fork of the
-program has no pool, and the default action.
+program has no pool, and the default action. Only the main thread may give that back: where the last pool was closed by
+another one, a signal that comes before the main thread has had occasion to ends the program as if it had been.
 
 A terminal that goes away says so several times: the kernel to the job in the foreground, the shell to all its jobs. So
 once a program ends because of SIGHUP, another one does not interrupt that.
@@ -33,6 +34,10 @@ _hung_up = False
 def _end_program(number: int, _frame: FrameType | None) -> None:
     global _n_ended, _hung_up
     if number == signal.SIGHUP and _hung_up:
+        return
+    if not _pools:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
         return
     _n_ended += 1
     _hung_up = _hung_up or number == signal.SIGHUP
@@ -82,13 +87,18 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """The pool that called ``install`` is closed. After the last one, the signals have their default action again."""
+    """The pool that called ``install`` is closed. After the last one, ``restore``."""
     global _pools
     with _lock:
         _pools -= 1
-        if _pools or threading.current_thread() is not threading.main_thread():
-            return
-        while _installed:
+
+
+def restore() -> None:
+    """Give the signals their default action again, if this is the main thread and there is no pool."""
+    if threading.current_thread() is not threading.main_thread() or not _installed:
+        return
+    with _lock:
+        while _installed and not _pools:
             number = _installed.pop()
             if number == signal.SIGHUP and _hung_up:
                 continue  # what ends after the pool is not to be interrupted either
