@@ -397,6 +397,11 @@ def wait_for_gate(src: Path, *, gate: str) -> str:
     return src.name
 
 
+def wait_for_gate_and_raise(src: Path, *, gate: str) -> None:
+    wait_for(gate)
+    raise ValueError(src.name)
+
+
 def odd(src: Path, *, act: str, more: dict[str, str]) -> Any:
     """The name of ``src``; but where that says that it is odd, what ``act`` says."""
     if src.read_text() != "odd":

@@ -24,6 +24,7 @@ from tests.coordinator import call_functions as functions
 from tests.coordinator.program import WATCHDOG_S, wait_until
 
 from ringpool import RingPoolExecutor
+from ringpool.coordinator.futures import PoolFuture
 from ringpool.errors import PoolError, WorkerDiedError, WrongThreadError
 
 
@@ -183,6 +184,7 @@ def test_a_callback_that_raises_harms_nobody(
     assert executor.submit(functions.double, 1).result(WATCHDOG_S) == 2
     wait_until(lambda: called == [1, 1], "both callbacks")
     wait_until(lambda: executor.stats()[1:3] == (0, 0), "the end of all tasks")
+    assert all(future.ticket is None for future in futures if isinstance(future, PoolFuture))
     told = caplog.text + capfd.readouterr().err
     assert told.count("in a callback") >= 2  # nothing is lost in silence
 

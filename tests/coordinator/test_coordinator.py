@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, as_completed, wait
@@ -385,6 +386,22 @@ def test_a_result_can_be_had_by_its_id_once(pool: Coordinator, file: Path) -> No
     with pytest.raises(KeyError, match="read already"):
         pool.wait_for_task_result(future.task_id)
     assert future.result() == 5, "the future keeps it"
+
+
+@pytest.mark.parametrize("fn", [tasks.wait_for_gate, tasks.wait_for_gate_and_raise])
+def test_a_callback_that_exits_leaves_a_future_done_and_unread(
+    pool: Coordinator, file: Path, tmp_path: Path, fn: Callable[..., Any]
+) -> None:
+    gate = tmp_path / "gate"
+    future = pool.submit_file_task(fn, file, params={"gate": str(gate)})
+    future.add_done_callback(lambda _: sys.exit(3))
+    gate.touch()
+    wait([future], WATCHDOG_S)
+    wait_until(lambda: pool.stats()[1:3] == (0, 0), "the end of the task")
+    pool._pump.call(lambda: None)
+    assert future.ticket is None
+    assert future.task_id not in pool._board._pending
+    assert pool._board.find(future.task_id) is future
 
 
 def test_waiting_for_a_result_has_a_limit(pool: Coordinator, file: Path, gate: Gate) -> None:

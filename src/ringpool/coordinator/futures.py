@@ -209,7 +209,11 @@ class PoolFuture(Future[Any]):
             self._finishing = False
             if not self.set_running_or_notify_cancel():
                 return
-            self.set_result(value)
+            try:
+                self.set_result(value)
+            finally:  # a callback may raise what it likes
+                self._arrived()
+            return
         self._arrived()
 
     def fail(self, _ticket: Ticket, error: BaseException) -> None:
@@ -218,8 +222,10 @@ class PoolFuture(Future[Any]):
             if self._state in _DONE:
                 return
             self.set_running_or_notify_cancel()
-        self.set_exception(error)
-        self._arrived()
+        try:
+            self.set_exception(error)
+        finally:
+            self._arrived()
 
     def drop(self, _ticket: Ticket) -> None:
         """The task was cancelled: taken out of the queue, or not started by a worker."""
