@@ -136,8 +136,14 @@ class FileInbox(MapInbox):
         self.arrived.append(error)
 
     def drop(self, ticket: Ticket) -> None:
-        """A task was taken out of the queue, because the pool closes."""
-        self.arrived.append(CoordinatorClosedError())
+        """A task was taken out of the queue, because the pool closes; or what was cut off of one that runs, whose other
+        files are still to come.
+        """
+        part = ticket.part
+        if part is not None and part.end != OPEN:
+            self._fail(part, part.first, part.end, CancelledError())
+        else:
+            self.arrived.append(CoordinatorClosedError())
 
     def _source_of(self, ticket: Ticket, index: int) -> Any:
         return self.sources.get(index)

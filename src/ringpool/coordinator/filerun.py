@@ -170,6 +170,7 @@ class FileRun(Iterator[FileResult]):
         found = self._ready.popleft()
         if isinstance(found, BaseException):  # the pool has ended: one error, not one for each file
             self.close()
+            self._input_error = None
             raise found
         if isinstance(found, Piece):
             self._at_hand = self._results_of(found)
