@@ -17,13 +17,14 @@ from concurrent.futures import (
 )
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from tests.coordinator import call_functions as functions
 from tests.coordinator.program import WATCHDOG_S, wait_until
 
 from ringpool import RingPoolExecutor
+from ringpool.coordinator.aside import FutureCondition
 from ringpool.coordinator.futures import PoolFuture
 from ringpool.errors import PoolError, WorkerDiedError, WrongThreadError
 
@@ -127,6 +128,58 @@ def test_the_first_exception_ends_a_wait(executor: RingPoolExecutor, tmp_path: P
     done, not_done = wait([*held.futures, failing], WATCHDOG_S, FIRST_EXCEPTION)
     assert (done, not_done) == ({failing}, set(held.futures))
     held.release()
+
+
+@pytest.mark.parametrize("kind", ["value", "error", "cancelled"])
+def test_futures_that_an_interrupted_wait_has_left_locked_stop_no_other(kind: str, tmp_path: Path) -> None:
+    """Ctrl-C amid ``wait``, that the program catches, leaves conditions of its futures held by this thread."""
+    with RingPoolExecutor(1) as own:
+        held = Held(own, tmp_path, 1)
+        work = partial(functions.meet, "raise") if kind == "error" else functions.double
+        futures = [own.submit(work, item) for item in range(10)]
+        waiting = threading.Thread(target=futures[0].exception if kind == "error" else futures[0].done)
+        for future in futures:
+            future._condition.acquire()  # pyright: ignore[reportPrivateUsage]
+        waiting.start()
+        if kind == "cancelled":
+            threading.Thread(target=own.shutdown, kwargs={"wait": False, "cancel_futures": True}).start()
+            held.gate.touch()
+        else:
+            held.gate.touch()
+            assert own.submit(functions.double, 1).result(WATCHDOG_S / 2) == 2
+        wait_until(lambda: all(future.done() for future in futures), "futures whose conditions were left")
+        assert all(future.cancelled() == (kind == "cancelled") for future in futures)
+        assert [future for future in futures if kind == "value" and future.result() is None] == []
+        waiting.join(WATCHDOG_S)
+        assert not waiting.is_alive()
+
+
+def test_a_condition_that_its_thread_is_about_to_release_is_not_opened() -> None:
+    """The thread is amid ``wait``, which takes the conditions of all futures by their ``id``."""
+    first, second = sorted((PoolFuture(cast("Any", None)) for _ in range(2)), key=id)
+    begun, go_on = threading.Event(), threading.Lock()
+    go_on.acquire()
+
+    class Slow(FutureCondition):
+        def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+            begun.set()
+            return go_on.acquire(timeout=WATCHDOG_S) and super().acquire(blocking, timeout)
+
+    second.__dict__["_condition"] = Slow()
+    condition: FutureCondition = first._condition  # pyright: ignore[reportPrivateUsage]
+    thread = threading.Thread(target=wait, args=([first, second], 0))
+    thread.start()
+    assert begun.wait(WATCHDOG_S)
+    condition.open_if_left()
+    assert not condition.acquire(blocking=False)
+    go_on.release()
+    thread.join(WATCHDOG_S)
+    thread = threading.Thread(target=condition.acquire)  # and leaves it
+    thread.start()
+    thread.join(WATCHDOG_S)
+    assert not condition.acquire(blocking=False)
+    condition.open_if_left()
+    assert condition.acquire(blocking=False)
 
 
 def test_as_completed_gives_each_once(executor: RingPoolExecutor) -> None:

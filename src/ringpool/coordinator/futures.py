@@ -8,6 +8,7 @@ TaskBoard    results by task id, for whoever asks later: all that were not read,
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import OrderedDict
@@ -22,6 +23,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ringpool.coordinator import signals
+from ringpool.coordinator.aside import FutureCondition
 from ringpool.coordinator.limits import Condemned
 from ringpool.coordinator.tickets import QUEUED, Ticket
 from ringpool.errors import RemoteError, TaskInDoubtError, WorkerDiedError
@@ -114,7 +116,12 @@ class PoolFuture(Future[Any]):
 
         pump:      _finishing := True        | then look for _condition
         another:   make _condition, locked   | then look at _finishing, and wait while it is set; unlock
+
+    Where another thread keeps the condition, the pump puts the outcome aside, see ``aside``.
     """
+
+    _condition: FutureCondition  # pyright: ignore[reportIncompatibleVariableOverride]
+    _cancelling = False  # some thread is amid ``cancel``, in which Ctrl-C does not leave it
 
     def __init__(self, pump: Pump) -> None:  # not the base's, which makes the condition
         self._state = PENDING
@@ -131,17 +138,14 @@ class PoolFuture(Future[Any]):
             return self.__dict__.setdefault(name, [])
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def _make_condition(self) -> threading.Condition:
-        condition = threading.Condition()
-        condition.acquire()
-        try:
-            found: threading.Condition = self.__dict__.setdefault("_condition", condition)
+    def _make_condition(self) -> FutureCondition:
+        condition = FutureCondition()
+        with condition:
+            found: FutureCondition = self.__dict__.setdefault("_condition", condition)
             if found is condition:
                 while self._finishing and self._state == PENDING:
                     time.sleep(0)  # a few bytecodes of the pump's; it takes no lock among them
             return found
-        finally:
-            condition.release()
 
     # ---- for the caller
 
@@ -168,22 +172,37 @@ class PoolFuture(Future[Any]):
     def cancel(self) -> bool:
         """Keep the task from starting; False where a worker has it already, or it is done. Waits for nobody."""
         with self._condition:
-            ticket = self.ticket
             if self._state in _DONE:
                 return self._state in _CANCELLED
-            if ticket is None or not self._pump.keep_from_starting(ticket):
-                return False
-            self._set_cancelled()
-        self._arrived()
-        self._invoke_callbacks()
+            self._cancelling = True
+            try:
+                ticket = self.ticket  # read after the store above: see ``_bar_cancels``
+                if ticket is None or not self._pump.keep_from_starting(ticket):
+                    return False
+                self._set(CANCELLED_AND_NOTIFIED)
+            finally:
+                self._cancelling = False
+        self._told()
         return True
 
-    def _set_cancelled(self) -> None:
+    def _set(self, state: str, value: Any = None, error: BaseException | None = None) -> None:
         """With the condition held. What waits for it is told."""
-        self._state = CANCELLED_AND_NOTIFIED
+        self._result, self._exception = value, error
+        self._state = state
         for waiter in self._waiters:
-            waiter.add_cancelled(self)
+            with contextlib.suppress(RuntimeError):  # a thread that Ctrl-C took out of ``wait`` has released its lock
+                if state == CANCELLED_AND_NOTIFIED:
+                    waiter.add_cancelled(self)
+                elif error is not None:
+                    waiter.add_exception(self)
+                else:
+                    waiter.add_result(self)
         self._condition.notify_all()
+
+    def _told(self) -> None:
+        """Without the condition: callbacks may do what they like."""
+        self._arrived()
+        self._invoke_callbacks()
 
     def running(self) -> bool:
         """Whether a worker is at it."""
@@ -205,46 +224,55 @@ class PoolFuture(Future[Any]):
         if "_condition" not in self.__dict__:
             self._result = value
             self._state = FINISHED
+            self._arrived()
         else:
             self._finishing = False
-            if not self.set_running_or_notify_cancel():
-                return
-            try:
-                self.set_result(value)
-            finally:  # a callback may raise what it likes
-                self._arrived()
-            return
-        self._arrived()
+            self._end(FINISHED, value)
 
     def fail(self, _ticket: Ticket, error: BaseException) -> None:
         """The task ended badly, or will never run."""
-        with self._condition:
-            if self._state in _DONE:
-                return
-            self.set_running_or_notify_cancel()
-        try:
-            self.set_exception(error)
-        finally:
-            self._arrived()
+        self._end(FINISHED, None, error)
 
     def drop(self, _ticket: Ticket) -> None:
         """The task was cancelled: taken out of the queue, or not started by a worker."""
-        with self._condition:
-            if self._state in _DONE:
-                return
-            self._set_cancelled()
-        self._arrived()
-        self._invoke_callbacks()
+        self._end(CANCELLED_AND_NOTIFIED)
+
+    def _end(self, state: str, value: Any = None, error: BaseException | None = None) -> None:
+        """It is done, unless it was cancelled meanwhile; who waits for it may be told later."""
+        if not self._pump.aside.tell(self._condition, partial(self._tell, state, value, error)):
+            self._bar_cancels()
+
+    def _tell(self, state: str, value: Any, error: BaseException | None) -> None:
+        """With the condition held, which is released."""
+        try:
+            is_done = self._state in _DONE
+            if not is_done:
+                self._set(state, value, error)
+        finally:
+            self._condition.release()
+        if not is_done:
+            self._told()
+
+    def _bar_cancels(self) -> None:
+        """From here on none succeeds: the task's place in the ring will be another's. Without the condition.
+
+        cancel:  _cancelling := True   | then look for the ticket
+        pump:    no ticket             | then look at _cancelling, and wait while it is set
+        """
+        self.ticket = None
+        while self._cancelling:
+            time.sleep(0)  # it waits for nobody
 
     def unspoiled(self, ticket: Ticket) -> bool:
         """A worker did not start the task, because of a cancel that had come too late to be sure of: whether it is to
         be queued again, because ``cancel`` said that it runs. It is as if it had never been in the ring, then.
         """
-        with self._condition:
-            if self._state in _DONE:
-                return False
-            ticket.sequence, ticket.cancelled, ticket.spared = QUEUED, False, False
-            return True
+        self._bar_cancels()
+        if self._state in _DONE:
+            return False
+        ticket.sequence, ticket.cancelled, ticket.spared = QUEUED, False, False
+        self.ticket = ticket
+        return True
 
     def settle(self) -> None:
         """A future tells its waiters at once."""

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ringpool.coordinator.aside import LOOK_S, Aside
 from ringpool.coordinator.backlog import Backlog
 from ringpool.coordinator.balance import Balance
 from ringpool.coordinator.ending import Ending
@@ -63,6 +64,7 @@ class Pump:
         self._pid = os.getpid()
         self._ended = ended
         self.broken: RingpoolError | None = None
+        self.aside = Aside()
         self.arena: Arena | None = None  # set by who queues vectors, before the first
         self.n_completed = self.n_failed = 0
         self.parcels = Parcels(end.ring.segment.name, retains=end.retains)
@@ -112,6 +114,7 @@ class Pump:
         self._wake()
         if self._ending_of_thread.has_come:  # it ended between the caller's look and this: nobody would answer
             self._fail_all(self.broken or self._ended())
+            self.aside.finish()
 
     def on_death(self, death: Death) -> None:
         """A worker has died."""
@@ -164,7 +167,7 @@ class Pump:
     def stop(self) -> bool:
         """End the thread; what is queued or in the ring fails with the error of ``ended``. Whether it has ended.
 
-        It may not, where it waits for a lock of a future that Ctrl-C has left held, or for a future's callback.
+        It may not, where it waits for a future's callback.
         """
         self._stopping = True
         self._wake()
@@ -283,7 +286,7 @@ class Pump:
         self.call_soon(release)
 
     def _is_idle(self) -> bool:
-        return not self._backlog and not self._in_ring
+        return not (self._backlog or self._in_ring or self.aside)
 
     # ---- the thread
 
@@ -305,6 +308,7 @@ class Pump:
             self._fail_all(error)
             self._ending_of_thread.reached()
             self._fail_all(error)  # what came in between: later ones are told by ``wake``
+            self.aside.finish()
 
     def _turn(self) -> None:
         for feeder in self.feeders.copy():
@@ -315,6 +319,9 @@ class Pump:
         if self.end.has_results and self.end.collect(self._deliver):
             self._after_delivery()
             self._moved = True
+        if self.aside:
+            self.aside.look()
+            self._tell_idle()
         while self._commands:
             self._commands.popleft()()
             self._tell_idle()
@@ -334,6 +341,8 @@ class Pump:
                     self._split_vectors(self.arena)
             self.staff.hire()
             look_s = self.staff.limits.watch(time.monotonic_ns())
+        if self.aside:
+            look_s = LOOK_S if look_s is None else min(look_s, LOOK_S)
         self._sleep(look_s)
 
     def _split_vectors(self, arena: Arena) -> None:

@@ -1,0 +1,119 @@
+"""The condition of a future, and what is done where another thread keeps it.
+
+    pump --condition not to be had within some ms--> put aside --had, at a later look--> told
+                                                        +--left: opened, and then told--> told
+
+``wait`` and ``as_completed`` of ``concurrent.futures`` take the conditions of all their futures, one after the other.
+Ctrl-C in the midst of that leaves some held by a thread that will never release them. So the pump waits for none
+longer than for a thread that is about to release it, and goes on with other futures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from _thread import RLock
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import wait
+from types import FrameType
+from typing import NamedTuple
+
+PATIENCE_S = 0.005
+LOOK_S = 0.02
+LEFT_AFTER_S = 1.0
+_OWNER = re.compile(r"owner=(\d+)")
+_SLEEP = threading.Condition.wait.__code__
+_FUTURES = frozenset((wait.__code__.co_filename, os.path.join(os.path.dirname(__file__), "futures.py")))
+
+
+class FutureCondition(RLock):  # pyright: ignore[reportGeneralTypeIssues]  # it may be derived from
+    """A ``threading.Condition`` with a lock of its own, as far as futures use one.
+
+    ``with`` is two calls of C here: Ctrl-C, which comes between bytecodes, leaves it held by none. And it is made in a
+    fraction of the time: ``wait`` makes those of all its futures while it has taken some of them.
+    """
+
+    _sleepers: threading.Condition | None = None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Release it, wait to be notified, up to ``timeout`` seconds, and take it again; whether it was notified."""
+        if self._sleepers is None:
+            self._sleepers = threading.Condition(self)  # pyright: ignore[reportArgumentType]
+        return self._sleepers.wait(timeout)
+
+    def notify_all(self) -> None:
+        """Wake all who ``wait``."""
+        sleepers, self._sleepers = self._sleepers, None  # which refers to this, in a circle
+        if sleepers is not None:
+            sleepers.notify_all()
+
+    def open_if_left(self) -> None:
+        """Release it, whoever holds it, unless that thread may still do so. Its owner shows in its ``repr`` alone."""
+        owner = _OWNER.search(repr(self))
+        frame = sys._current_frames().get(int(owner[1])) if owner else None  # pyright: ignore[reportPrivateUsage]
+        if not _is_amid_futures(frame):
+            with contextlib.suppress(RuntimeError):  # nobody holds it any more
+                self._release_save()  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
+
+
+def _is_amid_futures(frame: FrameType | None) -> bool:
+    """Whether a thread executes code of futures; in the sleep of a condition it holds the lock of none of them."""
+    while frame is not None and frame.f_code is not _SLEEP:
+        if frame.f_code.co_filename in _FUTURES:
+            return True
+        frame = frame.f_back
+    return False
+
+
+class Waiting(NamedTuple):
+    """``tell`` is to be called with ``condition`` held, which it releases; that has been tried ``since_s``."""
+
+    condition: FutureCondition
+    tell: Callable[[], None]
+    since_s: float
+
+
+class Aside:
+    """What is told to futures later. Any thread puts something there; the pump's looks, each ``LOOK_S`` or so."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Waiting] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def tell(self, condition: FutureCondition, tell: Callable[[], None]) -> bool:
+        """Call ``tell`` with ``condition`` held; whether that could be, or was put aside."""
+        if condition.acquire(timeout=0 if self._waiting else PATIENCE_S):
+            tell()
+            return True
+        self._waiting.append(Waiting(condition, tell, time.monotonic()))
+        return False
+
+    def look(self) -> None:
+        """Tell what can be told by now. A condition that was left after a second is opened."""
+        for _ in range(len(self._waiting)):
+            waiting = self._waiting.popleft()
+            is_had = waiting.condition.acquire(blocking=False)
+            if not is_had and time.monotonic() - waiting.since_s > LEFT_AFTER_S:
+                waiting.condition.open_if_left()
+                is_had = waiting.condition.acquire(blocking=False)
+            if is_had:
+                try:
+                    waiting.tell()
+                except BaseException:  # of a callback
+                    traceback.print_exc()
+            else:
+                self._waiting.append(waiting)
+
+    def finish(self) -> None:
+        """``look`` until there is nothing left to tell."""
+        while self._waiting:
+            self.look()
+            time.sleep(LOOK_S)
