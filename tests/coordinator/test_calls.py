@@ -397,6 +397,21 @@ def test_a_program_can_be_debugged(tmp_path: Path) -> None:
     assert run.stdout.startswith("well done\nThe program finished"), run.stdout
 
 
+def test_a_launcher_that_has_imported_multiprocessing_may_make_a_script_its_main_module(tmp_path: Path) -> None:
+    """As ``coverage run`` does."""
+    script = tmp_path / "a_script.py"
+    script.write_text(MAIN)
+    launch = f"import multiprocessing, runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", launch],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=WATCHDOG_S,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "well done\n", "")
+
+
 INITIALIZED = """
 import multiprocessing, sys
 from ringpool import RingPoolExecutor

@@ -88,6 +88,9 @@ def main_file() -> str | None:
 def remember_main() -> str | None:
     """Keep in mind what the file of the main module is, for ``main_file``; and that, where a new process is to import
     it: neither where it is a module that has a name, nor where there is no such file.
+
+    Workers know the main module as ``__mp_main__``, and send its classes by that name. Here it is the one that was the
+    main module when ``multiprocessing`` was imported: a launcher's, as ``coverage run`` is one. So it is told anew.
     """
     main = sys.modules["__main__"]
     if (path := main_file()) is not None:
@@ -96,6 +99,8 @@ def remember_main() -> str | None:
             _remembered.main = weakref.ref(main)
         except TypeError:  # somebody has put there what is no module
             _remembered.main = lambda: main
+    if getattr(sys.modules.get("__mp_main__"), "__name__", None) != "__mp_main__":  # this is no worker that has its own
+        sys.modules["__mp_main__"] = main
     is_named = getattr(main, "__spec__", None) is not None
     return os.path.abspath(path) if path is not None and _is_file(path) and not is_named else None
 
