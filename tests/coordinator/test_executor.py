@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from tests.coordinator import executor_functions as functions
-from tests.coordinator.program import ROOT, WATCHDOG_S, Program, state_of, wait_until
+from tests.coordinator.program import ROOT, WATCHDOG_S, Program, shared_memory_of, state_of, wait_until
 
 from ringpool import RingPoolExecutor, TaskOptions, WorkerDiedError, WorkerExit
 from ringpool.coordinator import staff
@@ -99,6 +99,96 @@ def test_an_end_that_is_no_error_runs_what_was_submitted(run_program: Callable[.
     assert program.finish() == 0, program.err
     assert len(list(program.file.parent.glob("run-*"))) == 5, program.err
     program.assert_nothing_is_left()
+
+
+TOUCH = """
+import multiprocessing, shutil, tempfile, time
+from ringpool import RingPoolExecutor
+
+def touch(path):
+    time.sleep(0.05)
+    Path(path).touch()
+
+def leave_a_pool(name, is_kept, end):
+    pool = RingPoolExecutor(1)
+    if is_kept:
+        globals()["kept"] = pool
+    for index in range(3):
+        pool.submit(touch, f"{name}-{index}")
+    if end == "error":
+        raise LookupError("at the end")
+    sys.exit(3)
+"""
+
+
+def test_what_is_registered_for_the_end_after_a_pool_comes_after_its_tasks(
+    run_program: Callable[..., Program],
+) -> None:
+    program = run_program(
+        """
+        pool = RingPoolExecutor(1)
+        scratch = tempfile.mkdtemp(dir=".")
+        atexit.register(shutil.rmtree, scratch)
+        for index in range(3):
+            future = pool.submit(touch, f"{scratch}/{index}")
+            future.add_done_callback(lambda future: say("ran", future.exception()))
+        """,
+        top=TOUCH,
+    )
+    assert program.finish() == 0, program.err
+    assert program.out.splitlines() == ["ran None"] * 3
+    program.assert_nothing_is_left()
+
+
+def test_a_thread_that_outlives_the_main_one_may_use_a_pool_of_it(run_program: Callable[..., Program]) -> None:
+    program = run_program(
+        """
+        pool = RingPoolExecutor(1)
+        pool.submit(touch, "run-0")
+        def use():
+            threading.main_thread().join()
+            for index in range(1, 3):
+                pool.submit(touch, f"run-{index}")
+        threading.Thread(target=use).start()
+        """,
+        top=TOUCH,
+    )
+    assert program.finish() == 0, program.err
+    assert len(list(program.file.parent.glob("run-*"))) == 3, program.err
+    program.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn", "fork"])
+def test_a_process_of_multiprocessing_ends_its_pools_as_a_program_does(
+    run_program: Callable[..., Program], method: str
+) -> None:
+    program = run_program(
+        f"""
+        context = multiprocessing.get_context({method!r})
+        for is_kept in (False, True):
+            for end in ("exit", "error"):
+                process = context.Process(target=leave_a_pool, args=(f"{{end}}-{{is_kept}}", is_kept, end))
+                process.start()
+                process.join()
+                say(end, process.exitcode, process.pid)
+        """,
+        top=TOUCH,
+    )
+    assert program.finish() == 0, program.err
+    said = [line.split() for line in program.out.splitlines()]
+    assert [(end, code) for end, code, _ in said] == [("exit", "3"), ("error", "1")] * 2
+    assert len(list(program.file.parent.glob("exit-*"))) == 6, program.err
+    assert len(list(program.file.parent.glob("error-*"))) < 6, "it ended by an error"
+    assert not {name for _, _, pid in said for name in shared_memory_of(int(pid))}
+    program.assert_no_process_is_left()
+
+
+def test_a_pool_that_a_task_keeps_ends_with_its_worker(capfd: pytest.CaptureFixture[str]) -> None:
+    with RingPoolExecutor(1) as made:
+        worker = made.submit(functions.keep_a_pool).result(WATCHDOG_S)
+        assert shared_memory_of(worker)
+    assert shared_memory_of(worker) == set()
+    assert capfd.readouterr().err == ""
 
 
 def test_a_session_in_which_an_error_was_typed_runs_what_was_submitted(tmp_path: Path) -> None:

@@ -363,7 +363,7 @@ WHERE = {
     "at exit": """
         pool = Coordinator(2)
         hold(pool)
-        atexit.register(say, "ready")
+        threading._register_atexit(say, "ready")  # what comes by atexit itself comes after the tasks
         """,
     "with a pool made in a thread": """
         made = []

@@ -12,6 +12,7 @@ open --close()--> draining --idle--> closed        nothing is left in /dev/shm, 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import copy
 import itertools
 import multiprocessing
@@ -21,7 +22,8 @@ import sys
 import threading
 from collections.abc import Callable
 from multiprocessing.context import BaseContext
-from types import ModuleType
+from multiprocessing.util import Finalize
+from types import ModuleType, NoneType
 from typing import NamedTuple, Protocol, cast
 
 from ringpool import startup
@@ -61,6 +63,8 @@ _PRELOAD = [_AHEAD, "ringpool.workers.process"]
 _STARTS_NOTHING_AT_THE_END = (3, 12) <= sys.version_info < (3, 12, 3)
 FIRST_START_TIMEOUT_S = 30.0
 
+_BEFORE_OTHERS = 100  # among finalizers of multiprocessing; its own have 15 at most
+_finalizer: Finalize | None = None
 _open: set[Pool] = set()  # not weak: one that its program has lost sight of is closed at exit as well
 
 
@@ -158,8 +162,7 @@ class Pool:
         except BaseException:
             segment.unlink(name)
             raise
-        atexit.unregister(_close_all)
-        atexit.register(_close_all)  # anew, so that it comes before what was imported meanwhile wants to do at exit
+        _close_at_the_end()
         _open.add(self)
         if not on_demand:
             try:
@@ -445,8 +448,29 @@ def has_chosen_no_method() -> bool:
     return multiprocessing.get_start_method(allow_none=True) in (None, multiprocessing.get_all_start_methods()[0])
 
 
+def _close_at_the_end() -> None:
+    """Have pools closed when this process ends, each time anew: so that it comes before what was imported meanwhile
+    wants to do at exit. A process of ``multiprocessing`` ends by its finalizers alone, and then waits for its children.
+    """
+    global _finalizer
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)
+    if _finalizer is not None:
+        _finalizer.cancel()
+    _finalizer = Finalize(None, _close_all, exitpriority=_BEFORE_OTHERS)
+
+
+def _close_after_main() -> None:
+    """When the main thread has come to its end: before what a program has registered with ``atexit``, which may remove
+    what tasks need. Where other threads of it go on, they may use their pools, and it is done at exit.
+    """
+    others = (each for each in threading.enumerate() if each is not threading.main_thread())
+    if all(each.daemon for each in others):
+        _close_all()
+
+
 def _close_all() -> None:
-    """At exit: drain what is left open; or kill it, where the program ends by an error."""
+    """Drain what is left open; or kill it, where the program ends by an error."""
     failed = _has_failed()
     for pool in list(_open):
         if failed or pool.is_ending:
@@ -457,7 +481,14 @@ def _close_all() -> None:
 
 def _has_failed() -> bool:
     """Whether an exception has ended the program: one that nothing had called it from. A prompt and what has callbacks
-    (Tk, Qt, pytest) leave theirs in ``sys.last_traceback`` too, and go on.
+    (Tk, Qt, pytest) leave theirs in ``sys.last_traceback`` too, and go on. In a process of ``multiprocessing`` it is on
+    its way.
     """
+    if not isinstance(sys.exc_info()[1], (NoneType, SystemExit)):
+        return True
     trace = getattr(sys, "last_traceback", None)
     return trace is not None and trace.tb_frame.f_back is None and not hasattr(sys, "ps1")
+
+
+with contextlib.suppress(RuntimeError):  # imported when the program ends: it is done at exit
+    threading._register_atexit(_close_after_main)  # pyright: ignore  (as concurrent.futures does)
