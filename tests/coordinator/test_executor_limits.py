@@ -376,6 +376,15 @@ def test_a_worker_that_has_grown_is_replaced_between_tasks() -> None:
         assert (stats.worker_deaths, stats.recycled) == (0, 1)
 
 
+def test_a_worker_that_has_grown_is_replaced_in_the_midst_of_a_batch() -> None:
+    with RingPoolExecutor(1, memory_per_child_max=ROOM) as pool:
+        pids = list(pool.map(functions.leave_behind, [10 * MIB] * 60, chunksize=60))
+        assert max(Counter(pids).values()) < 30
+        stats = pool.stats()
+        assert (len(pids), stats.worker_deaths) == (60, 0)
+        assert stats.recycled >= 2
+
+
 def test_a_worker_in_which_nothing_stays_is_kept() -> None:
     with RingPoolExecutor(1, memory_per_child_max=ROOM) as pool:
         assert len(set(pool.map(functions.process_id, range(2000), chunksize=1))) == 1

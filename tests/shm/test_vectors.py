@@ -397,7 +397,9 @@ def test_no_more_are_run_than_the_quota(stand: Stand, first: int, quota: int) ->
     assert stand.read(span, n) == seen[:n]
 
 
-def restored_before(stand: Stand, n: int, says: Callable[[int], bool], encoding: int = 0) -> tuple[list[int], int]:
+def restored_before(
+    stand: Stand, n: int, says: Callable[[int], bool], encoding: int = 0, *, each: bool = False
+) -> tuple[list[int], int]:
     """Before which of ``n`` items ``restore`` was called, and how many of them were run."""
     seen: list[int] = []
     n_run = 0
@@ -412,7 +414,8 @@ def restored_before(stand: Stand, n: int, says: Callable[[int], bool], encoding:
 
     span = Span(CHUNK, 0, n, 10, encoding)
     stand.arena.write(span, bytes(10))
-    assert stand.worker.run(span, range(n), call, encode, encode_error, NO_QUOTA, restore) == n_run
+    run = stand.worker.run(span, range(n), call, encode, encode_error, NO_QUOTA, restore, restores_each=each)
+    assert run == n_run
     assert stand.arena.progress(span) == n_run
     assert stand.read(span, n_run) == [None] * n_run
     return seen, n_run
@@ -431,6 +434,11 @@ def test_few_items_are_each_followed_by_a_restoration_and_many_by_some(stand: St
 @pytest.mark.parametrize("bad", [1, 2, 5])
 def test_where_nothing_can_be_restored_the_vector_ends_and_the_rest_comes_back(stand: Stand, bad: int) -> None:
     assert restored_before(stand, 6, lambda n_run: n_run < bad) == (list(range(1, bad + 1)), bad)
+
+
+def test_each_of_many_items_is_followed_by_a_restoration_where_that_is_asked_for(stand: Stand) -> None:
+    n = 10 * vectors.RESTORES
+    assert restored_before(stand, n, lambda _: True, each=True) == (list(range(1, n)), n)
 
 
 FILES = int(layout.ItemsEncoding.FILES)

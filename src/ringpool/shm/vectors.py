@@ -170,14 +170,17 @@ class Chunks:
         encode_error: Callable[[BaseException, int], tuple[int, bytes]],
         quota: int,
         restore: Callable[[], bool] = lambda: True,
+        *,
+        restores_each: bool = False,
     ) -> int:
         """Call ``call`` with the items of ``span``, and write each outcome; at most ``quota`` of them. How many it did.
 
         ``encode(value, room)`` and ``encode_error`` give kind and bytes of an outcome for the stream, at most ``room``
         bytes; they must not raise. ``restore``: called ``RESTORES`` times on the way, and between any two items where
-        there are no more than that, or they are files. Fewer are done where it returns False, a part was taken away, or
-        the chunk is full. In a fork of the worker that returns from ``call`` the views are released: it raises
-        ``ValueError``. Raises ``SegmentFormatError`` where there are fewer items than the span says.
+        there are no more than that, or they are files, or with ``restores_each``. Fewer are done where it returns
+        False, a part was taken away, or the chunk is full. In a fork of the worker that returns from ``call`` the views
+        are released: it raises ``ValueError``. Raises ``SegmentFormatError`` where there are fewer items than the span
+        says.
         """
         if span.end > len(items):
             raise SegmentFormatError(self.segment, f"a vector has {len(items)} items, and says {span.end}")
@@ -192,7 +195,9 @@ class Chunks:
         packed_end, packed = packed_at, 0  # the latter: what ``progress`` says of it
         tail = 0  # of the stream, once there is one
         stop = min(end, first + max(quota, 0))
-        restore_at, restore_every = first + 1, 1 if is_timed(span) else max(1, (end - first) // RESTORES)
+        restore_at, restore_every = first + 1, max(1, (end - first) // RESTORES)
+        if restores_each or is_timed(span):
+            restore_every = 1
         for i in range(first, stop):
             words[progress] = packed | i
             if i == restore_at:

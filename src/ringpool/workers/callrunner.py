@@ -24,6 +24,7 @@ _VALUE_KINDS = {int(Encoding.MSGPACK): int(OutcomeKind.MSGPACK), _PICKLE: int(Ou
 class CallRunner:
     """Runs the calls of one worker. ``grant``: from when on the time of the task being run counts, ns.
     ``file_function``: what is to be called with the path of each file of a vector, by the id of its function.
+    ``may_go_on``: asked between any two items of a vector; None: its worker has no limit of memory, and is put right.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class CallRunner:
         confinement: Confinement,
         grant: Callable[[int], None],
         file_function: Callable[[int], Callable[[bytes], Any]],
+        may_go_on: Callable[[], bool] | None,
     ) -> None:
         self._n_extra = 0
         self._file_function = file_function
@@ -40,6 +42,7 @@ class CallRunner:
         self._segment = segment.name
         self._post = post
         self._confinement = confinement
+        self._may_go_on = may_go_on
         self._functions: dict[int, Callable[..., Any]] = {}
         self._chunks: vectors.Chunks | None = None
         os.register_at_fork(after_in_child=self._let_go)
@@ -124,7 +127,8 @@ class CallRunner:
                 call, encode = chunks.timed(span, call), values.encode_result
             encoder = _Outcomes(self._post, entry, encode)
             is_begun = True
-            n = chunks.run(span, items, call, encoder.value, encoder.error, quota, self._confinement.renew)
+            restore, is_limited = self._may_go_on or self._confinement.renew, self._may_go_on is not None
+            n = chunks.run(span, items, call, encoder.value, encoder.error, quota, restore, restores_each=is_limited)
             end_ns = time.monotonic_ns()
             self._confinement.end_if_forked()
             self._n_extra += n - 1

@@ -168,10 +168,12 @@ class Worker:
         self.jobs: JobRunner | None = None
         self.group = group.Group(self.post, confinement)
         self._gathers = False  # the tasks of the last claim had outputs, which are committed together
-        self.calls = CallRunner(self.segment, self.post, confinement, self.end.grant, self._file_function)
+        may_go_on = self._may_go_on if arguments.rss_max_bytes else None
+        self.calls = CallRunner(self.segment, self.post, confinement, self.end.grant, self._file_function, may_go_on)
         self.n_tasks = self.busy_ns = 0
         self._n_of_claim = 0  # tasks run of the claim at hand
         self._weighed_ns = 0
+        self._has_outgrown = False
 
     def run(self) -> int:
         """Until told to stop, or worn out; the exit status."""
@@ -265,14 +267,20 @@ class Worker:
         return bool(self.rss_max_bytes and layout.attempt_of(entry) and self.n_tasks + self._n_of_claim)
 
     def _is_worn_out(self, now_ns: int) -> bool:
-        """Whether this process has run its number of tasks, or has more memory than it is to have; the latter is looked
-        at now and then, after each long task: what that has left behind is not to be charged to those after it.
+        """Whether this process has run its number of tasks, or has more memory than it is to have."""
+        return self.n_tasks + self._n_of_claim + self.calls.n_extra >= self.tasks_max or self._is_too_large(now_ns)
+
+    def _may_go_on(self) -> bool:
+        """Put this process right, between two items of a vector where memory is limited; whether it may go on."""
+        return self.confinement.renew() and not self._is_too_large(time.monotonic_ns())
+
+    def _is_too_large(self, now_ns: int) -> bool:
+        """Whether this process has ever had more memory than it is to have. That is looked at now and then, after each
+        long task: what that has left behind is not to be charged to those after it.
         """
-        if self.n_tasks + self._n_of_claim + self.calls.n_extra >= self.tasks_max:
-            return True
-        if not self.rss_max_bytes or now_ns - self._weighed_ns < RSS_EVERY_NS:
-            return False
-        self._weighed_ns = now_ns
-        with open("/proc/self/statm", "rb", buffering=0) as statm:
-            _, resident, shared, *_ = map(int, statm.read().split())
-        return (resident - shared) * _PAGE_BYTES > self.rss_max_bytes
+        if self.rss_max_bytes and not self._has_outgrown and now_ns - self._weighed_ns >= RSS_EVERY_NS:
+            self._weighed_ns = now_ns
+            with open("/proc/self/statm", "rb", buffering=0) as statm:
+                _, resident, shared, *_ = map(int, statm.read().split())
+            self._has_outgrown = (resident - shared) * _PAGE_BYTES > self.rss_max_bytes
+        return self._has_outgrown
