@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,15 @@ def keep_a_pool() -> int:
     _kept.append(RingPoolExecutor(1))
     _kept[0].submit(abs, -1).result()
     return os.getpid()
+
+
+def in_a_list(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    return [function(*arguments)]
+
+
+def wait_for(path: Path) -> None:
+    """Until it is there; fails after 30 s."""
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

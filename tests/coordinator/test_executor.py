@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import multiprocessing
 import os
 import signal
@@ -13,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -529,6 +530,49 @@ def test_an_executor_that_was_shut_down_lets_go_of_its_initargs() -> None:
     gc.collect()
     assert held() is None
     pool.shutdown()
+
+
+class Tracing(RingPoolExecutor):
+    """Notes what it submits, and has it wrapped."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.submitted: list[tuple[Any, ...]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.submitted.append(args)
+        return super().submit(functions.in_a_list, fn, *args, **kwargs)
+
+
+def test_a_map_goes_through_a_submit_of_ones_own() -> None:
+    with Tracing(2) as made:
+        assert list(made.map(abs, range(-50, 0), chunksize=10)) == [[-item] for item in range(-50, 0)]
+        assert made.submitted == [(item,) for item in range(-50, 0)]
+        assert list(made.map(pow, [2, 3], [3, 2])) == [[8], [9]]
+        assert list(made.map(abs, [])) == list(made.map(abs)) == []
+        with pytest.raises(ValueError, match="chunksize"):
+            made.map(abs, [1], chunksize=0)
+        # What is drawn goes on when the block is left, as in every executor.
+        left = made.map(abs, range(5))
+    assert list(left) == [[item] for item in range(5)]
+
+
+def test_a_map_through_a_submit_of_ones_own_is_bounded_and_gives_errors_and_times_as_any_other(tmp_path: Path) -> None:
+    with Tracing(2) as made:
+        bounded = made.map(abs, itertools.count(1), buffersize=3)
+        assert [next(bounded) for _ in range(4)] == [[1], [2], [3], [4]]
+        assert len(made.submitted) <= 7
+        bounded.close()  # type: ignore[attr-defined]  # pyright: ignore
+        values = made.map(functions.raise_at_seven, range(6, 9), return_exceptions=True)
+        assert [type(value) for value in values] == [list, ValueError, list]
+        values = made.map(functions.raise_at_seven, range(6, 9))
+        assert next(values) == [6]
+        with pytest.raises(ValueError, match="7"):
+            next(values)
+        assert list(values) == []
+        with pytest.raises(TimeoutError):
+            next(made.map(functions.wait_for, [tmp_path / "gate"], timeout=0))
+        (tmp_path / "gate").touch()
 
 
 def test_a_subclass_may_have_no_hash() -> None:

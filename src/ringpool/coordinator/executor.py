@@ -97,6 +97,8 @@ class _Tasks(Executor):
         where one takes longer. Whichever it is, an item's exception, or its worker's death, is that item's alone.
         ``buffersize``: most items drawn whose results were not taken. The first exception is raised when its turn has
         come, and ends the iterator; with ``return_exceptions`` it is given out instead of a result.
+
+        Where a class of your own overrides ``submit``, each item goes through that, see docs/executor.md.
         """
         how = {"timeout": timeout, "chunksize": chunksize, "buffersize": buffersize}
         return self._map(fn, iterables, ordered=True, return_exceptions=return_exceptions, **how)
@@ -247,7 +249,13 @@ class RingPoolExecutor(_Tasks):
         return self._calls.submit(options, fn, args, kwargs)
 
     def _map(self, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], **how: Any) -> Iterator[Any]:
-        return self.map_with(self._task_options, fn, iterables, **how)
+        if not how["ordered"] or getattr(self.submit, "__func__", None) is _Tasks.submit:
+            return self.map_with(self._task_options, fn, iterables, **how)
+        from ringpool.coordinator.mapbysubmit import results_by_submit  # here: see the module
+
+        _check_counts(chunksize=how.pop("chunksize"), buffersize=how["buffersize"])
+        del how["ordered"]
+        return results_by_submit(self.submit, fn, iterables, **how)
 
     def map_with(
         self, options: TaskOptions, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], **how: Any
