@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import tempfile
 from pathlib import Path
 
 import pytest
-from tests.cli.command import ROOT, Terminal, finish, run, start
+from tests.cli.command import ROOT, Terminal, finish, run, start, wait_until
 
 from ringpool.bench import peers, quick
 from ringpool.cli.bench import POOL_CASES
@@ -141,6 +142,15 @@ def test_ctrl_c_ends_it_and_leaves_no_output(numbers: Path, here: Path) -> None:
         terminal.type("\x03")
         assert terminal.finish() == 130
     assert sorted(path.name for path in here.iterdir()) == ["in"]
+
+
+def test_a_terminal_that_is_closed_ends_it_in_the_plain_loop_and_leaves_no_output(numbers: Path, here: Path) -> None:
+    words = ("--workers", "1", "--rounds", "1", "--param", "begun=begun")
+    command = start("bench", f"{FUNCTIONS}:begin_and_wait", "in", "--out", "out/{relpath}", *words)
+    wait_until((here / "begun").exists, "the first call")
+    command.send_signal(signal.SIGHUP)
+    assert finish(command).returncode == 128 + signal.SIGHUP
+    assert sorted(path.name for path in here.iterdir()) == ["begun", "in"]
 
 
 def test_without_a_function_ringpool_is_compared_with_the_pools_that_are_there(here: Path) -> None:

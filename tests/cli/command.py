@@ -36,9 +36,10 @@ def start(
     stdin: int = subprocess.DEVNULL,
     stdout: int = subprocess.PIPE,
     stderr: int = subprocess.PIPE,
+    process_group: int | None = None,
     **more: str,
 ) -> subprocess.Popen[str]:
-    """The command, started in ``cwd``, or else the current directory."""
+    """The command, started in ``cwd``, or else the current directory. ``process_group`` 0: in one of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "ringpool", *map(str, words)],
         cwd=cwd,
@@ -48,6 +49,7 @@ def start(
         stderr=stderr,
         text=True,
         errors="surrogateescape",
+        process_group=process_group,
         # Where a shell runs the tests in the background, they ignore SIGINT, and so would this.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )

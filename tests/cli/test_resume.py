@@ -186,6 +186,21 @@ def test_ctrl_c_twice_stops_at_once_and_keeps_what_is_done(here: Path, gated: Pa
     assert "8 files done, 0 failed" in run("resume", "out").stderr
 
 
+def test_a_signal_to_the_command_and_to_its_process_group_is_one_request(here: Path, gated: Path) -> None:
+    """As coreutils' ``timeout`` sends it: what has begun has its grace, and neither workers nor their server end."""
+    command = start(*WAIT, "--out", "out/{relpath}", process_group=0)
+    await_two(gated)
+    os.kill(command.pid, signal.SIGTERM)
+    os.killpg(command.pid, signal.SIGTERM)
+    (here / "gate").touch()
+    done = finish(command)
+    assert done.returncode == 143
+    assert "worker death" not in done.stderr
+    n_begun = len(list(gated.iterdir()))
+    assert f"ringpool: {n_begun} files done, 0 failed" in done.stderr
+    assert len([path for path in Path("out").glob("*.txt") if path.read_text() == "whole"]) == n_begun
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_after_the_grace_period_what_still_runs_is_killed(gated: Path, number: signal.Signals, status: int) -> None:
     command = start(*WAIT, "--out", "out/{relpath}", "--grace", "0.2")

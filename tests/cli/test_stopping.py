@@ -1,13 +1,17 @@
-"""Signals that come where nobody hears of what their handler raises."""
+"""Signals that come twice for one, and those that come where nobody hears of what their handler raises."""
 
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
 import pytest
+from tests.cli.command import environment
 
+from ringpool.cli import stopping
 from ringpool.cli.stopping import Stopped, Stopper
 
 WATCHDOG_S = 30.0
@@ -59,3 +63,25 @@ def test_a_signal_that_comes_in_a_finalizer_is_raised_after_it(stopper: Stopper)
 def test_a_finalizer_that_hangs_keeps_no_signal_out(stopper: Stopper) -> None:
     finalize_one(stopper, hangs=True)
     assert stopper.number == -1
+
+
+@pytest.mark.parametrize("number", stopping.HANDLED)
+def test_a_signal_that_comes_again_at_once_is_the_same_request(
+    stopper: Stopper, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setattr(stopping, "SAME_S", dict.fromkeys(stopping.HANDLED, 1e9))
+    with pytest.raises(Stopped):
+        signal.raise_signal(number)
+    signal.raise_signal(number)  # the default action would end this process
+    assert stopper.number == number
+
+
+def test_a_second_request_ends_a_command_without_a_job_where_it_stands() -> None:
+    program = (
+        "import signal; from ringpool.cli import stopping; stopping.SAME_S = dict.fromkeys(stopping.HANDLED, 0)\n"
+        "stopping.stopper.install()\n"
+        "try: signal.raise_signal(signal.SIGINT)\n"
+        "except stopping.Stopped: signal.raise_signal(signal.SIGTERM)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), timeout=WATCHDOG_S)
+    assert done.returncode == -signal.SIGTERM

@@ -216,6 +216,7 @@ def alone(load: Load) -> Turn:
 def _loop(sender: Any, packed: bytes, directory: str) -> None:
     """The body of that process: call the function until the turn is over, and tell what came of it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent hears Ctrl-C too, and ends it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # held back from the fork server
     threading.Thread(target=_end_with_parent, daemon=True).start()
     load: Load = pickle.loads(packed)
     calls, places = _calls(load, directory)

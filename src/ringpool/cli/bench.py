@@ -21,6 +21,7 @@ from ringpool.cli import EXIT_FAILED
 from ringpool.cli.lines import say
 from ringpool.cli.options import Call, Number, pairs_of
 from ringpool.cli.stopping import stopper
+from ringpool.coordinator import signals
 
 if TYPE_CHECKING:
     from ringpool.bench.scaling import BenchmarkReport
@@ -80,12 +81,27 @@ def bench(context: click.Context, words: tuple[str, ...], **options: Any) -> int
                 raise click.UsageError(
                     f"{_option(context, name)} is for a benchmark without a function: leave one of both away"
                 )
-        return _bench_own(words, options)
+        with _ended_by_hangup():
+            return _bench_own(words, options)
     given = [name for name in _ONLY_FOR_FUNCTIONS if options[name] not in (None, ())]
     if given:
         option = _option(context, given[0])
         raise click.UsageError(f"{option} needs a function to measure: give MODULE:FUNCTION and INPUTS")
-    return _bench_pools(options)
+    with _ended_by_hangup():
+        return _bench_pools(options)
+
+
+@contextlib.contextmanager
+def _ended_by_hangup() -> Generator[None]:
+    """Meanwhile a closed terminal ends the command as it does while a pool lives: nothing stays in a scratch directory.
+
+    In the turn of the plain loop, and between turns, there is no pool.
+    """
+    signals.install()
+    try:
+        yield
+    finally:
+        signals.uninstall()
 
 
 def _option(context: click.Context, name: str) -> str:

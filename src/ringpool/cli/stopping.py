@@ -5,12 +5,16 @@
     second   they are killed; what is done is written down                this process ends where it stands
     third    this process ends where it stands, and the kernel its workers
 
+Some send a signal twice for one: ``timeout`` to the command and then to its process group, which it is in; a wrapper
+that passes on what the terminal has sent to both. So what comes again within ``SAME_S`` is the same request.
+
 Whoever reads standard output may end too: that is SIGPIPE, and ends the command as well.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Generator
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
 AGAIN_S, UNHEARD_MAX_S = 0.005, 0.5  # a signal that comes in a finalizer comes again, for so long
 HANDLED = (signal.SIGINT, signal.SIGTERM)
+SAME_S = {signal.SIGINT: 0.1, signal.SIGTERM: 0.5}  # nobody presses Ctrl-C twice, and means it, in less
 REASONS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -45,6 +50,8 @@ class Stopper:
         self.number = 0
         self.is_writing = False
         self._n_signals = 0
+        self._asked_s: dict[int, float] = {}  # when each signal last was a request of its own
+        self._ends_next = False  # the next request ends this process where it stands
         self._unheard_s = 0.0  # since when
         self._job: Job | None = None
 
@@ -73,18 +80,30 @@ class Stopper:
         self._unheard_s = self._unheard_s or time.monotonic()
         return time.monotonic() - self._unheard_s < UNHEARD_MAX_S
 
+    def _is_same(self, number: int) -> bool:
+        """Whether a signal that comes now is the one before once more."""
+        now_s = time.monotonic()
+        if now_s - self._asked_s.get(number, -math.inf) < SAME_S[signal.Signals(number)]:
+            return True
+        self._asked_s[number] = now_s
+        return False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if is_in_finalizer(frame) and self._may_wait():
             signal.signal(signal.SIGALRM, lambda _number, later: self._handle(number, later))
             signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
             return
+        if self._is_same(number):
+            return
+        if self._ends_next:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         self.number = self.number or number
         self._n_signals += 1
         job = self._job
         is_stopping = False
         if self._n_signals > 1 or job is None:
-            for each in HANDLED:
-                signal.signal(each, signal.SIG_DFL)
+            self._ends_next = True
         if job is not None and not (self._n_signals > 1 and self.is_writing):
             is_stopping = job.interrupt(REASONS[number])
         if not is_stopping:

@@ -387,8 +387,10 @@ def require_importable(name: str, mp_context: str | BaseContext | None) -> None:
 def start_server() -> None:
     """Start the fork server, if there is to be one; for a program whose processes are all of ringpool.
 
-    Ctrl-C at a terminal reaches the server too, and would end it while it imports. Here it is held back from it, and
-    from each worker until that has a session of its own; other processes of the server would never get it.
+    Ctrl-C at a terminal reaches the server too, and would end it while it imports; so does the SIGTERM that ``timeout``
+    and others send to a process group, and would end the workers with it, which are to have their grace. Here both are
+    held back from it, and from each worker until that has a session of its own; other processes of the server would
+    never get them.
     """
     context = _context(None)
     if context.get_start_method() != "forkserver":
@@ -397,7 +399,7 @@ def start_server() -> None:
 
     serveraddress.keep_short()
     resource_tracker.ensure_running()  # first: when it is started, it lets the signal through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         forkserver.ensure_running()
     finally:

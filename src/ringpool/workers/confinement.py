@@ -97,9 +97,12 @@ class Confinement:
             handler = _get_handler(number)
             if callable(handler) and handler is not signal.default_int_handler:
                 signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # drops a Ctrl-C that was held back: it was the coordinator's
+        at_term = signal.getsignal(signal.SIGTERM)
+        for number in (signal.SIGINT, signal.SIGTERM):  # drops what was held back: it was the coordinator's
+            signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, at_term)
 
     @staticmethod
     def _redirect_input() -> None:
