@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import pwd
 import shutil
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,14 @@ from tests.workers.files.child_locks import (
 )
 
 from ringpool.errors import FileOperationError, LockTimeoutError
+from ringpool.workers.files import lockfiles
 from ringpool.workers.files.lockfiles import file_system_of, is_network, root_of
 from ringpool.workers.files.locks import PathLock
 from ringpool.workers.files.oslayer import intercepted
+from ringpool.workers.files.store import FileStore
+from ringpool.workers.files.transaction import FileTransaction
+
+USER = 12345  # nobody's
 
 # ---- one file, one lock file -----------------------------------------------------------------------------------------
 
@@ -202,6 +209,56 @@ def test_a_base_where_no_lock_file_can_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / ".ringpool").touch()
     with pytest.raises(FileOperationError, match=r"\.ringpool"):
         PathLock(tmp_path / "a").acquire()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_what_root_makes_in_somebodys_directory_is_his_and_he_may_lock_and_have_transactions_there(
+    tmp_path: Path,
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir(mode=0o700)
+    os.chown(base, USER, USER)
+    with PathLock(base / "a") as lock:
+        file = lock_file(base, lock)
+    with FileTransaction(base, durability="atomic") as transaction:
+        transaction.write("b", "root's")
+    for made in (base / ".ringpool", base / ".ringpool/locks", base / ".ringpool/txn", file):
+        assert (made.stat().st_uid, made.stat().st_gid) == (USER, USER)
+    (tmp_path / "a").touch()
+    with PathLock(tmp_path / "a"):
+        assert (tmp_path / ".ringpool").stat().st_uid == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_root_gives_away_no_directory_that_somebody_has_put_in_the_place_of_the_one_it_made(tmp_path: Path) -> None:
+    os.chown(tmp_path, USER, USER)
+    (tmp_path / "roots").mkdir()
+    (tmp_path / "roots/secret").touch()
+    (tmp_path / "link").symlink_to("roots")
+    lockfiles.give_directory(os.fsencode(tmp_path / "roots"), tmp_path.stat())
+    with suppress(OSError):
+        lockfiles.give_directory(os.fsencode(tmp_path / "link"), tmp_path.stat())
+    assert (tmp_path / "roots").stat().st_uid == 0
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EROFS])
+def test_an_outer_base_that_is_closed_to_us_is_named_with_its_owner_and_the_way_out(tmp_path: Path, error: int) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / ".ringpool/locks").mkdir(parents=True)
+
+    def refuse(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "open" and args[0].endswith(b".lock") and args[1] & os.O_CREAT:
+            raise OSError(error, os.strerror(error), args[0])
+        return call(*args, **kwargs)
+
+    owner = pwd.getpwuid(os.geteuid()).pw_name
+    with intercepted(refuse):
+        for lock in (lambda: PathLock(tmp_path / "in/a").acquire(), lambda: FileStore(tmp_path / "in").write("a", "")):
+            with pytest.raises(FileOperationError) as caught:
+                lock()
+            assert caught.value.errno == error
+            assert f"{tmp_path}/.ringpool, made by {owner}, serves all that lies below it" in caught.value.reason
+            assert "chmod" in caught.value.reason
 
 
 # ---- network file systems --------------------------------------------------------------------------------------------

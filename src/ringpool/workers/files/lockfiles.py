@@ -5,6 +5,8 @@
 
     base: the outermost ancestor that has a ``.ringpool``, else the file's own directory; or as the caller says, and
           then every user of the file must say the same
+          Whether this process may write there does not count, nor whether it is mounted read-only here: for others it
+          is not, and all have to meet on one lock file. Who cannot lock there is told why.
           In a sticky directory, /tmp for one, anybody may make a ``.ringpool``: there it serves what lies deeper only
           if it is that directory's owner's, or root's.
 
@@ -115,7 +117,19 @@ def lock_file(root: bytes, stripe: int) -> bytes:
 
 
 def open_lock_file(path: bytes) -> int:
-    """Open a lock file, making it and its directories where needed. One that we may only read serves too."""
+    """Open a lock file, making it and its directories where needed. One that we may only read serves too.
+
+    Raises ``OSError``: where it is refused, in words that say whose the ``.ringpool`` is, and what to do.
+    """
+    try:
+        return _open_or_make(path)
+    except OSError as error:
+        if error.errno not in _DENIED:
+            raise
+        raise _refused(path, error) from error
+
+
+def _open_or_make(path: bytes) -> int:
     for _ in range(REOPENS_MAX):
         try:
             return _open(path, os.O_RDWR)
@@ -141,17 +155,32 @@ def _open(path: bytes, flags: int) -> int:
 def _make_lock_file(path: bytes) -> int:
     fd = _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
-        share(fd, calls.stat(os.path.dirname(path)).st_mode)
+        share(fd, calls.stat(os.path.dirname(path)))
     except BaseException:
         calls.close(fd)
         raise
     return fd
 
 
-def share(fd: int, directory_mode: int) -> None:
+def _refused(path: bytes, error: OSError) -> OSError:
+    """``error``, of opening a lock file or of making it, in words that help."""
+    ours = os.path.dirname(os.path.dirname(path))
+    reason = error.strerror or str(error)
+    with suppress(OSError):
+        found = calls.stat(ours)
+        reason = (
+            f"{reason}; {os.fsdecode(ours)}, made by {_user(found.st_uid)}, serves all that lies below it: let all who "
+            "lock there make files in its locks (chown, chmod), or remove it while nobody holds a lock"
+        )
+    return OSError(error.errno, reason, error.filename)
+
+
+def share(fd: int, directory: os.stat_result) -> None:
     """Let those write to our new file who may make files in its directory, and those read it who may list that: they
-    lock shared. Whatever our umask says.
+    lock shared. Whatever our umask says. One that root makes is that directory's owner's.
     """
+    _give(fd, directory)
+    directory_mode = directory.st_mode
     writers = directory_mode & (stat.S_IWGRP | stat.S_IWOTH)
     wanted = writers | writers << 1 | directory_mode & (stat.S_IRGRP | stat.S_IROTH)
     mode = stat.S_IMODE(calls.fstat(fd).st_mode)
@@ -162,12 +191,35 @@ def share(fd: int, directory_mode: int) -> None:
 def _make_lock_directories(locks: bytes) -> None:
     """Make ``<base>/.ringpool/locks``, open to whom the base is open to: who may make files there may lock them."""
     ours = os.path.dirname(locks)
-    mode = stat.S_IMODE(calls.stat(os.path.dirname(ours)).st_mode)  # raises where the base itself is gone
+    base = calls.stat(os.path.dirname(ours))  # raises where the base itself is gone
     with suppress(FileNotFoundError):  # removed under our hands: the caller tries again
         for directory in (ours, locks):
             with suppress(FileExistsError):
                 calls.mkdir(directory, 0o777)
-                calls.chmod(directory, mode)
+                calls.chmod(directory, stat.S_IMODE(base.st_mode))
+                give_directory(directory, base)
+
+
+def give_directory(path: bytes, outer: os.stat_result) -> None:
+    """Where root has just made the directory at ``path`` in somebody else's, it is his. Raises ``OSError``.
+
+    Only an empty one: he may have put another one of root's in its place, to have it given to him.
+    """
+    if os.geteuid() or not outer.st_uid:
+        return
+    fd = calls.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not calls.listdir(fd):
+            _give(fd, outer)
+    finally:
+        calls.close(fd)
+
+
+def _give(fd: int, outer: os.stat_result) -> None:
+    """What root makes in somebody else's directory is his, or he could lock there no more."""
+    if outer.st_uid and not os.geteuid():
+        with suppress(OSError):  # a root that may not give away: of a user namespace, or without CAP_CHOWN
+            calls.fchown(fd, outer.st_uid, outer.st_gid)
 
 
 def _place(path: bytes) -> tuple[bytes, int, int, bytes]:
@@ -267,6 +319,15 @@ def _flockers_of(inode: bytes) -> list[int]:
             if len(fields) >= 8 and fields[1] == b"FLOCK" and fields[5].rpartition(b":")[2] == inode:
                 found[int(fields[4])] = None
     return [*found]
+
+
+def _user(uid: int) -> str:
+    import pwd  # here: few need it
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
 
 
 def _process(pid: int) -> str:
