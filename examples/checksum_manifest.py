@@ -15,6 +15,7 @@ Exits with 1 if a checksum is not what hashlib says here, or if a file has none.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import os
@@ -75,8 +76,11 @@ def demonstrate(place: Path) -> int:
 
 
 def main() -> int:
-    if len(sys.argv) > 1:
-        return demonstrate(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, nargs="?", help="made where it is missing")
+    place = parser.parse_args().directory
+    if place is not None:
+        return demonstrate(place)
     with tempfile.TemporaryDirectory(prefix="checksum-manifest-") as place:
         return demonstrate(Path(place))
 

@@ -11,6 +11,7 @@ Exits with 1 if an output does not give its log back, or if a file was done that
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import random
 import sys
@@ -71,8 +72,11 @@ def demonstrate(place: Path) -> int:
 
 
 def main() -> int:
-    if len(sys.argv) > 1:
-        return demonstrate(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, nargs="?", help="made where it is missing")
+    place = parser.parse_args().directory
+    if place is not None:
+        return demonstrate(place)
     with tempfile.TemporaryDirectory(prefix="compress-logs-") as place:
         return demonstrate(Path(place))
 

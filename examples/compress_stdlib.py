@@ -7,6 +7,7 @@ Each input becomes one ``.gz`` below TARGET; TARGET/SHA256SUMS is for ``sha256su
 
 from __future__ import annotations
 
+import argparse
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -43,8 +44,10 @@ def compress(root: Path, target: Path) -> int:
 
 
 if __name__ == "__main__":  # worker processes import this module, too
-    arguments = [Path(argument) for argument in sys.argv[1:]]
-    root = arguments[0] if arguments else Path(sysconfig.get_paths()["stdlib"])
-    if not root.is_dir():
-        sys.exit(f"{root} is no directory; name one whose files are to be compressed")
-    sys.exit(bool(compress(root, arguments[1] if len(arguments) > 1 else Path("stdlib.gz"))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, nargs="?", default=Path(sysconfig.get_paths()["stdlib"]))
+    parser.add_argument("target", type=Path, nargs="?", default=Path("stdlib.gz"), help="made where it is missing")
+    arguments = parser.parse_args()
+    if not arguments.source.is_dir():
+        parser.error(f"{arguments.source} is no directory; name one whose files are to be compressed")
+    sys.exit(bool(compress(arguments.source, arguments.target)))

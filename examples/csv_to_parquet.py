@@ -11,6 +11,7 @@ Exits with 1 if a table does not have the rows of its CSV file, or is not compre
 
 from __future__ import annotations
 
+import argparse
 import csv
 import random
 import sys
@@ -82,8 +83,11 @@ def demonstrate(place: Path) -> int:
 
 
 def main() -> int:
-    if len(sys.argv) > 1:
-        return demonstrate(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, nargs="?", help="made where it is missing")
+    place = parser.parse_args().directory
+    if place is not None:
+        return demonstrate(place)
     with tempfile.TemporaryDirectory(prefix="csv-to-parquet-") as place:
         return demonstrate(Path(place))
 

@@ -12,6 +12,7 @@ Exits with 1 if anything is not as it should be.
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import hashlib
 import json
@@ -192,8 +193,11 @@ def demonstrate(place: Path) -> int:
 
 def main() -> int:
     """With outputs in the directory that the command line names, or in a temporary one."""
-    if len(sys.argv) > 1:
-        return demonstrate(Path(sys.argv[1]).absolute())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, nargs="?", help="made where it is missing")
+    place = parser.parse_args().directory
+    if place is not None:
+        return demonstrate(place.absolute())
     with tempfile.TemporaryDirectory(prefix="ringpool-demo-") as place:
         return demonstrate(Path(place))
 

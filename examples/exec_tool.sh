@@ -10,6 +10,14 @@
 # directories differ.
 set -eu
 
+case "$#${1-}" in
+0 | 1[!-]*) ;;
+*)
+    echo "usage: sh exec_tool.sh [DIRECTORY]" >&2
+    exit 2
+    ;;
+esac
+
 if [ $# -gt 0 ]; then
     mkdir -p "$1"
     place=$1

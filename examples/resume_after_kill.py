@@ -12,6 +12,7 @@ if an output is so, or is wrong; or if the kill left nothing to do.
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import os
 import random
@@ -103,8 +104,11 @@ def main() -> int:
     if RUN_AND_DIE in sys.argv:
         run_and_die(Path(sys.argv[1]))
         return 1
-    if len(sys.argv) > 1:
-        return demonstrate(Path(sys.argv[1]).absolute())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, nargs="?", help="made where it is missing")
+    place = parser.parse_args().directory
+    if place is not None:
+        return demonstrate(place.absolute())
     with tempfile.TemporaryDirectory(prefix="resume-after-kill-") as place:
         return demonstrate(Path(place))
 

@@ -11,6 +11,7 @@ Exits with 1 if a thumbnail is not of its picture's shape and colour, or if one 
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -89,8 +90,11 @@ def demonstrate(place: Path) -> int:
 
 
 def main() -> int:
-    if len(sys.argv) > 1:
-        return demonstrate(Path(sys.argv[1]).absolute())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, nargs="?", help="made where it is missing")
+    place = parser.parse_args().directory
+    if place is not None:
+        return demonstrate(place.absolute())
     with tempfile.TemporaryDirectory(prefix="thumbnails-") as place:
         return demonstrate(Path(place))
 

@@ -58,3 +58,14 @@ def test_an_example_does_what_it_says(name: str, tmp_path: Path) -> None:
         assert re.fullmatch(SAYS[name], done.stdout.splitlines()[-1])
         assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["place"]
+
+
+@pytest.mark.parametrize("name", [*SAYS, "demo.py"])
+def test_an_example_takes_no_option_and_no_surplus_word_for_a_directory(name: str, tmp_path: Path) -> None:
+    asked = run_example(name, "--help", cwd=tmp_path)
+    assert "usage: " in asked.stdout + asked.stderr
+    for words in (("--hepl",), ("one", "two", "three")):
+        refused = run_example(name, *words, cwd=tmp_path)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "usage: " in refused.stderr
+    assert not os.listdir(tmp_path)
