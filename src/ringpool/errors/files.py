@@ -171,7 +171,8 @@ class LockUpgradeError(RingpoolError):
         if self.shared != self.path:
             return (
                 f"{self.path}: its lock file is also that of {self.shared}, which the same thread or task holds "
-                "shared and cannot have exclusive as well; take a LockSet of both in exclusive mode, or release that one before"
+                "shared and cannot have exclusive as well; take a LockSet of both in exclusive mode, or release that "
+                "one before"
             )
         return (
             f"{self.path}: held shared by the same thread or task, which cannot have it exclusive as well; take it "

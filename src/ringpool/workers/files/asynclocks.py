@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from ringpool.workers.files import lockfiles, turns
@@ -75,7 +75,9 @@ class AsyncPathLock(LockBase):
 
     def _is_nobodys(self, turn: Turn) -> bool:
         """Or its task has ended: ``asyncio.wait_for``, before Python 3.12, acquires in a task of its own."""
-        return super()._is_nobodys(turn) or (isinstance(turn.owner, asyncio.Task) and turn.owner.done())
+        return super()._is_nobodys(turn) or (
+            isinstance(turn.owner, asyncio.Task) and cast("asyncio.Task[object]", turn.owner).done()
+        )
 
     def release(self) -> None:
         """Release it once. Raises ``RuntimeError`` where this task does not hold it, else as ``PathLock.release``."""
