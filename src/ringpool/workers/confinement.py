@@ -1,14 +1,15 @@
 """What ties a worker process to its coordinator, and what sets it right again after a task has bent it.
 
-bind            own session, default signal handlers, nothing on standard input; and two bonds:
+bind            own session, the program's signal handlers without those of its pool and event loop, nothing on
+                standard input; and two bonds:
                 the guard pipe, whose write end only the coordinator holds: when it closes, the kernel sends SIGKILL
                 to the process group (F_SETOWN, F_SETSIG, O_ASYNC), to a stopped process and to one in a C call that
                 holds the GIL alike; and PDEATHSIG: SIGKILL for the worker when its parent ends
 end_if_forked   before a result is posted: the child of a task that forked has no business here
 restore         after each task: signal handlers and working directory are put back. Without its descriptors the
                 process ends; its unstarted claims go back
-disarm          after each claim, before outputs are put in place, and before a handler is put back: a timer that a
-                task has left running is stopped
+disarm          after each claim, after each task where SIGALRM has a handler, before outputs are put in place, and
+                before a handler is put back: a timer that a task has left running is stopped
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _GUARD_FD_MIN = 200  # out of the way of a task that closes and opens low descri
 _get_timer = signal.getitimer
 _REAL = int(signal.ITIMER_REAL)
 _NO_TIMER = (0.0, 0.0)
-_RESTORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGCHLD)
+_RESTORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)  # and SIGALRM, see ``_restore_alarm``
+_ALARM, _DEFAULT = signal.SIGALRM, int(signal.SIG_DFL)
+_OF_COORDINATORS = ("ringpool", "asyncio")  # packages whose handlers need a pool, or a loop, that a worker has not
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -71,6 +74,7 @@ class Confinement:
         """Take signal handlers and working directory, as they are now, for those to put back after each task."""
         self._directory = os.getcwdb()
         self._handlers = [_get_handler(number) for number in _RESTORED]
+        self._alarm_handler = _get_handler(_ALARM)
 
     @staticmethod
     def _out_of_the_way(fd: int) -> int:
@@ -91,11 +95,12 @@ class Confinement:
 
     @staticmethod
     def _reset_signals() -> None:
-        """Undo what a forked coordinator had installed; keep what is ignored, and Python's own handler of SIGINT."""
+        """Undo what a coordinator had installed for itself, and its event loop. The program's own handlers stay, and
+        so does what is ignored; but SIGINT has Python's own handler.
+        """
         signal.set_wakeup_fd(-1)
         for number in signal.valid_signals():
-            handler = _get_handler(number)
-            if callable(handler) and handler is not signal.default_int_handler:
+            if str(getattr(_get_handler(number), "__module__", "")).partition(".")[0] in _OF_COORDINATORS:
                 signal.signal(number, signal.SIG_DFL)
         at_term = signal.getsignal(signal.SIGTERM)
         for number in (signal.SIGINT, signal.SIGTERM):  # drops what was held back: it was the coordinator's
@@ -143,9 +148,12 @@ class Confinement:
     def restore(self) -> bool:
         """Put back signal handlers and working directory; whether the process still has its descriptors."""
         if list(map(_get_handler, _RESTORED)) != self._handlers:
-            self.disarm()  # first: a timer without its handler ends the process, whatever that is at by then
+            self.disarm()  # a task that installs handlers may have set one, too
             for number, handler in zip(_RESTORED, self._handlers, strict=True):
                 signal.signal(number, handler)  # pyright: ignore[reportArgumentType]  (what getsignal gave)
+        alarm_handler = _get_handler(_ALARM)
+        if alarm_handler != _DEFAULT or self._alarm_handler != _DEFAULT:
+            self._restore_alarm(alarm_handler)
         try:
             moved = os.getcwdb() != self._directory
         except FileNotFoundError:  # a task has removed it, under itself
@@ -155,3 +163,11 @@ class Confinement:
                 os.chdir(self._directory)
         events = self._poll.poll(0)
         return not events or not any(event & select.POLLNVAL for _, event in events)
+
+    def _restore_alarm(self, found: object) -> None:
+        """Stop the timer, and put back its handler. Where there was none, one that is ``found`` stays: without a timer
+        it does nothing, and a module that has installed it when a task imported it will not do so again.
+        """
+        self.disarm()
+        if found != self._alarm_handler and not (callable(found) and self._alarm_handler == _DEFAULT):
+            signal.signal(_ALARM, self._alarm_handler)  # pyright: ignore[reportArgumentType]  (as above)

@@ -1,0 +1,97 @@
+"""Signals in workers: whose handlers are there, what is put back between tasks, and what comes of a timer."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+import pytest
+from tests.coordinator import signal_functions as functions
+from tests.coordinator.program import WATCHDOG_S, Program
+
+from ringpool import RingPoolExecutor
+
+METHODS = ["forkserver", "spawn", "fork"]
+TOP = """
+import asyncio, time
+from ringpool import RingPoolExecutor
+from tests.coordinator import signal_functions as functions
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_handlers_of_the_main_module_are_there_in_workers(run_program: Callable[..., Program], method: str) -> None:
+    program = run_program(
+        f"""
+        with RingPoolExecutor(1, {method!r}) as pool:
+            for _ in range(2):
+                say("alarm", pool.submit(functions.limit_itself).result())
+                say("handlers", *(pool.submit(functions.handler_of, number).result() for number in numbers))
+                for number in numbers:
+                    pool.submit(functions.ignore, number).result()
+        """,
+        top=f"""
+{TOP}
+def on_signal(number, frame):
+    raise LookupError
+
+numbers = [signal.SIGALRM, signal.SIGTERM, signal.SIGHUP]
+for number in (signal.SIGINT, signal.SIGUSR1, *numbers):
+    signal.signal(number, on_signal)
+""",
+    )
+    assert program.finish() == 0, program.err
+    assert program.out.splitlines() == ["alarm LookupError", "handlers" + 3 * " on_signal"] * 2
+
+
+def test_a_handler_of_sigalrm_that_an_import_in_a_task_installs_stays() -> None:
+    with RingPoolExecutor(1) as pool:
+        for _ in range(3):
+            assert pool.submit(functions.import_and_limit_itself).result(WATCHDOG_S) == "AlarmError"
+        pool.submit(functions.ignore, signal.SIGALRM).result(WATCHDOG_S)
+        assert pool.submit(functions.handler_of, signal.SIGALRM).result(WATCHDOG_S) == "SIG_DFL"
+
+
+@pytest.mark.parametrize("initializer", [functions.handle_alarms, None])
+def test_a_timer_that_a_task_leaves_does_not_call_its_handler_in_the_next(
+    initializer: Callable[[], None] | None,
+) -> None:
+    with RingPoolExecutor(1, initializer=initializer) as pool:
+        if initializer is None:
+            pool.submit(functions.handle_alarms).result(WATCHDOG_S)
+        futures = [pool.submit(functions.leave_a_timer) for _ in range(500)]  # many to a claim
+        found = {future.result(WATCHDOG_S) for future in futures}
+        assert len(found) == 1
+        assert found.pop()[1] == 0.0
+
+
+def test_handlers_of_an_event_loop_are_not_there_in_forks(run_program: Callable[..., Program]) -> None:
+    program = run_program(
+        """
+        async def run():
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, say, "in vain", number)
+            with RingPoolExecutor(1, "fork") as pool:
+                say(*[pool.submit(functions.handler_of, number).result() for number in (signal.SIGINT, signal.SIGTERM)])
+                say(pool.submit(functions.wakeup_fd).result())
+
+        asyncio.run(run())
+        """,
+        top=TOP,
+    )
+    assert program.finish() == 0, program.err
+    assert program.out.splitlines() == ["default_int_handler SIG_DFL", "-1"]
+
+
+def test_handlers_of_the_command_are_not_there_in_forks(run_program: Callable[..., Program]) -> None:
+    program = run_program(
+        """
+        stopper.install()
+        with RingPoolExecutor(1, "fork") as pool:
+            say(*[pool.submit(functions.handler_of, number).result() for number in (signal.SIGINT, signal.SIGTERM)])
+        """,
+        top=f"{TOP}\nfrom ringpool.cli.stopping import stopper\n",
+    )
+    assert program.finish() == 0, program.err
+    assert program.out.splitlines() == ["default_int_handler SIG_DFL"]
