@@ -59,3 +59,13 @@ def handler_of(number: int) -> str:
 
 def wakeup_fd() -> int:
     return signal.set_wakeup_fd(-1)
+
+
+def wait_for_signal(number: int) -> bool:
+    """Sends this process a signal that is held back, and takes it; whether it was there."""
+    os.kill(os.getpid(), number)
+    return signal.sigtimedwait([number], FAR_S) is not None
+
+
+def held_back() -> set[int]:
+    return set(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ())))

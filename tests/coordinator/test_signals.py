@@ -95,3 +95,20 @@ def test_handlers_of_the_command_are_not_there_in_forks(run_program: Callable[..
     )
     assert program.finish() == 0, program.err
     assert program.out.splitlines() == ["default_int_handler SIG_DFL"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_signals_that_the_program_holds_back_are_held_back_in_workers(
+    run_program: Callable[..., Program], method: str
+) -> None:
+    program = run_program(
+        f"""
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+        with RingPoolExecutor(1, {method!r}) as pool:
+            say(pool.submit(functions.held_back).result() == {{int(signal.SIGUSR1)}})
+            say(pool.submit(functions.wait_for_signal, signal.SIGUSR1).result())
+        """,
+        top=TOP,
+    )
+    assert program.finish() == 0, program.err
+    assert program.out.splitlines() == ["True", "True"]

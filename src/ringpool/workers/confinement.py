@@ -96,16 +96,18 @@ class Confinement:
     @staticmethod
     def _reset_signals() -> None:
         """Undo what a coordinator had installed for itself, and its event loop. The program's own handlers stay, and
-        so does what is ignored; but SIGINT has Python's own handler.
+        so does what is ignored or held back; but SIGINT has Python's own handler, and it and SIGTERM
+        get through.
         """
         signal.set_wakeup_fd(-1)
         for number in signal.valid_signals():
             if str(getattr(_get_handler(number), "__module__", "")).partition(".")[0] in _OF_COORDINATORS:
                 signal.signal(number, signal.SIG_DFL)
+        held_back = (signal.SIGINT, signal.SIGTERM)
         at_term = signal.getsignal(signal.SIGTERM)
-        for number in (signal.SIGINT, signal.SIGTERM):  # drops what was held back: it was the coordinator's
+        for number in held_back:  # drops what came meanwhile: it was the coordinator's
             signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, held_back)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, at_term)
 
