@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import decimal
 import multiprocessing
 import os
 import signal
@@ -14,6 +16,8 @@ from typing import Any
 
 from ringpool import RingPoolExecutor
 
+variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
+
 
 def identity(x: Any) -> Any:
     return x
@@ -21,6 +25,17 @@ def identity(x: Any) -> Any:
 
 def kind_of_process() -> str:
     return type(multiprocessing.current_process()).__name__
+
+
+def variables() -> tuple[str, str]:
+    """Two that belong to the context of a thread."""
+    return variable.get(), str(decimal.Decimal(1) / 3)
+
+
+def main_thread() -> tuple[str, bool, bool]:
+    """Its name, whether it is a daemon, and whether it is this one."""
+    this = threading.current_thread()
+    return this.name, this.daemon, this is threading.main_thread()
 
 
 def loaded(names: list[str]) -> list[str]:

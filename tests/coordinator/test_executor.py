@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextvars
+import decimal
 import gc
 import itertools
 import multiprocessing
@@ -21,7 +23,15 @@ from typing import Any
 
 import pytest
 from tests.coordinator import executor_functions as functions
-from tests.coordinator.program import ROOT, WATCHDOG_S, Program, shared_memory_of, state_of, wait_until
+from tests.coordinator.program import (
+    ROOT,
+    WATCHDOG_S,
+    Program,
+    kill_worker,
+    shared_memory_of,
+    state_of,
+    wait_until,
+)
 
 from ringpool import RingPoolExecutor, TaskOptions, WorkerDiedError, WorkerExit
 from ringpool.coordinator import staff
@@ -403,6 +413,26 @@ def test_a_worker_has_the_environment_of_its_start(
         monkeypatch.undo()
         time.tzset()
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_forks_have_the_context_variables_of_who_uses_the_pool_first() -> None:
+    def use() -> None:
+        functions.variable.set("set")
+        decimal.getcontext().prec = 5
+        for _ in range(2):  # also in one that is started later
+            assert pool.submit(functions.variables).result(WATCHDOG_S) == ("set", "0.33333")
+            kill_worker(pool.worker_pids[0])
+
+    with RingPoolExecutor(1, "fork") as pool:
+        contextvars.copy_context().run(use)
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn", "fork"])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_tasks_run_in_a_main_thread(method: str) -> None:
+    with RingPoolExecutor(1, method) as pool:
+        assert pool.submit(functions.main_thread).result(WATCHDOG_S) == ("MainThread", False, True)
 
 
 def test_a_worker_has_what_its_main_module_and_c_code_have_set(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ that the kernel closes it when this process ends, however it ends; and at that t
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import math
 import multiprocessing.process
 import os
@@ -243,6 +244,7 @@ class Supervisor:
         os.set_blocking(self._wake_write, False)
         self._poll.register(self._wake_read, select.POLLIN)
         self._thread = threading.Thread(target=self._run, name="ringpool-supervisor", daemon=True)
+        self._variables = contextvars.Context()
         self._begun = False
         self._has_tried = threading.Event()  # to start a first one
         self._ending = Ending()
@@ -251,7 +253,8 @@ class Supervisor:
         self._start_failed_by = ""
 
     def begin(self) -> None:
-        """Start the thread, and with it the workers."""
+        """Start the thread, and with it the workers. Those that are forks have the context variables of the caller."""
+        self._variables = contextvars.copy_context()
         self._thread.start()
         self._begun = True
 
@@ -337,6 +340,7 @@ class Supervisor:
             self._on_failure(error)
         finally:
             del self._arguments  # and the initializer's with them: locks and queues that somebody may want to be rid of
+            del self._variables
             self._has_tried.set()
             self._close_wake()
             self._ending.reached()
@@ -363,7 +367,7 @@ class Supervisor:
         self._starting = True
         try:
             with _presentable_main(), _interrupts_held_back(self._context):
-                process.start()
+                self._variables.run(process.start)
         except Exception as error:  # fork fails (EAGAIN, ENOMEM), or arguments do not pickle: it counts as a death
             _guards.close(write_end)
             guard.close()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -86,6 +87,7 @@ def main(arguments: WorkerArguments, guard: Descriptor, setup: Setup | None = No
             _import_main(arguments.main_file)
         confinement = Confinement(os.dup(guard.fileno()))
         guard.close()
+        _be_main_thread()
         if arguments.umask is not None:
             os.umask(arguments.umask)
         if startup.in_fork_server:
@@ -122,6 +124,12 @@ def _import_main(path: str) -> None:
         spawn.import_main_path(path)
     finally:
         del this._inheriting
+
+
+def _be_main_thread() -> None:
+    """A fork has the supervisor's thread as its main thread: a daemon, as those would be that tasks start."""
+    this: Any = threading.current_thread()
+    this.name, this._daemonic = "MainThread", False  # the public name of the latter is for threads that have not begun
 
 
 def _renew_numpy_chance() -> None:
