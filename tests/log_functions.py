@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import os
 import select
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ringpool.coordinator.logs import LogInbox
 from ringpool.workers import logs
@@ -23,6 +25,11 @@ def enter(sender: LogSender, function: Callable[..., None], *arguments: object) 
     """The target of each process."""
     sender.install()
     function(*arguments)
+
+
+def queue_records(queue: Any, name: str | None) -> None:
+    """An initializer, as the logging cookbook has it."""
+    logging.getLogger(name).addHandler(logging.handlers.QueueHandler(queue))
 
 
 def log(text: str, *arguments: object) -> None:

@@ -19,6 +19,7 @@ import pytest
 from tests import log_functions as work
 from tests.coordinator.program import WATCHDOG_S, Program, is_alive, state_of, wait_until
 
+from ringpool import RingPoolExecutor
 from ringpool.coordinator import logs
 from ringpool.coordinator.logs import LogInbox, levels_in_force
 from ringpool.workers.logs import encode
@@ -214,6 +215,18 @@ def test_the_records_of_a_tasks_forked_child_come_too(workers: Workers, collecto
     assert collector.texts == ["before", "child", "after"]
     own, child, _ = (record.process for record in collector.records)
     assert own == pid != child
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_handler_that_an_initializer_puts_on_the_root_has_the_records(collector: Collector, method: str) -> None:
+    queue = multiprocessing.get_context(method).Queue()
+    for name, text in ((None, "queued"), (work.NAME, "queued and sent")):
+        with RingPoolExecutor(1, method, work.queue_records, (queue, name)) as pool:
+            pool.submit(work.log, text).result(WATCHDOG_S)
+            assert queue.get(timeout=WATCHDOG_S).getMessage() == text
+    assert collector.texts == ["queued and sent"]
+    queue.close()
+    queue.join_thread()
 
 
 def test_a_worker_that_has_workers_passes_their_records_up(workers: Workers, collector: Collector) -> None:

@@ -59,13 +59,14 @@ class LogSender:
         self._message_bytes_max = message_bytes_max
         self._levels = levels
         self._disabled_to = disabled_to
+        self._outlet: Outlet | None = None
 
     def install(self) -> None:
         """Make the root logger of this process send all that passes the coordinator's levels. In the worker, once.
 
         What was configured before is taken off all loggers (handlers, filters): by ``fork`` or by importing the main
-        module it is the coordinator's own, and acts there. What is configured later, by an initializer say, stands:
-        ``logging.config.dictConfig`` and ``basicConfig(force=True)`` replace the sending, ``addHandler`` adds to it.
+        module it is the coordinator's own, and acts there. What is configured later stands: ``addHandler`` adds
+        to the sending, but see ``give_way``; ``logging.config.dictConfig`` and ``basicConfig(force=True)`` replace it.
         """
         if self._end is None:
             return
@@ -79,7 +80,16 @@ class LogSender:
         for name, level in self._levels.items():
             logging.getLogger(name).setLevel(level)
         logging.disable(self._disabled_to)
-        root.addHandler(Outlet(socket.socket(fileno=fd), self._message_bytes_max))
+        self._outlet = Outlet(socket.socket(fileno=fd), self._message_bytes_max)
+        root.addHandler(self._outlet)
+
+    def give_way(self) -> None:
+        """Send no more where the root logger has another handler since: that of a program that sees to its workers'
+        records itself, and would have each twice.
+        """
+        root = logging.getLogger()
+        if self._outlet is not None and any(handler is not self._outlet for handler in root.handlers):
+            root.removeHandler(self._outlet)
 
 
 def _strip(logger: logging.Logger) -> None:

@@ -31,6 +31,10 @@ class LogSender(Protocol):
         """From now on."""
         ...
 
+    def give_way(self) -> None:
+        """No more, where the initializer has given the records another way."""
+        ...
+
 
 class InitializerFailure(Exception):  # noqa: N818  (its message is another error's traceback)
     """The initializer raised; ``args``: the exception in a line, and its traceback."""
@@ -78,6 +82,8 @@ class Setup:
             text = "".join(traceback.format_exception(error))
             raise InitializerFailure("".join(traceback.format_exception_only(error)).strip(), text) from None
         self._initargs = ()
+        if self.sender is not None:
+            self.sender.give_way()
 
 
 def has_fork_lock(initargs: Iterable[Any]) -> bool:
