@@ -63,6 +63,40 @@ def test_an_executor_can_be_made_in_a_fork_that_was_made_while_another_was_made(
     assert program.out == "0\n"
 
 
+@pytest.mark.parametrize(
+    ("patcher", "name", "module"),
+    [
+        ("gevent.monkey", "is_module_patched", "threading"),
+        ("gevent.monkey", "is_module_patched", "socket"),
+        ("eventlet.patcher", "is_monkey_patched", "thread"),
+        ("eventlet.patcher", "is_monkey_patched", "select"),
+    ],
+)
+def test_no_pool_is_made_where_a_library_has_replaced_what_it_needs(
+    run_program: Callable[..., Program], patcher: str, name: str, module: str
+) -> None:
+    program = run_program(
+        f"""
+        stand_in = sys.modules[{patcher!r}] = types.ModuleType({patcher!r})
+        for replaced in ("time", {module!r}):
+            stand_in.{name} = replaced.__eq__
+            for kind in (RingPoolExecutor, Coordinator):
+                try:
+                    with kind(1):
+                        say("made")
+                except MonkeyPatchedError as error:
+                    say(error.library, error.module)
+        """,
+        top="""
+        import types
+        from ringpool import RingPoolExecutor
+        """,
+    )
+    assert program.finish() == 0, program.err
+    assert program.out.splitlines() == ["made"] * 2 + [f"{patcher.partition('.')[0]} {module}"] * 2
+    program.assert_nothing_is_left()
+
+
 def test_wrong_arguments_are_told_at_once_without_assertions_too(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(

@@ -73,6 +73,7 @@ class Coordinator:
     or not writable, ``ThreadStartError``, ``ValueError`` for numbers out of range,
     ``MainModuleError`` where a worker comes by because the main module makes a pool without a guard,
     ``DaemonicProcessError`` in a process of ``multiprocessing`` that may have none of its own,
+    ``MonkeyPatchedError`` where gevent or eventlet have replaced ``threading``, ``select`` or ``socket``,
     ``WorkingDirectoryError`` where the current directory was removed or may not be entered.
     """
 

@@ -153,7 +153,7 @@ class RingPoolExecutor(_Tasks):
     task whose worker dies fails with ``WorkerDiedError``, a ``BrokenProcessPool``; the pool goes on.
 
     Raises ``SharedMemoryFullError``, ``SharedMemoryUnusableError``, ``ValueError`` and ``TypeError`` for arguments,
-    ``MainModuleError``, ``DaemonicProcessError``, ``WorkingDirectoryError``.
+    ``MainModuleError``, ``DaemonicProcessError``, ``MonkeyPatchedError``, ``WorkingDirectoryError``.
     """
 
     def __init__(

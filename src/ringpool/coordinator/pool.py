@@ -35,6 +35,7 @@ from ringpool.errors import (
     CoordinatorClosedError,
     DaemonicProcessError,
     MainModuleError,
+    MonkeyPatchedError,
     RingpoolError,
     ThreadStartError,
     WorkingDirectoryError,
@@ -55,6 +56,8 @@ ABORT_TIMEOUT_S = 1.0
 STOP_TIMEOUT_S = 5.0
 SPINS = 500  # looks for work before a worker sleeps: about 250 us in all, during which whoever needs the core has it
 CHUNKS_PER_WORKER, CHUNKS_MORE = 4, 24
+_PATCHERS = {"gevent.monkey": "is_module_patched", "eventlet.patcher": "is_monkey_patched"}
+_UNPATCHED = ("thread", "threading", "select", "socket")  # eventlet says "thread" for threading
 _AHEAD = "ringpool.workers.ahead"  # imports the main module too, where it can
 _PRELOAD = [_AHEAD, "ringpool.workers.process"]
 
@@ -92,8 +95,8 @@ class Pool:
     all workers have ended. ``closed``: makes the error for tasks that come too late, ``ended`` that
     of those that are not done when the pool is ended. ``retains``: results stay in the
     segment until they are released, and the segment when the pool is closed, or dead: who made it removes it.
-    Raises ``SharedMemoryFullError``, ``ThreadStartError``, ``ValueError``, ``MainModuleError`` and
-    ``DaemonicProcessError``, ``WorkingDirectoryError``.
+    Raises ``SharedMemoryFullError``, ``ThreadStartError``, ``ValueError``, ``MainModuleError``,
+    ``DaemonicProcessError``, ``MonkeyPatchedError`` and ``WorkingDirectoryError``.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class Pool:
         require_no_main_import()
         if multiprocessing.current_process().daemon:
             raise DaemonicProcessError
+        require_unpatched()
         self.pid = os.getpid()
         self.lock = threading.Lock()  # for short steps of Python code in threads that are not the main one alone
         self._beginning = threading.Lock()
@@ -364,6 +368,14 @@ def require_no_main_import() -> None:
         flush()
         os._exit(EXIT_UNGUARDED)
     raise MainModuleError
+
+
+def require_unpatched() -> None:
+    """Raise ``MonkeyPatchedError`` where gevent or eventlet have replaced modules that a pool needs as they are."""
+    for patcher, name in _PATCHERS.items():
+        is_patched: Callable[[str], bool] = getattr(sys.modules.get(patcher), name, lambda _module: False)
+        if module := next(filter(is_patched, _UNPATCHED), None):
+            raise MonkeyPatchedError(patcher.partition(".")[0], module)
 
 
 def require_directory(context: BaseContext) -> None:

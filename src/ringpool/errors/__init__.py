@@ -43,6 +43,7 @@
         ThreadStartError           the system gives this process no more threads (also a BrokenProcessPool)
         MainModuleError            a worker that imported the main module came to it (also a BrokenProcessPool)
         WorkingDirectoryError      the current directory was removed, or may not be entered
+        MonkeyPatchedError         gevent or eventlet have replaced modules that it needs
         DaemonicProcessError       a process of multiprocessing that may have none of its own came to it
         WrongProcessError          it was made by another process, before a fork
         WrongThreadError           a future's callback would wait for it, in its own thread
@@ -124,6 +125,7 @@ from ringpool.errors.tasks import (
     DaemonicProcessError as DaemonicProcessError,
     FunctionError as FunctionError,
     InputMissingError as InputMissingError,
+    MonkeyPatchedError as MonkeyPatchedError,
     OutputCollisionError as OutputCollisionError,
     OutputMissingError as OutputMissingError,
     OutputPatternError as OutputPatternError,

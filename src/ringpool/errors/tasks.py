@@ -171,6 +171,25 @@ class DaemonicProcessError(PoolError, AssertionError):
         )
 
 
+class MonkeyPatchedError(PoolError):
+    """A library has replaced modules by which a pool's threads and its program wait for each other: its threads are
+    greenlets, of which one that waits in C holds up all.
+
+    Attributes: ``library``, ``module`` (str): one of those modules.
+    """
+
+    def __init__(self, library: str, module: str) -> None:
+        super().__init__(library, module)
+        self.library = library
+        self.module = module
+
+    def __str__(self) -> str:
+        return (
+            f"{self.library} has replaced this process's {self.module} module, and a pool would hang; make the pool in "
+            f"a process in which {self.library} patches nothing (a program of its own, that this one starts or asks)"
+        )
+
+
 class WorkingDirectoryError(PoolError):
     """Workers begin in the program's current directory, and it was removed, or this user may not enter it.
 
