@@ -253,18 +253,15 @@ class RingPoolExecutor(_Tasks):
             return self.map_with(self._task_options, fn, iterables, **how)
         from ringpool.coordinator.mapbysubmit import results_by_submit  # here: see the module
 
-        _check_counts(chunksize=how.pop("chunksize"), buffersize=how["buffersize"])
-        del how["ordered"]
+        _convert(how)
+        del how["ordered"], how["chunksize"]
         return results_by_submit(self.submit, fn, iterables, **how)
 
     def map_with(
         self, options: TaskOptions, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], **how: Any
     ) -> Iterator[Any]:
         """What ``map`` and ``map_unordered`` are, with these options."""
-        for name in ("chunksize", "buffersize"):
-            how[name] = _count(name, how[name])
-        if how["timeout"] is not None:
-            how["timeout"] = numbers.real("timeout", how["timeout"])
+        _convert(how)
         return self._calls.map(options, fn, iterables, **how)
 
     # ---- looking in
@@ -366,6 +363,14 @@ def _n_workers(max_workers: int | None) -> int:
     if n_workers > layout.WORKERS_MAX:
         raise ValueError(f"max_workers must be at most {layout.WORKERS_MAX}, not {n_workers}")
     return n_workers
+
+
+def _convert(how: dict[str, Any]) -> None:
+    """Numbers that a map is given, to ``int`` and ``float``. Raises ``TypeError`` and ``ValueError``."""
+    for name in ("chunksize", "buffersize"):
+        how[name] = _count(name, how[name])
+    if how["timeout"] is not None:
+        how["timeout"] = numbers.real("timeout", how["timeout"])
 
 
 def _count(name: str, count: Any) -> int | None:

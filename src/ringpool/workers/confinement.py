@@ -109,7 +109,7 @@ class Confinement:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, held_back)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, at_term)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if at_term is None else at_term)  # None: a handler of C code
 
     @staticmethod
     def _redirect_input() -> None:
