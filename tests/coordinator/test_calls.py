@@ -336,7 +336,7 @@ def test_a_worker_that_starts_when_the_script_has_ended_finds_what_that_defines(
             pool.submit(note, f"note-{{index}}", "ended")
         results = pool.map(partial(note, "note-4"), ["ended"])  # not begun before the end
         globals()["kept"] = pool, results
-        atexit.register(Path("ended").touch)
+        threading._register_atexit(Path("ended").touch)  # what comes by atexit itself comes after the tasks
         """,
         top="""
         from functools import partial
