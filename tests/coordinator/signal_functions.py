@@ -24,8 +24,8 @@ def handle_alarms() -> None:
 
 def limit_itself(timeout_s: float = 0.02) -> str:
     """Waits for a timer of its own, by a handler that is there already."""
-    signal.setitimer(signal.ITIMER_REAL, timeout_s)
     try:
+        signal.setitimer(signal.ITIMER_REAL, timeout_s)
         time.sleep(FAR_S)
     except Exception as error:
         return type(error).__name__

@@ -714,6 +714,43 @@ def test_a_socket_arrives_and_comes_back(by_method: RingPoolExecutor) -> None:
         assert here.recv(10) == b"ho"
 
 
+def test_no_worker_is_forked_while_what_sends_a_call_is_imported(run_program: RunProgram) -> None:
+    """It could never import that: another thread's lock on the module is held in it for ever."""
+    program = run_program(
+        """
+        start = supervisor.Supervisor._start
+
+        def start_late(*arguments):
+            time.sleep(0.2)
+            start(*arguments)
+
+        supervisor.Supervisor._start = start_late
+        sys.meta_path.insert(0, Slow())
+        with RingPoolExecutor(1, "fork") as pool:
+            here, there = socket.socketpair()
+            pool.submit(send, there).result()
+            say("sent", here.recv(10))
+        """,
+        top="""
+        import socket
+        from importlib.machinery import PathFinder
+        from ringpool.coordinator import supervisor
+
+        class Slow:
+            @staticmethod
+            def find_spec(name, path=None, target=None):
+                if name == "multiprocessing.resource_sharer":
+                    time.sleep(0.5)  # its lock is held
+                return None
+
+        def send(end):
+            end.sendall(b"hi")
+        """,
+    )
+    assert program.wait_for("sent") == "b'hi'"
+    assert program.finish() == 0, program.err
+
+
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
 def test_a_function_that_holds_a_socket_can_be_mapped(method: str) -> None:
     """A descriptor is fetched once, and a map's function is otherwise sent once for all workers."""

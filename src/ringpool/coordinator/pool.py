@@ -183,7 +183,9 @@ class Pool:
             self.pump.staff.supervisor = self.supervisor
             self.supervisor.begin()  # first: to start a process takes longest
             self.pump.begin()
-            if _STARTS_NOTHING_AT_THE_END:  # as ProcessPoolExecutor's, a first worker is there when submit returns
+            # As ProcessPoolExecutor's, a first worker is there when submit returns. Or it would be forked while this
+            # thread imports what it needs to send a call, a socket's reducer say, and could never import that.
+            if _STARTS_NOTHING_AT_THE_END or self.context.get_start_method() == "fork":
                 self.supervisor.wait_for_first(FIRST_START_TIMEOUT_S)
         except BaseException as error:
             self._kill()
