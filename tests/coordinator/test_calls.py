@@ -732,8 +732,8 @@ def test_no_worker_is_forked_while_what_sends_a_call_is_imported(run_program: Ru
             say("sent", here.recv(10))
         """,
         top="""
-        import socket
-        from importlib.machinery import PathFinder
+        import socket, time
+        from ringpool import RingPoolExecutor
         from ringpool.coordinator import supervisor
 
         class Slow:
