@@ -733,15 +733,24 @@ def test_no_worker_is_forked_while_what_sends_a_call_is_imported(run_program: Ru
         """,
         top="""
         import socket, time
+        from importlib.machinery import PathFinder
         from ringpool import RingPoolExecutor
         from ringpool.coordinator import supervisor
 
         class Slow:
             @staticmethod
             def find_spec(name, path=None, target=None):
-                if name == "multiprocessing.resource_sharer":
-                    time.sleep(0.5)  # its lock is held
-                return None
+                if name != "multiprocessing.resource_sharer":
+                    return None
+                spec = PathFinder.find_spec(name, path)
+                execute = spec.loader.exec_module
+
+                def execute_slowly(module):
+                    time.sleep(0.5)
+                    execute(module)
+
+                spec.loader.exec_module = execute_slowly
+                return spec
 
         def send(end):
             end.sendall(b"hi")
