@@ -55,7 +55,7 @@ import msgspec
 from ringpool.errors import FileOperationError
 from ringpool.workers.files import holds
 from ringpool.workers.files.durability import close_quietly, make_directories, sync
-from ringpool.workers.files.lockfiles import give_directory, share
+from ringpool.workers.files.lockfiles import set_mode, share
 from ringpool.workers.files.naming import random_token
 from ringpool.workers.files.oslayer import calls, write_all
 
@@ -150,7 +150,7 @@ class Journal:
     def _shared(self) -> Journal:
         """Itself, with an id that others may recover; or nothing is left of it."""
         try:
-            share(self._id_fd, calls.fstat(self.txn_fd))
+            share(self._id_fd, calls.fstat(self.txn_fd).st_mode)
         except BaseException:
             try:
                 with suppress(OSError):
@@ -206,7 +206,7 @@ class Journal:
         temp, final = self.id + b".tmp", self.id + b".journal"
         fd = calls.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=self.txn_fd)
         try:
-            share(fd, calls.fstat(self.txn_fd))
+            share(fd, calls.fstat(self.txn_fd).st_mode)
             write_all(fd, encode(effects))
             if self.durable:
                 sync(fd, self._path, "fsync of the journal")
@@ -488,9 +488,8 @@ def _make_txn_directory(root: bytes, *, durable: bool) -> None:
     if not calls.access(txn, os.F_OK):
         with suppress(FileExistsError):
             calls.mkdir(txn, 0o700)
-            found = calls.stat(root)
-            shared = sum(7 * (bit >> 1) for bit in (stat.S_IWGRP, stat.S_IWOTH) if found.st_mode & bit)
+            mode = calls.stat(root).st_mode
+            shared = sum(7 * (bit >> 1) for bit in (stat.S_IWGRP, stat.S_IWOTH) if mode & bit)
             if shared:
-                calls.chmod(txn, 0o700 | shared | found.st_mode & (stat.S_ISVTX | stat.S_ISGID))
-            give_directory(txn, found)
+                set_mode(txn, 0o700 | shared | mode & (stat.S_ISVTX | stat.S_ISGID))
     make_directories(txn, durable=durable)

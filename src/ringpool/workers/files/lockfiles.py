@@ -155,7 +155,7 @@ def _open(path: bytes, flags: int) -> int:
 def _make_lock_file(path: bytes) -> int:
     fd = _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
-        share(fd, calls.stat(os.path.dirname(path)))
+        share(fd, calls.stat(os.path.dirname(path)).st_mode)
     except BaseException:
         calls.close(fd)
         raise
@@ -175,12 +175,10 @@ def _refused(path: bytes, error: OSError) -> OSError:
     return OSError(error.errno, reason, error.filename)
 
 
-def share(fd: int, directory: os.stat_result) -> None:
+def share(fd: int, directory_mode: int) -> None:
     """Let those write to our new file who may make files in its directory, and those read it who may list that: they
-    lock shared. Whatever our umask says. One that root makes is that directory's owner's.
+    lock shared. Whatever our umask says.
     """
-    _give(fd, directory)
-    directory_mode = directory.st_mode
     writers = directory_mode & (stat.S_IWGRP | stat.S_IWOTH)
     wanted = writers | writers << 1 | directory_mode & (stat.S_IRGRP | stat.S_IROTH)
     mode = stat.S_IMODE(calls.fstat(fd).st_mode)
@@ -191,35 +189,23 @@ def share(fd: int, directory: os.stat_result) -> None:
 def _make_lock_directories(locks: bytes) -> None:
     """Make ``<base>/.ringpool/locks``, open to whom the base is open to: who may make files there may lock them."""
     ours = os.path.dirname(locks)
-    base = calls.stat(os.path.dirname(ours))  # raises where the base itself is gone
+    mode = stat.S_IMODE(calls.stat(os.path.dirname(ours)).st_mode)  # raises where the base itself is gone
     with suppress(FileNotFoundError):  # removed under our hands: the caller tries again
         for directory in (ours, locks):
             with suppress(FileExistsError):
                 calls.mkdir(directory, 0o777)
-                calls.chmod(directory, stat.S_IMODE(base.st_mode))
-                give_directory(directory, base)
+                set_mode(directory, mode)
 
 
-def give_directory(path: bytes, outer: os.stat_result) -> None:
-    """Where root has just made the directory at ``path`` in somebody else's, it is his. Raises ``OSError``.
-
-    Only an empty one: he may have put another one of root's in its place, to have it given to him.
+def set_mode(directory: bytes, mode: int) -> None:
+    """Set the mode of a directory that this process has just made: not of one to which a link leads, that the owner of
+    the directory around it has put in its place. Raises ``OSError``.
     """
-    if os.geteuid() or not outer.st_uid:
-        return
-    fd = calls.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = calls.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        if not calls.listdir(fd):
-            _give(fd, outer)
+        calls.fchmod(fd, mode)
     finally:
         calls.close(fd)
-
-
-def _give(fd: int, outer: os.stat_result) -> None:
-    """What root makes in somebody else's directory is his, or he could lock there no more."""
-    if outer.st_uid and not os.geteuid():
-        with suppress(OSError):  # a root that may not give away: of a user namespace, or without CAP_CHOWN
-            calls.fchown(fd, outer.st_uid, outer.st_gid)
 
 
 def _place(path: bytes) -> tuple[bytes, int, int, bytes]:

@@ -191,9 +191,9 @@ class FileStore:
         marker, device, inode = self._rooted
         try:
             found = calls.stat(self.base)
+            return (found.st_ino, found.st_dev) == (inode, device) and calls.access(marker, os.F_OK)
         except OSError:
             return False
-        return (found.st_ino, found.st_dev) == (inode, device) and calls.access(marker, os.F_OK)
 
     def _root(self) -> None:
         """Make the base and its ``.ringpool``, unless a directory further out has one.
