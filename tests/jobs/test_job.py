@@ -369,6 +369,12 @@ def test_a_function_that_is_changed_while_its_job_runs_stops_it(
     assert set(report.kinds) == {"FunctionChangedError"}
     assert {path.read_text()[:7] for path in (tmp_path / "out").rglob("*.txt")} == {"CONTENT"}
     assert set(job.run(1).kinds) == {"FunctionChangedError"}  # the object is still that of the former function's job
+    module.write_text("def other():\n    return 1\n")
+    report = job.run(1)
+    assert (set(report.kinds), report.stopped) == ({"UnknownFunctionError"}, "workers cannot have its function")
+    module.write_text("# comments\n# that move it\n\n\n" + text.format("upper"))
+    assert counts(job.run(1))[2:] == (0, 0)
+    module.write_text(text.format("title"))
     sys.modules.pop("edited")
     assert counts(Job("edited:shout", source, f"{tmp_path}/out/{{relpath}}").run(1)) == (10, 0, 0, 0)
     assert {path.read_text()[:7] for path in (tmp_path / "out").rglob("*.txt")} == {"Content"}
@@ -726,6 +732,25 @@ def test_outputs_among_the_inputs_are_refused_unless_it_is_said_which_are_inputs
     assert counts(job.run(1)) == (0, 10, 0, 0)
 
 
+@pytest.mark.parametrize("how", ["include", "link", "input files"])
+def test_a_named_input_is_no_output_however_it_is_named(tmp_path: Path, how: str) -> None:
+    source = named(tmp_path / "in", "a", "a.gz")
+    (source / "a.gz").write_text("precious")
+    (tmp_path / "link").symlink_to(source)
+    inputs = [source / "a", source / "a.gz"]
+    place = tmp_path / "link" if how == "link" else source
+    job = Job(
+        functions.compress,
+        [InputFile(str(path), path.name) for path in inputs] if how == "input files" else inputs,
+        f"{place}/{{name}}.gz",
+        directory=tmp_path / "job",
+        include=["*"] if how == "include" else (),
+    )
+    with pytest.raises(OutputPatternError, match="an input too"):
+        job.run(1)
+    assert (source / "a.gz").read_text() == "precious"
+
+
 @pytest.mark.parametrize("inputs", [["a", "a.gz"], ["a*"], ["**/a*"], ["sub/../a", "./a.gz"]])
 def test_an_output_that_is_another_input_is_refused(tmp_path: Path, inputs: list[str]) -> None:
     """Named, or matched by a glob: it is not written over."""
@@ -800,6 +825,21 @@ def test_what_has_moved_its_input_away_is_done_though_the_input_is_asked_for(tmp
         assert [(Path(failure.path).name, failure.kind) for failure in report.failures] == [("b", "InputMissingError")]
     with pytest.raises(InputMissingError):
         Job(command=command, inputs=[source / "b"], output=f"{tmp_path}/new/{{name}}").run(1)
+
+
+def test_what_was_taken_away_is_not_written_over_when_another_file_has_its_name(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = named(tmp_path / "in", "a [1].log")
+    for number in (1, 2):
+        (source / "a [1].log").write_text(f"line {number}\n")
+        job = Job(command="mv {src} {dst}", inputs=[f"{source}/a [1].log"], output=f"{tmp_path}/out/{{name}}")
+        assert counts(job.run(1)) == (1, 0, 0, 0)
+        assert counts(job.run(1)) == (0, 1, 0, 0)  # it is named, and its name looks like a glob
+    assert (tmp_path / "out/a [1].log").read_text() == "line 2\n"
+    [kept] = (tmp_path / "out").glob(".rp-*.kept")
+    assert kept.read_text() == "line 1\n"
+    assert str(kept) in capfd.readouterr().err
 
 
 def test_all_that_was_taken_away_is_kept_where_the_task_is_called_again(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -151,7 +152,7 @@ def _bench_own(words: tuple[str, ...], options: dict[str, Any]) -> int:
     if options["durability"] and not call.out:
         raise click.UsageError("--durability is that of outputs, and there are none: leave it away, or say --out")
     rounds = options["rounds"] or ROUNDS
-    start_server()
+    start_server({signal.SIGINT})  # pools of others end their workers by SIGTERM
     try:
         with _shown(rounds) as on_turn:
             report = benchmark(
@@ -227,7 +228,7 @@ def _bench_pools(options: dict[str, Any]) -> int:
     machine = quick.describe()
     measure.print_machine(machine, rounds)
     print(quick.peers_in_words(machine), end="\n\n", flush=True)
-    start_server()
+    start_server({signal.SIGINT})  # pools of others end their workers by SIGTERM
     cases: list[measure.Case] = []
     for name in options["cases"] or POOL_CASES:
         with _shown(rounds) as on_turn:

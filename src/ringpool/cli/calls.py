@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from glob import has_magic
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -177,7 +178,7 @@ def inputs_ahead(call: Call, job: Job) -> Iterator[InputFile] | None:
         exclude_under=bases,
         include=call.include,
         exclude=call.exclude,
-        is_known=lambda _source: True,  # whether it is, the job finds out
+        is_known=lambda source: not has_magic(source),  # whether it is, the job finds out
     )
 
 

@@ -31,7 +31,7 @@ import msgspec
 
 from ringpool.cli.stopping import Stopped, stopper
 
-MESSAGE_LENGTH_MAX, MESSAGE_BEGIN_LENGTH = 300, 120
+MESSAGE_LENGTH_MAX, MESSAGE_BEGIN_LENGTH = 600, 240
 _CONTROLS = {code: ascii(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0))}
 
 

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import wait
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PATIENCE_S = 0.005
 LOOK_S = 0.02
@@ -62,13 +62,35 @@ class FutureCondition(RLock):  # pyright: ignore[reportGeneralTypeIssues]  # it 
                 self._release_save()  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
 
 
+_SLEEPERS = frozenset((FutureCondition.wait.__code__, threading.Event.wait.__code__))
+
+
 def _is_amid_futures(frame: FrameType | None) -> bool:
-    """Whether a thread executes code of futures; in the sleep of a condition it holds the lock of none of them."""
-    while frame is not None and frame.f_code is not _SLEEP:
-        if frame.f_code.co_filename in _FUTURES:
+    """Whether a thread executes code of futures, below a signal's handler too. What sleeps there for a condition, or an
+    event, holds the lock of none of them.
+    """
+    while frame is not None:
+        if frame.f_code is _SLEEP:
+            frame = frame.f_back
+            while frame is not None and frame.f_code in _SLEEPERS:
+                frame = frame.f_back
+        elif frame.f_code.co_filename in _FUTURES:
             return True
-        frame = frame.f_back
+        frame = frame.f_back if frame is not None else None
     return False
+
+
+def can_be_told(waiter: Any) -> bool:
+    """Whether one who waits for futures (of ``wait``, ``as_completed``) can be told at all. Ctrl-C may have left the
+    lock of his event held by his thread, which waits no more.
+    """
+    lock = getattr(getattr(waiter, "event", None), "_cond", None)
+    if lock is None:
+        return True
+    if not lock.acquire(timeout=LEFT_AFTER_S):
+        return False
+    lock.release()
+    return True
 
 
 class Waiting(NamedTuple):
@@ -99,7 +121,10 @@ class Aside:
     def look(self) -> None:
         """Tell what can be told by now. A condition that was left after a second is opened."""
         for _ in range(len(self._waiting)):
-            waiting = self._waiting.popleft()
+            try:
+                waiting = self._waiting.popleft()
+            except IndexError:  # another thread looks, too: the pool has ended
+                return
             is_had = waiting.condition.acquire(blocking=False)
             if not is_had and time.monotonic() - waiting.since_s > LEFT_AFTER_S:
                 waiting.condition.open_if_left()

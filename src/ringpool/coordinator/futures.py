@@ -23,7 +23,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ringpool.coordinator import signals
-from ringpool.coordinator.aside import FutureCondition
+from ringpool.coordinator.aside import FutureCondition, can_be_told
 from ringpool.coordinator.limits import Condemned
 from ringpool.coordinator.tickets import QUEUED, Ticket
 from ringpool.errors import RemoteError, TaskInDoubtError, WorkerDiedError
@@ -68,7 +68,7 @@ def _value_of_blob(ticket: Ticket) -> Any:
     blob, ticket.result_blob = ticket.result_blob, None  # the value alone keeps the memory from here on
     if isinstance(blob, BaseException):
         raise blob
-    return values.decode(*blobs.take(blob)) if isinstance(blob, str) else values.decode(*blob)
+    return values.decode(*blobs.take_or_drop(blob)) if isinstance(blob, str) else values.decode(*blob)
 
 
 def error_of(ticket: Ticket, status: int, value: Any) -> BaseException:
@@ -191,6 +191,8 @@ class PoolFuture(Future[Any]):
         self._state = state
         for waiter in self._waiters:
             with contextlib.suppress(RuntimeError):  # a thread that Ctrl-C took out of ``wait`` has released its lock
+                if not can_be_told(waiter):
+                    continue
                 if state == CANCELLED_AND_NOTIFIED:
                     waiter.add_cancelled(self)
                 elif error is not None:

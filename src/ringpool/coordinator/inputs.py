@@ -107,10 +107,12 @@ def relpaths_are_unique(sources: Sequence[str | Path]) -> bool:
     return len(sources) == 1 and _list_of(sources[0]) is None
 
 
-def taking(sources: Iterable[str | Path], places: Sequence[Path]) -> Callable[[str], bool] | None:
-    """What says whether an absolute path is named by one of ``sources``, or matched by a glob: then it is an input, or
-    the next run would take it for one; None: none could be. Directories are not looked at, nor what lists hold; and no
-    walk enters ``places`` below its root.
+def taking(
+    sources: Iterable[str | Path], places: Sequence[Path], *, by_globs: bool = True
+) -> Callable[[str], bool] | None:
+    """What says whether an absolute path is named by one of ``sources``, whatever links lead to its directory, or
+    ``by_globs`` matched by one: then it is an input, or the next run would take it for one; None: none could be.
+    Directories are not looked at, nor what lists hold; and no walk enters ``places`` below its root.
     """
     files: set[str] = set()
     globs: list[tuple[str, _Glob]] = []
@@ -118,7 +120,9 @@ def taking(sources: Iterable[str | Path], places: Sequence[Path]) -> Callable[[s
         if os.path.isdir(source):
             continue
         if os.path.lexists(source) or not _MAGIC.search(source):
-            files.add(source)
+            files.add(_in_real_directory(source))
+            continue
+        if not by_globs:
             continue
         prefix, parts = _split_glob(source)
         below = os.path.join(os.path.realpath(prefix), "")
@@ -126,7 +130,17 @@ def taking(sources: Iterable[str | Path], places: Sequence[Path]) -> Callable[[s
             globs.append((prefix, _Glob(parts, takes_dots=False)))
     if not files and not globs:
         return None
-    return lambda path: path in files or any(_matches(path, prefix, glob) for prefix, glob in globs)
+    return lambda path: _in_real_directory(path) in files or any(_matches(path, prefix, glob) for prefix, glob in globs)
+
+
+def _in_real_directory(path: str) -> str:
+    directory, slash, name = path.rpartition("/")
+    return _real_directory(directory) + slash + name
+
+
+@functools.lru_cache(maxsize=1024)
+def _real_directory(path: str) -> str:
+    return os.path.realpath(path)
 
 
 def _matches(path: str, prefix: str, glob: _Glob) -> bool:
@@ -154,11 +168,11 @@ def _open_source(source: str | Path, limits: _Limits, is_known: Callable[[str], 
         raise
     except (OSError, ValueError):
         naming.encoded(source)  # or its name could not be shown either
-        if _MAGIC.search(source):
-            return _open_glob(source, limits)
-        if not is_known(source):
+        if is_known(source):
+            return (InputFile(source, os.path.basename(source)),)
+        if not _MAGIC.search(source):
             raise InputMissingError(source) from None
-        return (InputFile(source, os.path.basename(source)),)
+        return _open_glob(source, limits)
     if not stat.S_ISDIR(found.st_mode):
         return (InputFile(source, os.path.basename(source)),)
     return _walk(_Directory(_as_prefix(source), "", frozenset(), frozenset()), limits, None)

@@ -32,7 +32,7 @@ from ringpool.coordinator.ledger import Ledger, State
 from ringpool.coordinator.ledgerqueries import decode_made
 from ringpool.coordinator.pool import Pool
 from ringpool.coordinator.tickets import Ticket
-from ringpool.errors import FunctionChangedError
+from ringpool.errors import FunctionChangedError, UnknownFunctionError
 from ringpool.shm import blobs, layout
 from ringpool.shm.dispatch import Task
 from ringpool.shm.layout import Encoding, Form, Status
@@ -322,6 +322,9 @@ class JobRun:
         if reason is verify.SET_ASIDE:
             self.progress.dead += 1
             return None
+        if reason is not verify.NEW and self._ledger is not None:
+            found = self._ledger.find(self._job, work.source, work.targets[0] if work.targets else b"")
+            verify.keep_only_copies(found, work.source)
         pool = self._pool
         assert pool is not None
         encoded = jobtasks.encode_payload(JobPayload(work.source, work.targets, work.own, work.own_digest))
@@ -433,8 +436,9 @@ class JobRun:
             assert value is not None
             row = row_of_error(work, record, value)
             progress.retried += record.attempt > 0
-            if isinstance(value, FunctionChangedError) and not self._stops.n:
-                self.stop("its function was changed while it ran")
+            if isinstance(value, FunctionChangedError | UnknownFunctionError) and not self._stops.n:
+                is_changed = isinstance(value, FunctionChangedError)
+                self.stop("its function was changed while it ran" if is_changed else "workers cannot have its function")
             self.kinds[row[KIND]] += 1
             if row[STATE] == State.DEAD:
                 progress.dead += 1

@@ -1,4 +1,4 @@
-"""Which inputs a job's ledger has: one of them that is gone may have been moved away by its task, and is no mistake."""
+"""Which inputs of a job its tasks have moved away: that such a one is gone is no mistake."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class KnownInputs:
         self._job = 0
 
     def __contains__(self, path: bytes) -> bool:
-        """Whether it has the input at ``path``, absolute, whatever became of it. Raises ``LedgerError``."""
+        """Whether the input at ``path``, absolute, is one of them. Raises ``LedgerError``."""
         if self._ledger is None:
             if not (self._directory / OWN_DIRECTORY / LEDGER_NAME).exists():
                 return False
             self._ledger = Ledger.open(self._directory, create=False, read_only=True)
             self._job = next((found.id for found in self._ledger.jobs() if found.identity == self._identity), 0)
-        return self._ledger.has_input(self._job, path)
+        return self._ledger.has_consumed(self._job, path)
 
     def close(self) -> None:
         """Close the ledger, if it was opened."""

@@ -252,9 +252,15 @@ class LedgerQueries:
         """Whether the job has no row at all."""
         return not self._ask("SELECT 1 FROM files WHERE job = ? LIMIT 1", job)
 
-    def has_input(self, job: int, input: bytes) -> bool:  # noqa: A002
-        """Whether the job has a row of that input."""
-        return bool(self._ask("SELECT 1 FROM files WHERE job = ? AND input = ? LIMIT 1", job, input))
+    def has_consumed(self, job: int, input: bytes) -> bool:  # noqa: A002
+        """Whether a task of the job has moved that input away."""
+        from ringpool.workers.jobtasks import CONSUMED  # here: who only looks in does without
+
+        rows = self._ask("SELECT facts FROM files WHERE job = ? AND input = ?", job, input)
+        try:
+            return any(_decode_found(facts).inode == CONSUMED for (facts,) in rows)
+        except DAMAGES as error:
+            raise explained(self.path, error) from error
 
     def find(self, job: int, input: bytes, output: bytes) -> Found | None:  # noqa: A002
         """What is known of a file; None: nothing."""

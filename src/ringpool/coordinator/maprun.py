@@ -39,6 +39,7 @@ DRAW_S = 0.001  # an iterator that takes longer has its items sent before it is 
 DRAW_GROUP_MAX = 32
 SLOW_S, SLOW_FOR = 0.02, 20  # one that has taken longer counts as slow, so many times as long as it took
 BUFFER_PARTS = 8  # a buffer whose size is given is filled again when so small a part of it is free
+TURN_S = 1.0  # how long who closes the pool waits for a thread that draws
 FILL_S = 0.001  # how long items are drawn while results wait to be taken
 
 
@@ -435,7 +436,8 @@ class MapRun:
         """
         ending = self._ending
         if cancel or (self._begun and not self._at_hand) or self._is_filling_here():
-            with self._turn:
+            has_turn = self._turn.acquire(timeout=TURN_S)  # or another thread has it, whose next item may never come
+            try:
                 if not self._exhausted:
                     self._exhausted = True
                     self._input_error = (
@@ -445,6 +447,9 @@ class MapRun:
                             "the executor was shut down before this map had drawn all its items; take the results first"
                         )
                     )
+            finally:
+                if has_turn:
+                    self._turn.release()
         elif ending is None:
             self._send_rest()
         while ending is not None and not ending.wait(1.0):

@@ -93,7 +93,7 @@ class Piece(msgspec.Struct, eq=False):
         blob, self.blob = self.blob, None
         if isinstance(blob, BaseException):
             raise blob
-        return blobs.take(blob) if isinstance(blob, str) else blob
+        return blobs.take_or_drop(blob) if isinstance(blob, str) else blob
 
 
 class MapInbox(Inbox):
@@ -106,6 +106,7 @@ class MapInbox(Inbox):
         self.n_arrived = 0  # items; written by the pump's thread alone
         self.discards = False  # nobody takes results, and yet all items are run
         self.refill: Callable[[], None] | None = None  # called when something has arrived, in the pump's thread
+        self._is_refilling = False
         self._n_last: int | None = None  # with so many items, all have arrived
         self._retries = retries
 
@@ -113,8 +114,12 @@ class MapInbox(Inbox):
         """What was there for now has been delivered."""
         super().settle()
         self._end_if_all()
-        if self.refill is not None and not self.closed:
-            self.refill()
+        if self.refill is not None and not self.closed and not self._is_refilling:
+            self._is_refilling = True  # in a pool that has ended, what is sent comes back at once
+            try:
+                self.refill()
+            finally:
+                self._is_refilling = False
 
     def retire_after(self, n_items: int) -> None:
         """Nobody takes results, and no more than ``n_items`` are run. In the pump's thread."""

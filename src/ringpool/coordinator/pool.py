@@ -20,7 +20,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from multiprocessing.context import BaseContext
 from multiprocessing.util import Finalize
 from types import ModuleType, NoneType
@@ -276,10 +276,10 @@ class Pool:
         try:
             with self._beginning:  # whoever came before waits for threads to begin; who comes now finds it closing
                 pass
+            if cancel:  # first: who takes the results of a map, and has its turn, is told then
+                self.drop_unstarted()
             for run in self.runs.copy():
                 run.end(cancel=cancel)
-            if cancel:
-                self.drop_unstarted()
             self.pump.wait_idle()
             self._end_workers(STOP_TIMEOUT_S)
             self._finish()
@@ -398,13 +398,13 @@ def require_importable(name: str, mp_context: str | BaseContext | None) -> None:
         tasks.require_importable_main(name)
 
 
-def start_server() -> None:
+def start_server(held_back: Collection[signal.Signals] = (signal.SIGINT, signal.SIGTERM)) -> None:
     """Start the fork server, if there is to be one; for a program whose processes are all of ringpool.
 
     Ctrl-C at a terminal reaches the server too, and would end it while it imports; so does the SIGTERM that ``timeout``
     and others send to a process group, and would end the workers with it, which are to have their grace. Here both are
-    held back from it, and from each worker until that has a session of its own; other processes of the server would
-    never get them.
+    held back from it, and from each worker until that has a session of its own; other processes of the server never get
+    what is ``held_back``.
     """
     context = _context(None)
     if context.get_start_method() != "forkserver":
@@ -413,7 +413,7 @@ def start_server() -> None:
 
     serveraddress.keep_short()
     resource_tracker.ensure_running()  # first: when it is started, it lets the signal through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
     try:
         forkserver.ensure_running()
     finally:
@@ -478,8 +478,12 @@ def _close_at_the_end() -> None:
 
 def _close_after_main() -> None:
     """When the main thread has come to its end: before what a program has registered with ``atexit``, which may remove
-    what tasks need. Where other threads of it go on, they may use their pools, and it is done at exit.
+    what tasks need. Where other threads of it go on, they may use their pools, and it is done at exit. Those of thread
+    pools end now: as they would in a moment.
     """
+    thread_pools = sys.modules.get("concurrent.futures.thread")
+    if thread_pools is not None:
+        thread_pools._python_exit()
     others = (each for each in threading.enumerate() if each is not threading.main_thread())
     if all(each.daemon for each in others):
         _close_all()

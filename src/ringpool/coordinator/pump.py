@@ -239,6 +239,9 @@ class Pump:
         dropped = self._backlog.drain()
         if self._n_vectors and self.arena is not None:
             dropped += self.balance.cut_short(self.arena, self._tickets)
+        for ticket in self._tickets:
+            if ticket is not None:
+                ticket.attempts_max = 0  # what runs is not begun again
         self.balance.refuse_claimed()
         self.end.cancel_unclaimed(self.staff.on_their_way() if on_demand else 0)
         return dropped

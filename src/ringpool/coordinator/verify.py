@@ -24,6 +24,7 @@ import msgspec
 from ringpool.coordinator.ledger import Found, Made, State
 from ringpool.errors import InputMissingError
 from ringpool.workers.files import output
+from ringpool.workers.groupcommit import keep_output
 from ringpool.workers.jobtasks import CONSUMED, fingerprint
 
 Level = Literal["size", "digest"]
@@ -63,12 +64,23 @@ def reason_to_redo(
     return None
 
 
+def keep_only_copies(found: Found | None, source: bytes) -> None:
+    """Before a file is done again whose task had moved its input away: what it has made of that may be the only copy,
+    and goes out of the way of what it will make of the file that has the name since.
+    """
+    if found is None or found.inode != CONSUMED or not os.path.exists(source):
+        return
+    for one in decode_made(found.made):
+        if os.path.lexists(one.path):
+            keep_output(one.path, f"what was made of {os.fsdecode(source)} before, perhaps the only copy of it,")
+
+
 def _is_same_input(found: Found, source: bytes, checksums: bool) -> bool:
     """By its fingerprint; or, where content was recorded and is asked for, by its content, whatever its times are. Of
     one that its task has moved away, or removed, nothing is to be there.
     """
     if found.inode == CONSUMED:
-        return not os.path.lexists(source)
+        return not os.path.exists(source)
     try:
         status = os.stat(source)
         if (status.st_size, status.st_mtime_ns, status.st_ino) == (found.size, found.mtime_ns, found.inode):

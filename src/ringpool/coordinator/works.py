@@ -154,11 +154,12 @@ class Works:
                 if not isinstance(one, InputFile)
             ]
             if len(sources) < len(inputs):
-                return map(_as_input_file, inputs), False, None
-            takes = None
-            if not (self._include or self._exclude):
+                files = [_as_input_file(item) for item in inputs]
+                return iter(files), False, taking([Path(file.path) for file in files], bases, by_globs=False)
+            is_filtered = bool(self._include or self._exclude)
+            if not is_filtered:
                 self._require_apart(sources)
-                takes = taking(sources, bases)
+            takes = taking(sources, bases, by_globs=not is_filtered)
             here = os.getcwdb()
             with contextlib.closing(self._known) as known:
                 files = list_inputs(

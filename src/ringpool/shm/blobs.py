@@ -141,6 +141,15 @@ def take(name: str) -> tuple[Encoding, memoryview, list[memoryview]]:
     return blob
 
 
+def take_or_drop(name: str) -> tuple[Encoding, memoryview, list[memoryview]]:
+    """``take``; where that cannot be, the blob is removed all the same: nobody would have its name any more."""
+    try:
+        return take(name)
+    except BaseException:
+        unlink(name)
+        raise
+
+
 def _copied(fd: int, size_bytes: int) -> memoryview:
     """The file's content, in memory of our own. Raises ``MemoryError`` or ``OSError``."""
     view = _allocate(size_bytes)
@@ -183,6 +192,12 @@ def _views(view: memoryview) -> tuple[Encoding, memoryview, list[memoryview]]:
 def exists(name: str) -> bool:
     """Whether there is a blob of that name."""
     return os.path.exists(f"{SHM_DIRECTORY}/{name}")
+
+
+def could_have(size_bytes: int) -> bool:
+    """Whether so much would fit into ``/dev/shm``, were nothing else there."""
+    found = os.statvfs(SHM_DIRECTORY)
+    return size_bytes < found.f_blocks * found.f_frsize
 
 
 def is_room_short() -> bool:

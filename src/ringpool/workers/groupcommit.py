@@ -33,7 +33,7 @@ from ringpool.errors import DurabilityError, LockTimeoutError, RingpoolError
 from ringpool.workers.files.batch import TOGETHER_MIN, is_synced_whole
 from ringpool.workers.files.durability import Durability, close_quietly, make_directories, sync
 from ringpool.workers.files.locks import call_locked, root_of
-from ringpool.workers.files.naming import is_staging_name
+from ringpool.workers.files.naming import is_staging_name, random_staging_name
 from ringpool.workers.files.oslayer import calls
 from ringpool.workers.files.output import discard_staged
 from ringpool.workers.files.target import failed, lstat
@@ -416,9 +416,18 @@ def discard_or_keep(staged: bytes, source: Source | None) -> None:
 
 def keep(staged: bytes, what: str) -> None:
     """Give a staged file a name where nobody removes it, and say on standard error where it is. Never raises."""
-    kept = _kept_name(staged)
+    _keep_as(staged, _kept_name(staged), what)
+
+
+def keep_output(path: bytes, what: str) -> None:
+    """``keep`` a file that is in its place, beside that."""
+    directory, name = os.path.split(path)
+    _keep_as(path, os.path.join(directory, random_staging_name(name) + b".kept"), what)
+
+
+def _keep_as(path: bytes, kept: bytes, what: str) -> None:
     try:
-        calls.rename(staged, kept)
+        calls.rename(path, kept)
         where = f"not in its place but in {os.fsdecode(kept)}"
     except OSError as error:
         where = f"lost, for {os.fsdecode(kept)} cannot be made: {error.strerror}"

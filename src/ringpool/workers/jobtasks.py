@@ -16,9 +16,11 @@ import inspect
 import os
 import pickle
 import stat
+import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Sequence
+import tokenize
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
@@ -388,10 +390,36 @@ def source_of(name: str) -> str:
     """
     if name == COMMAND:
         return ""
+    function = inspect.unwrap(tasks.resolve(name))
     try:
-        return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(tasks.resolve(name))))))
-    except (OSError, TypeError, SyntaxError, ValueError):  # a builtin, or typed at a prompt
+        return ast.unparse(_definition(function) or ast.parse(textwrap.dedent(inspect.getsource(function))))
+    except (AttributeError, OSError, TypeError, SyntaxError, ValueError, tokenize.TokenError):  # builtin, or typed in
         return ""
+
+
+def _definition(function: Any) -> ast.Module | None:
+    """The definition of a function, by its name: the lines at which it stood when it was imported may be others' by
+    now. Of several of that name, the one at its line, or the last. None: it is not there by its name.
+    """
+    module = sys.modules.get(function.__module__)
+    if module is None:
+        return None
+    scopes: list[Any] = [ast.parse(inspect.getsource(module))]
+    for name in function.__qualname__.split("."):
+        scopes = [each for scope in scopes for each in _definitions(scope) if each.name == name]
+    line = getattr(getattr(function, "__code__", None), "co_firstlineno", 0)
+    at_its_line = [each for each in scopes if line in (each.lineno, *(one.lineno for one in each.decorator_list))]
+    found = at_its_line or scopes
+    return ast.Module(found[-1:], []) if found else None
+
+
+def _definitions(scope: ast.AST) -> Iterator[Any]:
+    """What is defined there, in branches and blocks too."""
+    for each in ast.iter_child_nodes(scope):
+        if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield each
+        else:
+            yield from _definitions(each)
 
 
 def parameters_digest(shared: bytes, own: bytes) -> bytes:

@@ -84,12 +84,18 @@ class LogSender:
         root.addHandler(self._outlet)
 
     def give_way(self) -> None:
-        """Send no more where the root logger has another handler since: that of a program that sees to its workers'
-        records itself, and would have each twice.
+        """Send no more where the root logger has another handler since that writes records, or sends them: that of a
+        program that sees to its workers' records itself, and would have each twice.
         """
         root = logging.getLogger()
-        if self._outlet is not None and any(handler is not self._outlet for handler in root.handlers):
+        if self._outlet is not None and any(map(_brings_records_away, root.handlers)):
             root.removeHandler(self._outlet)
+
+
+def _brings_records_away(handler: logging.Handler) -> bool:
+    """Whether it is a stream's or a file's, or one of ``logging.handlers``; not what counts or collects records."""
+    kinds = type(handler).__mro__
+    return logging.StreamHandler in kinds or any(kind.__module__ == "logging.handlers" for kind in kinds)
 
 
 def _strip(logger: logging.Logger) -> None:

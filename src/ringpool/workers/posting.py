@@ -17,7 +17,7 @@ from ringpool.workers import values
 from ringpool.workers.confinement import Confinement
 
 _OK, _ERROR, _CANCELLED = int(Status.OK), int(Status.ERROR), int(Status.CANCELLED)
-ROOM_PAUSE_S, ROOM_PAUSES_MAX = 0.03, 150
+ROOM_PAUSE_S, ROOM_PAUSES_MAX = 0.03, 2_000  # a minute: whoever reads what the coordinator prints may pause
 Encode = Callable[[object], values.Encoded]
 _MSGPACK, _BLOB = int(Encoding.MSGPACK), int(Encoding.BLOB)
 
@@ -68,9 +68,10 @@ class Post:
 
     def place_in_time(self, entry: int, encoded: values.Encoded, let_go: Callable[[], None]) -> tuple[bytes, int, int]:
         """``place``, for results that a ledger takes over soon: where there is no room, that makes some. ``let_go``:
-        of what this worker holds itself. Raises ``SharedMemoryFullError`` after some seconds.
+        of what this worker holds itself. Raises ``SharedMemoryFullError`` after a minute; at once
+        for what can never fit.
         """
-        for _ in range(ROOM_PAUSES_MAX):
+        for _ in range(ROOM_PAUSES_MAX if blobs.could_have(len(encoded.body)) else 0):
             try:
                 return self.place(entry, encoded)
             except SharedMemoryFullError:

@@ -7,7 +7,7 @@ import contextvars
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import ParamSpec, TypeVar, cast
@@ -21,8 +21,10 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 # Threads for file work, apart from the loop's default executor: that may be full of calls (``asyncio.to_thread``) that
-# wait for the very lock under which the work is to be done. They end with their loop.
-_threads: WeakKeyDictionary[asyncio.AbstractEventLoop, ThreadPoolExecutor] = WeakKeyDictionary()
+# wait for the very lock under which the work is to be done.
+_threads: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[ThreadPoolExecutor, AsyncGenerator[None]]] = (
+    WeakKeyDictionary()
+)
 
 
 class AsyncPathLock(LockBase):
@@ -112,6 +114,27 @@ async def _sleep(turn: Turn, woken: asyncio.Event, pause_s: float) -> bool:
     return timer is None or loop.time() < timer.when()
 
 
+async def _begin_threads(loop: asyncio.AbstractEventLoop) -> tuple[ThreadPoolExecutor, AsyncGenerator[None]]:
+    """Threads for the running loop, which end when its asynchronous generators are shut down, as ``asyncio.run`` does;
+    and those of closed loops end.
+    """
+    for other in [each for each in _threads if each.is_closed()]:
+        _threads.pop(other)[0].shutdown(wait=False)
+    threads = ThreadPoolExecutor(thread_name_prefix="ringpool-files")
+
+    async def until_the_end() -> AsyncGenerator[None]:
+        try:
+            yield
+        finally:
+            _threads.pop(loop, None)
+            threads.shutdown()
+
+    generator = until_the_end()
+    await anext(generator)
+    _threads[loop] = threads, generator
+    return _threads[loop]
+
+
 async def in_thread(function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
     """``asyncio.to_thread``, but a cancellation comes through only when the function has ended; in threads that nobody
     else uses, so that ``function`` must not wait for the lock on a path.
@@ -119,9 +142,7 @@ async def in_thread(function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwa
     What is awaited is no task: ``asyncio.run`` cancels all tasks at its end, and the thread would go on.
     """
     loop = asyncio.get_running_loop()
-    threads = _threads.get(loop)
-    if threads is None:
-        threads = _threads[loop] = ThreadPoolExecutor(thread_name_prefix="ringpool-files")
+    threads, _ = _threads.get(loop) or await _begin_threads(loop)
     context = contextvars.copy_context()
     work = loop.run_in_executor(threads, functools.partial(context.run, function, *args, **kwargs))
     cancelled: asyncio.CancelledError | None = None
