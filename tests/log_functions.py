@@ -32,6 +32,11 @@ def queue_records(queue: Any, name: str | None) -> None:
     logging.getLogger(name).addHandler(logging.handlers.QueueHandler(queue))
 
 
+def add_null_handler() -> None:
+    """An initializer that silences a warning of logging's own, as libraries advise."""
+    logging.getLogger().addHandler(logging.NullHandler())
+
+
 def log(text: str, *arguments: object) -> None:
     logger.warning(text, *arguments)
 

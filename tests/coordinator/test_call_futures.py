@@ -154,6 +154,24 @@ def test_futures_that_an_interrupted_wait_has_left_locked_stop_no_other(kind: st
         assert not waiting.is_alive()
 
 
+def test_one_who_waits_and_cannot_be_told_stops_no_future(tmp_path: Path) -> None:
+    """Ctrl-C in the sleep of ``wait`` may leave the lock of its event held by that thread, which waits no more."""
+    own = RingPoolExecutor(1)
+    held = Held(own, tmp_path, 1)
+    future = own.submit(functions.double, 3)
+    left = threading.Thread(target=wait, args=([future],), daemon=True)
+    left.start()
+    wait_until(lambda: future.__dict__.get("_waiters"), "one who waits")
+    [waiter] = future._waiters  # pyright: ignore[reportPrivateUsage]
+    with waiter.event._cond:
+        held.gate.touch()
+        assert own.submit(functions.double, 1).result(WATCHDOG_S) == 2
+        assert future.result(WATCHDOG_S) == 6
+    waiter.event.set()
+    left.join(WATCHDOG_S)
+    own.shutdown()
+
+
 def test_a_condition_that_its_thread_is_about_to_release_is_not_opened() -> None:
     """The thread is amid ``wait``, which takes the conditions of all futures by their ``id``."""
     first, second = sorted((PoolFuture(cast("Any", None)) for _ in range(2)), key=id)

@@ -229,6 +229,12 @@ def test_a_handler_that_an_initializer_puts_on_the_root_has_the_records(collecto
     queue.join_thread()
 
 
+def test_a_root_handler_that_brings_records_nowhere_keeps_none(collector: Collector) -> None:
+    with RingPoolExecutor(1, initializer=work.add_null_handler) as pool:
+        pool.submit(work.log, "sent").result(WATCHDOG_S)
+    assert collector.texts == ["sent"]
+
+
 def test_a_worker_that_has_workers_passes_their_records_up(workers: Workers, collector: Collector) -> None:
     workers.start(work.be_a_coordinator)
     workers.finish()

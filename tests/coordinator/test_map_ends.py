@@ -25,7 +25,7 @@ from tests.coordinator.program import WATCHDOG_S, Program, shared_memory_of, wai
 from ringpool import RingPoolExecutor
 from ringpool.coordinator.inbox import Inbox
 from ringpool.coordinator.pump import Pump
-from ringpool.errors import WrongProcessError
+from ringpool.errors import WorkerDiedError, WrongProcessError
 
 RunProgram = Callable[..., Program]
 BOTH = pytest.mark.parametrize("map_name", ["map", "map_unordered"])
@@ -500,6 +500,43 @@ def test_items_behind_the_one_that_runs_are_cancelled(tmp_path: Path, notes: str
     assert {type(error) for error in cancelled} == {CancelledError}
     last = [result for result in results if not isinstance(result, CancelledError)]
     assert last == ([1] if ends_by == "a gate" else [])
+    assert functions.n_noted(notes) == 1
+
+
+def test_who_takes_results_in_a_thread_does_not_keep_a_pool_from_cancelling(tmp_path: Path, notes: str) -> None:
+    gate, pool, outcomes = tmp_path / "gate", RingPoolExecutor(1), list[object]()
+    first = pool.submit(functions.note_and_hold, notes, str(gate), 1)
+    wait_until(lambda: functions.n_noted(notes) == 1, "the first item")
+    futures = [pool.submit(functions.note_and_hold, notes, str(gate), item) for item in range(2, 5)]
+    results = pool.map(partial(functions.note_and_hold, notes, str(gate)), iter(range(5, 8)), timeout=WATCHDOG_S)
+
+    def take() -> None:
+        try:
+            outcomes.append(next(results))
+        except CancelledError:
+            outcomes.append(None)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    closing = threading.Thread(target=pool.shutdown, kwargs={"cancel_futures": True})
+    closing.start()
+    wait_until(lambda: pool._calls.pool.pump._cancels_all, "the pool that cancels")  # pyright: ignore
+    gate.touch()
+    closing.join(WATCHDOG_S)
+    thread.join(WATCHDOG_S)
+    assert outcomes == [None]
+    assert [future.cancelled() for future in (first, *futures)] == [False, True, True, True]
+    assert functions.n_noted(notes) == 1
+
+
+def test_what_dies_when_all_is_cancelled_is_not_begun_again(tmp_path: Path, notes: str) -> None:
+    pool = RingPoolExecutor(1)
+    future = pool.options(retries=3).submit(functions.note_and_hold, notes, str(tmp_path / "gate"), 1)
+    wait_until(lambda: functions.n_noted(notes) == 1, "the task")
+    pool.shutdown(wait=False, cancel_futures=True)
+    os.kill(pool.worker_pids[0], signal.SIGKILL)
+    assert isinstance(future.exception(WATCHDOG_S), WorkerDiedError)
+    pool.shutdown()
     assert functions.n_noted(notes) == 1
 
 

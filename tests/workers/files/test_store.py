@@ -21,6 +21,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from tests.coordinator.program import wait_until
 from tests.workers.files import child_store
 from tests.workers.files.child import Child
 from tests.workers.files.child_locks import lock_file, waiting
@@ -724,6 +725,24 @@ def test_tasks_go_on_beside_threads_of_their_loop_that_all_wait_for_the_same_loc
 
     asyncio.run(main())
     assert plain.read("n") == b"5"
+
+
+def test_threads_of_asyncio_end_with_their_loop(tmp_path: Path) -> None:
+    store = AsyncFileStore(tmp_path, durability="atomic")
+    before = set(threading.enumerate())
+
+    async def main() -> None:
+        await asyncio.gather(*(store.write(f"{n}", b"") for n in range(8)))
+        assert set(threading.enumerate()) > before
+
+    asyncio.run(main())
+    assert set(threading.enumerate()) <= before
+    for _ in range(2):
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(main())
+        loop.close()
+    asyncio.run(main())
+    wait_until(lambda: set(threading.enumerate()) <= before, "the end of the threads of loops that are closed")
 
 
 def test_an_async_change_holds_the_lock_over_its_awaits(tmp_path: Path) -> None:
