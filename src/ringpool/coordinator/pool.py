@@ -482,7 +482,7 @@ def _close_after_main() -> None:
     pools end now: as they would in a moment.
     """
     thread_pools = sys.modules.get("concurrent.futures.thread")
-    if thread_pools is not None:
+    if thread_pools is not None and _open:
         thread_pools._python_exit()
     others = (each for each in threading.enumerate() if each is not threading.main_thread())
     if all(each.daemon for each in others):
