@@ -94,7 +94,11 @@ def test_a_shared_set_is_shared_and_has_no_marks(tmp_path: Path) -> None:
 def test_a_set_over_several_bases_is_taken_in_the_same_order_by_all(tmp_path: Path) -> None:
     for name in "xy":
         (tmp_path / name).mkdir()
-    paths = [tmp_path / "x/a", tmp_path / "y/a", tmp_path / "x/b", tmp_path / "y/b"]
+    paths: list[Path] = []
+    for name in "xy":
+        first = PathLock(tmp_path / name / "a").stripe  # two paths in 256 have one lock
+        other = next(path for path in "bcde" if PathLock(tmp_path / name / path).stripe != first)
+        paths += [tmp_path / name / "a", tmp_path / name / other]
     orders: list[list[bytes]] = []
     for chosen in (paths, paths[::-1]):
         with LockSet(chosen) as several:

@@ -203,7 +203,7 @@ def set_mode(directory: bytes, mode: int) -> None:
     """
     fd = calls.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        calls.fchmod(fd, mode)
+        calls.chmod(fd, mode)
     finally:
         calls.close(fd)
 
