@@ -281,7 +281,7 @@ class JobRunner:
             value = bound.retried(staged, *arguments, **parameters)
             if _is_as_it_was(before, task.source, spec.checksums):
                 return value, before
-            if not os.path.exists(task.source) or _is_among(staged, bound.source):
+            if not os.path.exists(task.source) or _has_become(staged, bound.source):
                 return value, msgspec.structs.replace(before, inode=CONSUMED)
         raise InputChangedError(os.fsdecode(task.source), CHANGES_MAX)
 
@@ -294,7 +294,8 @@ class JobRunner:
         _, body, _ = blobs.read(blobs.function_name(self._segment, function_id))
         spec = decode_spec(bytes(body))
         call = tasks.resolve(spec.name)
-        if source_of(spec.name) != spec.source:
+        source = source_of(spec.name)
+        if source != spec.source and source and spec.source:  # where one cannot be read, nothing is known
             raise FunctionChangedError(spec.name)
         signature = tasks.signature_of(call, spec.name)
         durability = Durability(spec.durability)
@@ -332,10 +333,10 @@ def _discard_or_keep(staged: Iterable[bytes], bound: _Bound) -> None:
         discard_or_keep(one, bound.source)
 
 
-def _is_among(staged: Iterable[bytes], source: Source | None) -> bool:
-    """Whether the input has become an output, though another file has its name by now."""
+def _has_become(staged: Iterable[bytes], source: Source | None) -> bool:
+    """Whether the input has become an output, and another file has its name by now: it is no link to the input."""
     inodes = [found.st_ino for one in staged if (found := lstat(one)) is not None]
-    return source is not None and source.inode in inodes
+    return source is not None and source.inode in inodes and os.stat(source.path).st_ino != source.inode
 
 
 def movable_source(spec: JobSpec, path: bytes, inode: int = 0) -> Source | None:
