@@ -49,8 +49,8 @@ class Works:
     """A work for each of ``inputs``, as they are drawn.
 
     ``name``, ``signature`` and ``digest`` of the function (with its parameters); ``template``: of the command, or None;
-    ``outputs``: None for values; ``known``: what the job had as inputs before; ``include``, ``exclude``: globs for what
-    a walk finds.
+    ``outputs``: None for values; ``known``: inputs that its tasks have moved away; ``include``, ``exclude``: globs for
+    what a walk finds.
     """
 
     def __init__(
