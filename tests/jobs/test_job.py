@@ -362,7 +362,8 @@ def test_a_function_that_is_changed_while_its_job_runs_stops_it(
     job = Job("edited:shout", source, f"{tmp_path}/out/{{relpath}}", max_tasks_per_child=2)
 
     def edit(*_row: object) -> None:
-        module.write_text(text.format("title"))
+        (tmp_path / "new").write_text(text.format("title"))
+        (tmp_path / "new").replace(module)  # half of it is another test's
 
     report = job.run(1, on_row=edit)
     assert report.stopped == "its function was changed while it ran"
@@ -378,6 +379,33 @@ def test_a_function_that_is_changed_while_its_job_runs_stops_it(
     sys.modules.pop("edited")
     assert counts(Job("edited:shout", source, f"{tmp_path}/out/{{relpath}}").run(1)) == (10, 0, 0, 0)
     assert {path.read_text()[:7] for path in (tmp_path / "out").rglob("*.txt")} == {"Content"}
+
+
+HALF_WRITTEN = """
+import threading, time
+
+def restore():
+    time.sleep(0.1)
+    open(__file__, "w").write(text)
+
+text = open(__file__).read()
+open(__file__, "w").close()
+threading.Thread(target=restore).start()
+"""
+
+
+def test_a_function_whose_file_is_half_written_when_a_worker_looks_at_it_is_seen_to_have_changed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "rewritten.py"
+    text = "def shout(src: str, dst: str) -> None:\n    open(dst, 'w').write(open(src).read().{}())\n"
+    module.write_text(text.format("upper"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    job = Job("rewritten:shout", source, f"{tmp_path}/out/{{relpath}}")
+    module.write_text(text.format("title") + HALF_WRITTEN)
+    report = job.run(1)
+    assert (counts(report)[0], set(report.kinds)) == (0, {"FunctionChangedError"})
 
 
 def test_another_function_does_all_again(source: Path, tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ COMMAND = "ringpool.workers.commands:run_command"
 CONSUMED = -2  # in place of an inode
 CHANGES_MAX = 3  # how often a task is run whose input changes meanwhile
 DIRECTORIES_KNOWN_MAX = 4096
+WRITTEN_WITHIN_NS = 500_000_000  # an editor is done with a module's file
 WEIGH_EVERY_NS = 1_000_000  # how often a worker looks at its peak RSS, which costs more than some tasks
 _OK, _STAGED, _MSGPACK = int(Status.OK), int(Status.STAGED), int(Encoding.MSGPACK)
 
@@ -294,8 +295,7 @@ class JobRunner:
         _, body, _ = blobs.read(blobs.function_name(self._segment, function_id))
         spec = decode_spec(bytes(body))
         call = tasks.resolve(spec.name)
-        source = source_of(spec.name)
-        if source != spec.source and source and spec.source:  # where one cannot be read, nothing is known
+        if spec.source and _source_in_time(spec.name) not in ("", spec.source):  # what cannot be read tells nothing
             raise FunctionChangedError(spec.name)
         signature = tasks.signature_of(call, spec.name)
         durability = Durability(spec.durability)
@@ -396,6 +396,14 @@ def source_of(name: str) -> str:
         return ast.unparse(_definition(function) or ast.parse(textwrap.dedent(inspect.getsource(function))))
     except (AttributeError, OSError, TypeError, SyntaxError, ValueError, tokenize.TokenError):  # builtin, or typed in
         return ""
+
+
+def _source_in_time(name: str) -> str:
+    """The text of a function whose text could be read before: its file may be half written just now."""
+    deadline_ns = time.monotonic_ns() + WRITTEN_WITHIN_NS
+    while not (source := source_of(name)) and time.monotonic_ns() < deadline_ns:
+        time.sleep(0.01)
+    return source
 
 
 def _definition(function: Any) -> ast.Module | None:
