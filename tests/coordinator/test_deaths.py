@@ -336,6 +336,39 @@ def test_no_worker_survives_a_killed_coordinator_of_which_a_fork_lives_on(run_pr
         wait_until_gone(program.pid)
 
 
+SLOW_TO_CLOSE = """
+with Coordinator(7, mp_context={method!r}) as pool:
+    here = Path(__file__)
+    for i in range(7):
+        begun = str(here.with_name(f"begun-{{i}}"))
+        pool.submit_file_task(tasks.stay, here, params={{"how": "subprocess", "begun": begun}})
+    while len(list(here.parent.glob("begun-?"))) < 7:
+        select.select([], [], [], 0.01)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    try:
+        for _ in range(50_000):
+            os.open("/dev/null", os.O_RDONLY)
+    except OSError:
+        pass
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # this thread, not that which starts workers
+    say("ready")
+    wait()
+"""
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_what_tasks_started_goes_with_a_coordinator_whose_files_are_closed_after_its_workers_are_dead(
+    run_program: RunProgram, method: str
+) -> None:
+    """The kernel takes its time to close many: what a worker has started is then another's to kill."""
+    for _ in range(3):
+        program = run_program(SLOW_TO_CLOSE.format(method=method), top="import resource")
+        program.wait_for("ready")
+        program.signal(signal.SIGKILL, group=False)
+        assert program.finish() == -signal.SIGKILL
+        program.assert_no_process_is_left()
+
+
 def test_what_a_killed_coordinator_was_writing_is_not_visible(run_program: RunProgram) -> None:
     program = run_program(
         """

@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import fcntl
 import math
 import multiprocessing.process
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -43,7 +45,7 @@ from ringpool.workers.setup import Setup
 
 EXIT_STATUS_TIMEOUT_S = 5.0
 KILL_TIMEOUT_S = 10.0  # what SIGKILL does not end by then hangs in the kernel, and is left to it
-START_DESCRIPTORS = 10  # what a start opens at a time: guard, pidfd, pipes and a socket to the fork server, a module
+START_DESCRIPTORS = 12  # what a start opens at a time: a guard, pidfd, pipes and a socket to the fork server, a module
 START_RETRY_MIN_S = 0.05
 START_RETRY_MAX_S = 1.0
 WAKE_TIMEOUT_S = 0.1  # without being woken, the supervisor looks every second
@@ -99,37 +101,70 @@ def _end_new_server() -> bool:
     return True
 
 
+class _Guard:
+    """A guard pipe: its read end, for the worker, and its write end, for this process alone; and a ``keeper``, which
+    has the read end too.
+
+    When this process is killed, the worker may end before the kernel has closed the pipe (the end of its parent, a
+    thread, kills it as well), and with the last reader of the pipe the signal for the worker's children would be lost.
+    A descriptor of this process is no such reader: the kernel counts it off at once, and closes the write end later.
+    One on its way through a socket is: it is let go with that socket. Of a dead process's files the kernel closes the
+    last first: of the write end before the socket, which has the lower number.
+    """
+
+    def __init__(self) -> None:
+        with contextlib.ExitStack() as opened:
+            self.keeper, sender = socket.socketpair()
+            opened.callback(self.keeper.close)
+            read_end, write_end = os.pipe()
+            opened.callback(os.close, read_end)
+            with sender:
+                try:
+                    socket.send_fds(sender, [b"\0"], [read_end])
+                    self.write_end = fcntl.fcntl(write_end, fcntl.F_DUPFD_CLOEXEC, self.keeper.fileno())
+                finally:
+                    os.close(write_end)
+            opened.pop_all()
+        self.read_end = Descriptor(read_end)  # until the worker has it
+
+    def close(self) -> None:
+        """What this process has of it: the worker, where it is a fork that is just made, goes on with its read end."""
+        with self.keeper:
+            os.close(self.write_end)
+
+
 class _Guards:
-    """The write ends that this process holds. A fork of it must not keep them, or the kernel would not close them."""
+    """Those that this process holds. A fork of it must not keep them, or the kernel would not close the pipes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._write_ends: set[int] = set()
+        self._open: set[_Guard] = set()
         self._used = False
         os.register_at_fork(
             before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._close_in_child
         )
 
-    def open(self) -> tuple[Descriptor, int]:
+    def open(self) -> _Guard:
         with self._lock:
-            read_end, write_end = os.pipe()
-            self._write_ends.add(write_end)
+            guard = _Guard()
+            self._open.add(guard)
             self._used = True
-        return Descriptor(read_end), write_end
+        return guard
 
-    def close(self, write_end: int) -> None:
+    def close(self, guard: _Guard) -> None:
+        """Which kills the worker."""
         with self._lock:
-            if write_end in self._write_ends:
-                self._write_ends.discard(write_end)
-                os.close(write_end)
+            if guard in self._open:
+                self._open.discard(guard)
+                guard.close()
 
     def _close_in_child(self) -> None:
-        for write_end in self._write_ends:
+        for guard in self._open:
             with contextlib.suppress(OSError):
-                os.close(write_end)
+                guard.close()
         if self._used:
             _forget_processes()
-        self._write_ends.clear()
+        self._open.clear()
         self._lock.release()
 
 
@@ -192,20 +227,13 @@ _guards = _Guards()
 
 
 class _Worker:
-    """One living worker process: its pidfd, and its guard pipe.
+    """One living worker process: its pidfd, and its guard pipe."""
 
-    The read end is kept open here too. When this process is killed, the worker may end before the kernel has closed
-    the pipe (the end of its parent, a thread, kills it as well), and with the last reader of the pipe the signal for
-    the worker's children would be lost. The kernel lets go of a dead process's files last to first: of the write end
-    before the read end, which has the lower number.
-    """
-
-    def __init__(self, process: BaseProcess, pidfd: int, guard: Descriptor, write_end: int) -> None:
+    def __init__(self, process: BaseProcess, pidfd: int, guard: _Guard) -> None:
         self.process = process
         self.pid: int = process.pid or 0
         self.pidfd = pidfd
         self.guard = guard
-        self.write_end = write_end
 
     def kill(self) -> None:
         """SIGKILL for the worker and its process group."""
@@ -355,35 +383,34 @@ class Supervisor:
         try:
             _require_descriptors(self._wake_read)
             arguments, setup = self._arguments(index)
-            guard, write_end = _guards.open()
+            guard = _guards.open()
         except OSError as error:  # EMFILE
             self._cannot_start(index, error)
             return
         process: BaseProcess = cast(
             "Any", self._context
         ).Process(  # every context has it; typeshed's base class has not
-            target=main, args=(arguments, guard, setup), name=f"{WORKER_NAME}{index}"
+            target=main, args=(arguments, guard.read_end, setup), name=f"{WORKER_NAME}{index}"
         )
         self._starting = True
         try:
             with _presentable_main(), _interrupts_held_back(self._context):
                 self._variables.run(process.start)
         except Exception as error:  # fork fails (EAGAIN, ENOMEM), or arguments do not pickle: it counts as a death
-            _guards.close(write_end)
-            guard.close()
+            _guards.close(guard)
             self._cannot_start(index, error)
             return
         finally:
             self._starting = False
+            guard.read_end.close()
         try:
             pidfd = os.pidfd_open(process.pid or 0)
         except OSError:  # it ended and was reaped already, or there is no descriptor left to watch it by
-            _guards.close(write_end)  # which kills it
-            guard.close()
+            _guards.close(guard)  # which kills it
             self._report(index, process)
             return
         self._start_retry_s, self._start_failed_by = START_RETRY_MIN_S, ""
-        self._workers[index] = _Worker(process, pidfd, guard, write_end)
+        self._workers[index] = _Worker(process, pidfd, guard)
         self._poll.register(pidfd, select.POLLIN)
 
     def _cannot_start(self, index: int, error: Exception) -> None:
@@ -400,8 +427,7 @@ class Supervisor:
         self._poll.unregister(worker.pidfd)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(worker.pid, signal.SIGKILL)  # at once: a pid is not given to others for a long time
-        _guards.close(worker.write_end)
-        worker.guard.close()
+        _guards.close(worker.guard)
         os.close(worker.pidfd)
         del self._workers[index]
         self._report(index, worker.process)
