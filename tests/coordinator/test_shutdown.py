@@ -104,6 +104,24 @@ def test_an_executor_that_had_no_task_is_shut_down_with_its_futures_cancelled(wa
         executor.submit(len, "abc")
 
 
+def test_futures_are_cancelled_at_once_while_every_worker_is_busy(file: Path, tmp_path: Path) -> None:
+    begun, gate = tmp_path / "begun", tmp_path / "gate"
+    executor = RingPoolExecutor(1)
+    held = executor.submit(tasks.hold, file, gate=str(gate), begun=str(begun))
+    wait_until(begun.exists, "the task's begin")
+    waiting = [executor.submit(len, "abc") for _ in range(50)]
+    told = threading.Event()
+    waiting[-1].add_done_callback(lambda _: told.set())
+    executor.shutdown(wait=False, cancel_futures=True)
+    done, _ = wait(waiting, WATCHDOG_S)
+    assert len(done) == len(waiting)
+    assert all(future.cancelled() for future in waiting)
+    assert told.wait(WATCHDOG_S)
+    assert not held.done()
+    gate.touch()
+    assert held.exception(WATCHDOG_S) is None
+
+
 def test_executors_that_had_no_task_leave_no_descriptors() -> None:
     def n_descriptors() -> int:
         gc.collect()  # the mapping of a segment goes with the last reference to it
@@ -130,7 +148,7 @@ def test_close_with_cancel_drops_what_no_worker_has(file: Path, files: MakeFiles
     waiting = [own.submit_file_task(tasks.append_line, other) for _ in range(50)]
     closing = threading.Thread(target=lambda: own.close(cancel=True))
     closing.start()
-    wait_until(lambda: sum(future.cancelled() for future in waiting) > 40, "those outside the ring")
+    wait_until(lambda: all(future.cancelled() for future in waiting), "those in the ring, too")
     gate.touch()
     closing.join(WATCHDOG_S)
     assert not closing.is_alive()
@@ -546,6 +564,41 @@ def test_a_signal_to_end_ends_a_program_quietly(run_program: RunProgram, where: 
     program.wait_for("ready")
     program.signal(number, group=False)
     assert program.finish() in (128 + number, -number)
+    assert "Traceback" not in program.err
+    program.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    "waiting",
+    [
+        "pool.submit_file_task(tasks.size, here).result()",
+        "pool.submit_file_task(tasks.size, here).result(1000)",
+        "pool.submit_file_task(tasks.size, here).exception()",
+        "list(pool.run_file_tasks(tasks.size, [here]))",
+        "list(executor.map(tasks.wait_for, [here.with_name('never')]))",
+        "list(executor.map(tasks.wait_for, [here.with_name('never')], timeout=1000))",
+        "pool.close()",
+    ],
+)
+def test_a_signal_that_the_main_thread_does_not_wake_by_ends_a_program_too(
+    run_program: RunProgram, waiting: str
+) -> None:
+    """As where it comes just when that thread goes to sleep for a lock."""
+    program = run_program(
+        f"""
+        def end():
+            select.select([], [], [], 0.5)  # it sleeps by then
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+            wait()
+
+        with Coordinator(2) as pool, RingPoolExecutor(1) as executor:
+            hold(pool)
+            threading.Thread(target=end, daemon=True).start()
+            {waiting}
+        """,
+        top=STUCK.format(how="deaf", workers=2) + "from ringpool import RingPoolExecutor\n",
+    )
+    assert program.finish() in (128 + signal.SIGTERM, -signal.SIGTERM)
     assert "Traceback" not in program.err
     program.assert_nothing_is_left()
 

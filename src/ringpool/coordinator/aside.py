@@ -11,6 +11,7 @@ longer than for a thread that is about to release it, and goes on with other fut
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import sys
@@ -23,6 +24,8 @@ from collections.abc import Callable
 from concurrent.futures import wait
 from types import FrameType
 from typing import Any, NamedTuple
+
+from ringpool.coordinator import signals
 
 PATIENCE_S = 0.005
 LOOK_S = 0.02
@@ -43,9 +46,15 @@ class FutureCondition(RLock):  # pyright: ignore[reportGeneralTypeIssues]  # it 
 
     def wait(self, timeout: float | None = None) -> bool:
         """Release it, wait to be notified, up to ``timeout`` seconds, and take it again; whether it was notified."""
-        if self._sleepers is None:
-            self._sleepers = threading.Condition(self)  # pyright: ignore[reportArgumentType]
-        return self._sleepers.wait(timeout)
+        sleepers = self._sleepers
+        if sleepers is None:
+            sleepers = self._sleepers = threading.Condition(self)  # pyright: ignore[reportArgumentType]
+        left_s = math.inf if timeout is None else timeout
+        while not sleepers.wait(min(left_s, signals.SLEEP_MAX_S)):
+            left_s -= signals.SLEEP_MAX_S
+            if self._sleepers is not sleepers or left_s <= 0:
+                break
+        return self._sleepers is not sleepers
 
     def notify_all(self) -> None:
         """Wake all who ``wait``."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ringpool.coordinator import signals
 from ringpool.coordinator.pieces import MapInbox, Piece
 from ringpool.coordinator.tickets import Part, Ticket
 from ringpool.errors import CoordinatorClosedError, OutputCollisionError, SegmentFormatError
@@ -96,7 +97,7 @@ class FileInbox(MapInbox):
     def wait(self, timeout_s: float = -1) -> bool:
         """Wait until something has arrived, or the run was closed by another thread; whether something has."""
         while not self.arrived and not self.closed:
-            if not self._news.acquire(timeout=timeout_s):
+            if not signals.acquire(self._news, timeout_s):
                 break
         return bool(self.arrived)
 

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from ringpool.coordinator import signals
+
 
 class Inbox:
     """``arrived``: a deque of whatever a subclass puts there. ``on_retired``: called when nothing comes any more."""
@@ -42,7 +44,7 @@ class Inbox:
             if self._is_taken:
                 self._is_taken = False
                 return True
-            if not self._news.acquire(timeout=timeout_s):
+            if not signals.acquire(self._news, timeout_s):
                 return bool(self.arrived)
         return True
 

@@ -24,6 +24,7 @@ from ringpool.coordinator.aside import LOOK_S, Aside
 from ringpool.coordinator.backlog import Backlog
 from ringpool.coordinator.balance import Balance
 from ringpool.coordinator.ending import Ending
+from ringpool.coordinator.futures import PoolFuture
 from ringpool.coordinator.pace import Pace
 from ringpool.coordinator.parcels import Parcels
 from ringpool.coordinator.precedence import Precedence
@@ -226,8 +227,8 @@ class Pump:
             return False
 
     def cancel_all(self) -> list[Ticket]:
-        """Keep all from starting that has not begun; those that were not published, and what vectors that run are cut
-        short by. Through ``call``. What comes back from then on, or comes too late, is dropped.
+        """Keep all from starting that has not begun; those of futures, those that were not published, and what vectors
+        that run are cut short by. Through ``call``. What comes back from then on, or comes too late, is dropped.
 
         A worker that is on its way has the task that it is started for, one that has just claimed some the first.
         """
@@ -244,7 +245,13 @@ class Pump:
                 ticket.attempts_max = 0  # what runs is not begun again
         self.balance.refuse_claimed()
         self.end.cancel_unclaimed(self.staff.on_their_way() if on_demand else 0)
-        return dropped
+        return dropped + [ticket for ticket in self._tickets if ticket is not None and self._is_barred(ticket)]
+
+    def _is_barred(self, ticket: Ticket) -> bool:
+        """Whether it is a future's task, refused before a worker has started it: it may be long until one comes by."""
+        slot, sequence = ticket.slot, ticket.sequence
+        is_refused = isinstance(ticket.sink, PoolFuture) and self.end.is_refused(slot, sequence)
+        return is_refused and self.end.refuse_unstarted(slot, sequence)
 
     def refuse_all(self) -> list[Ticket]:
         """``cancel_all``, and the first that a worker has claimed and not started. Through ``call``."""

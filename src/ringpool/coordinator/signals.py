@@ -10,6 +10,9 @@ another one, a signal that comes before the main thread has had occasion to ends
 
 A terminal that goes away says so several times: the kernel to the job in the foreground, the shell to all its jobs. So
 once a program ends because of SIGHUP, another one does not interrupt that.
+
+Python handles a signal when the main thread goes on. One that has come as that was just going to sleep for a lock, or
+that the kernel gave to another thread, does not wake it: so nobody here sleeps for longer than ``SLEEP_MAX_S``.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import threading
 from collections.abc import Callable, Generator
 from types import FrameType
 
+SLEEP_MAX_S = 1.0
 _HANDLED = (signal.SIGTERM, signal.SIGHUP)
 _OUTERMOST = ("<module>", "_run_module_as_main")  # of a main module; what is called at exit has none
 _lock = threading.Lock()
@@ -118,6 +122,16 @@ def _let_go() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go)
+
+
+def acquire(lock: threading.Lock, timeout_s: float = -1) -> bool:
+    """``lock.acquire``, up to ``timeout_s`` seconds (-1: for ever), in which signals are handled."""
+    while timeout_s < 0 or timeout_s > SLEEP_MAX_S:
+        if lock.acquire(timeout=SLEEP_MAX_S):
+            return True
+        if timeout_s > 0:
+            timeout_s -= SLEEP_MAX_S
+    return lock.acquire(timeout=timeout_s)
 
 
 @contextlib.contextmanager

@@ -324,6 +324,10 @@ class CoordinatorEnd:
         """
         self.ring.words[self.ring.tasks + slot * RECORD_BYTES + layout.TASK_CANCEL_AT >> 3] = sequence + 1
 
+    def is_refused(self, slot: int, sequence: int) -> bool:
+        """Whether it is to be cancelled. Only while the slot is that task's."""
+        return self.ring.words[self.ring.tasks + slot * RECORD_BYTES + layout.TASK_CANCEL_AT >> 3] == sequence + 1
+
     def refuse_unstarted(self, slot: int, sequence: int) -> bool:
         """``refuse``; and whether it is certain that no worker has started the task, or will. From any thread, without
         the mutex.
