@@ -23,6 +23,7 @@ from tests.coordinator.program import WATCHDOG_S, is_alive, wait_until
 from ringpool import RingPoolExecutor, TaskOptions
 from ringpool.coordinator.limits import own_bytes
 from ringpool.errors import MemoryLimitError, TaskTimeoutError, WorkerDiedError
+from ringpool.shm.dispatch import CoordinatorEnd
 
 LIMIT_S = 0.2  # of tasks that never end
 AMPLE_S = 2.0  # no short task takes so long, whoever else wants the processor or the disk
@@ -52,6 +53,14 @@ class Exits:
 
 
 # ---- timeout ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_timeout_holds_where_the_clock_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A semaphore's timeout follows the wall clock: whoever sleeps then sleeps for an hour more."""
+    monkeypatch.setattr(CoordinatorEnd, "sleep", lambda end, _timeout_s: end.semaphore.acquire())
+    with RingPoolExecutor(1) as own:
+        late = own.submit_with(TaskOptions(timeout=LIMIT_S), functions.overrun, "sleep")
+        assert isinstance(late.exception(WATCHDOG_S), TaskTimeoutError)
 
 
 @pytest.mark.parametrize("how", ["python", "sleep", "holding the GIL", "stopped", "child", "deaf"])

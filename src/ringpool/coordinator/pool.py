@@ -162,6 +162,7 @@ class Pool:
                 n_started,
                 pump.on_death,
                 pump.on_failure,
+                pump.nudge,
             )
         except BaseException:
             segment.unlink(name)

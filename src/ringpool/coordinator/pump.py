@@ -117,6 +117,10 @@ class Pump:
             self._fail_all(self.broken or self._ended())
             self.aside.finish()
 
+    def nudge(self) -> None:
+        """It may oversleep: a semaphore's timeout follows the wall clock, and that may be set back meanwhile."""
+        self._wake()
+
     def on_death(self, death: Death) -> None:
         """A worker has died."""
         self._deaths.append(death)

@@ -245,7 +245,8 @@ class _Worker:
 
 class Supervisor:
     """The processes of workers 0 to ``n - 1``. ``on_death(death)`` is called in its thread, at once;
-    ``on_failure(error)`` where the thread itself fails. After a death that index stays empty until ``start(index)``.
+    ``on_failure(error)`` where the thread itself fails; ``on_look()`` when nothing has happened for a second. After a
+    death that index stays empty until ``start(index)``.
     """
 
     def __init__(
@@ -255,11 +256,13 @@ class Supervisor:
         n: int,
         on_death: Callable[[Death], None],
         on_failure: Callable[[BaseException], None],
+        on_look: Callable[[], None],
     ) -> None:
         self._context = context
         self._arguments = arguments
         self._on_death = on_death
         self._on_failure = on_failure
+        self._on_look = on_look
         self._workers: dict[int, _Worker] = {}
         self._to_start: deque[int] = deque(range(n))
         self._stopping = False
@@ -358,6 +361,8 @@ class Supervisor:
                     self._start(self._to_start.popleft())  # one at a time: a death in between is not to wait
                     self._has_tried.set()
                 ready = {fd for fd, _ in self._poll.poll(self._patience_ms())}
+                if not ready:
+                    self._on_look()
                 if self._wake_read in ready:
                     with contextlib.suppress(BlockingIOError):
                         os.read(self._wake_read, 4096)
