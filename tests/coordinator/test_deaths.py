@@ -369,6 +369,47 @@ def test_what_tasks_started_goes_with_a_coordinator_whose_files_are_closed_after
         program.assert_no_process_is_left()
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_pool_starts_where_its_user_has_no_more_descriptors_to_send(run_program: RunProgram, method: str) -> None:
+    program = run_program(
+        f"""
+        ours, theirs = socket.socketpair()
+        for _ in range(40):
+            socket.send_fds(theirs, [b"-"], [0, 1])
+        drop_capabilities()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        try:
+            socket.send_fds(theirs, [b"-"], [0])
+        except OSError as error:
+            assert error.errno == errno.ETOOMANYREFS
+            with Coordinator(2, mp_context={method!r}) as pool:
+                say("done", sum(result.ok for result in pool.run_file_tasks(tasks.size, [__file__] * 3)))
+        """,
+        top="""
+        import ctypes, errno, resource, socket
+
+        def drop_capabilities():
+            header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+            assert ctypes.CDLL(None).capget(header, data) == 0
+            data[0] &= ~(1 << 21 | 1 << 24)  # CAP_SYS_ADMIN, CAP_SYS_RESOURCE
+            assert ctypes.CDLL(None).capset(header, data) == 0
+        """,
+    )
+    assert program.wait_for("done") == "3"
+    assert program.finish() == 0, program.err
+
+
+def test_workers_that_are_killed_as_they_start_are_no_crash_loop(file: Path) -> None:
+    with Coordinator(2) as own:
+        sizes = [own.submit_file_task(tasks.size, file) for _ in range(10)]
+        seen: set[int] = set()
+        while len(seen) < 30:
+            for pid in own.worker_pids:
+                kill_worker(pid)
+                seen.add(pid)
+        assert {size.result(WATCHDOG_S) for size in sizes} == {file.stat().st_size}
+
+
 def test_what_a_killed_coordinator_was_writing_is_not_visible(run_program: RunProgram) -> None:
     program = run_program(
         """
@@ -996,7 +1037,11 @@ def test_a_run_of_many_tasks_survives_many_deaths(files: MakeFiles) -> None:
         over = threading.Event()
 
         def kill() -> None:
+            n_seen = -1
             while not over.wait(0.02):
+                if (n_done := own.stats().completed) == n_seen:  # where starts take longer, none would get to work
+                    continue
+                n_seen = n_done
                 for pid in own.worker_pids[:1] if os.urandom(1)[0] % 2 else own.worker_pids[-1:]:
                     kill_worker(pid)
 

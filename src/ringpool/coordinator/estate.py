@@ -12,6 +12,8 @@ Used by the pump's thread alone, and only after the worker's proven death.
 from __future__ import annotations
 
 import contextlib
+import signal
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from ringpool.coordinator.staged import StagedOutputs
     from ringpool.coordinator.stagedjobs import StagedJobs
 
+KILLS_BORNE_S = 10.0
 ERROR_WORDS_BYTES = layout.INLINE_BYTES - 8
 
 
@@ -55,6 +58,7 @@ class Estates:
         why: Callable[[int], Condemned | None],
     ) -> None:
         self.n_barren = 0  # deaths before a first claim, with no claim of anybody in between
+        self._barren_since_s = 0.0
         self._end = end
         self._ticket_of = ticket_of
         self._why = why
@@ -110,7 +114,7 @@ class Estates:
                 return InitializerError(*msgspec.msgpack.decode(body))
         if death.exitcode == EXIT_UNGUARDED and not had_come:
             return MainModuleError()
-        if self._is_crash_loop(failed_to_start):
+        if self._is_crash_loop(failed_to_start, death):
             return CrashLoopError(self.n_barren, death.signal, death.exitcode, death.not_started)
         return None
 
@@ -176,11 +180,15 @@ class Estates:
         """
         return not death.pid and any(self._end.has_come(w) for w in range(self._end.ring.workers))
 
-    def _is_crash_loop(self, failed_to_start: bool) -> bool:
-        """Count deaths of workers that took nothing, with nobody taking anything in between."""
+    def _is_crash_loop(self, failed_to_start: bool, death: Death) -> bool:
+        """Count deaths of workers that took nothing, with nobody taking anything in between. Where somebody kills them,
+        that may be over soon.
+        """
         claims = self._end.n_claims
-        if claims != self._claims_seen:
-            self.n_barren = 0
+        if claims != self._claims_seen or not self.n_barren:
+            self.n_barren, self._barren_since_s = 0, time.monotonic()
         self._claims_seen = claims
         self.n_barren += failed_to_start
+        if death.signal == signal.SIGKILL and time.monotonic() - self._barren_since_s < KILLS_BORNE_S:
+            return False
         return self.n_barren >= 2 * self._end.ring.workers + 3

@@ -15,6 +15,7 @@ that the kernel closes it when this process ends, however it ends; and at that t
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import contextvars
 import fcntl
@@ -23,7 +24,6 @@ import multiprocessing.process
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 import time
@@ -103,34 +103,52 @@ def _end_new_server() -> bool:
 
 class _Guard:
     """A guard pipe: its read end, for the worker, and its write end, for this process alone; and a ``keeper``, which
-    has the read end too.
+    has the read end too. ``is_child``: the worker will be this process's child.
 
-    When this process is killed, the worker may end before the kernel has closed the pipe (the end of its parent, a
-    thread, kills it as well), and with the last reader of the pipe the signal for the worker's children would be lost.
+    When this process is killed, a child may end before the kernel has closed the pipe (the end of its parent, a
+    thread, kills it as well), and with the last reader of the pipe the signal for the child's children would be lost.
     A descriptor of this process is no such reader: the kernel counts it off at once, and closes the write end later.
     One on its way through a socket is: it is let go with that socket. Of a dead process's files the kernel closes the
     last first: of the write end before the socket, which has the lower number.
     """
 
-    def __init__(self) -> None:
-        with contextlib.ExitStack() as opened:
-            self.keeper, sender = socket.socketpair()
-            opened.callback(self.keeper.close)
-            read_end, write_end = os.pipe()
-            opened.callback(os.close, read_end)
-            with sender:
-                try:
-                    socket.send_fds(sender, [b"\0"], [read_end])
-                    self.write_end = fcntl.fcntl(write_end, fcntl.F_DUPFD_CLOEXEC, self.keeper.fileno())
-                finally:
-                    os.close(write_end)
-            opened.pop_all()
+    def __init__(self, is_child: bool) -> None:
+        read_end, write_end = os.pipe()
+        try:
+            self.keeper = _on_its_way(read_end) if is_child else os.dup(read_end)
+            try:
+                self.write_end = fcntl.fcntl(write_end, fcntl.F_DUPFD_CLOEXEC, self.keeper)
+            except OSError:
+                os.close(self.keeper)
+                raise
+        except OSError:
+            os.close(read_end)
+            raise
+        finally:
+            os.close(write_end)
         self.read_end = Descriptor(read_end)  # until the worker has it
 
     def close(self) -> None:
         """What this process has of it: the worker, where it is a fork that is just made, goes on with its read end."""
-        with self.keeper:
-            os.close(self.write_end)
+        for descriptor in (self.write_end, self.keeper):
+            with contextlib.suppress(OSError):  # the program has closed it, as daemons close all
+                os.close(descriptor)
+
+
+def _on_its_way(descriptor: int) -> int:
+    """A socket through which ``descriptor`` is on its way. Or a copy of it, where that cannot be: of all
+    processes of a user together, no more may be so than this one may have open (ETOOMANYREFS).
+    """
+    keeper, sender = _socket.socketpair()
+    try:
+        rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, descriptor.to_bytes(4, sys.byteorder))
+        sender.sendmsg([b"\0"], [rights])
+        return keeper.detach()
+    except OSError:
+        return os.dup(descriptor)
+    finally:
+        keeper.close()
+        sender.close()
 
 
 class _Guards:
@@ -144,9 +162,9 @@ class _Guards:
             before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._close_in_child
         )
 
-    def open(self) -> _Guard:
+    def open(self, is_child: bool) -> _Guard:
         with self._lock:
-            guard = _Guard()
+            guard = _Guard(is_child)
             self._open.add(guard)
             self._used = True
         return guard
@@ -160,8 +178,7 @@ class _Guards:
 
     def _close_in_child(self) -> None:
         for guard in self._open:
-            with contextlib.suppress(OSError):
-                guard.close()
+            guard.close()
         if self._used:
             _forget_processes()
         self._open.clear()
@@ -342,8 +359,9 @@ class Supervisor:
             try:
                 wake_write, self._wake_write = self._wake_write, -1
                 if wake_write >= 0:  # a pool without a task may be closed by several
-                    os.close(wake_write)
-                    os.close(self._wake_read)
+                    with contextlib.suppress(OSError):  # the program has closed all its descriptors
+                        os.close(wake_write)
+                        os.close(self._wake_read)
             finally:
                 self._wake_lock.release()
 
@@ -388,7 +406,7 @@ class Supervisor:
         try:
             _require_descriptors(self._wake_read)
             arguments, setup = self._arguments(index)
-            guard = _guards.open()
+            guard = _guards.open(self._context.get_start_method() != "forkserver")
         except OSError as error:  # EMFILE
             self._cannot_start(index, error)
             return
