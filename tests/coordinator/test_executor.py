@@ -128,6 +128,9 @@ def leave_a_pool(is_kept, end):
         pool.submit(touch, f"run-{index}")
     if end == "error":
         raise LookupError("at the end")
+    if end == "ctrl-c":
+        os.kill(os.getpid(), signal.SIGINT)
+        wait()
     sys.exit(3)
 """
 
@@ -170,7 +173,9 @@ def test_a_thread_that_outlives_the_main_one_may_use_a_pool_of_it(run_program: C
 
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn", "fork"])
-@pytest.mark.parametrize(("is_kept", "end", "code"), [(False, "exit", 3), (True, "exit", 3), (True, "error", 1)])
+@pytest.mark.parametrize(
+    ("is_kept", "end", "code"), [(False, "exit", 3), (True, "exit", 3), (True, "error", 1), (True, "ctrl-c", 1)]
+)
 def test_a_process_of_multiprocessing_ends_its_pools_as_a_program_does(
     run_program: Callable[..., Program], method: str, is_kept: bool, end: str, code: int
 ) -> None:

@@ -22,6 +22,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from types import ModuleType, NoneType
 from typing import NamedTuple, Protocol, cast
@@ -503,10 +504,14 @@ def _close_all() -> None:
 def _has_failed() -> bool:
     """Whether an exception has ended the program: one that nothing had called it from. A prompt and what has callbacks
     (Tk, Qt, pytest) leave theirs in ``sys.last_traceback`` too, and go on. In a process of ``multiprocessing`` it is on
-    its way.
+    its way up to Python 3.12; since then it has been printed, by a module that is imported there for that alone.
     """
     if not isinstance(sys.exc_info()[1], (NoneType, SystemExit)):
         return True
+    frame = sys._getframe()  # pyright: ignore[reportPrivateUsage]  (nothing else tells what has become of a process)
+    while (frame := frame.f_back) is not None:
+        if frame.f_code is BaseProcess._bootstrap.__code__:  # pyright: ignore  (as typeshed does not know it)
+            return "traceback" in frame.f_locals
     trace = getattr(sys, "last_traceback", None)
     return trace is not None and trace.tb_frame.f_back is None and not hasattr(sys, "ps1")
 

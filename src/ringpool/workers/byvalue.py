@@ -4,6 +4,7 @@ a class                  its ``__slots__`` with it, and its whole name, by which
 lru_cache, cache         what is cached, and how; the cache there is empty. By its name where that is found
 cached_property          its function, and its name in its class
 singledispatch           its functions
+singledispatchmethod     its functions; what some releases of Python 3.13 cache there stays here
 a class method           by its name in its class, as pickle sends it: cloudpickle would send its function by value,
                          with globals of its own
 a memoryview             refused, as by pickle
@@ -30,6 +31,7 @@ _CLASS_KEYWORDS = 3  # where cloudpickle's arguments for a class have what its n
 _METACLASSES = {type, abc.ABCMeta, type(Protocol)}  # others may make slots of their own, and so does NamedTuple
 _Cached: type[Any] = type(functools.lru_cache(len))
 _CachedProperty: type[Any] = functools.cached_property
+_DispatchedMethod: type[Any] = functools.singledispatchmethod
 
 
 @functools.singledispatch
@@ -71,6 +73,8 @@ class _Pickler(_Base):
             return _reduce_cached(obj)
         if type(obj) is _CachedProperty:
             return _reduce_cached_property(obj)
+        if type(obj) is _DispatchedMethod:
+            return _reduce_dispatched_method(obj)
         reduced: Any = super().reducer_override(obj)
         if reduced is NotImplemented:
             return reduced
@@ -145,6 +149,12 @@ def _reduce_cached_property(cached: Any) -> Any:
     attributes = _attributes(cached)
     attributes.pop("lock", None)  # it has one up to Python 3.11
     return functools.cached_property, (cached.func,), attributes
+
+
+def _reduce_dispatched_method(method: Any) -> Any:
+    attributes = _attributes(method)  # the dispatcher among them
+    attributes.pop("_method_cache", None)  # weak references, in Python 3.13.0
+    return functools.singledispatchmethod, (method.func,), attributes
 
 
 def _reduce_dispatcher(dispatcher: Any) -> Any:
