@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -110,6 +111,33 @@ def test_a_result_is_waited_for_as_long_as_is_said(executor: RingPoolExecutor, h
 
 
 # ---- waited for ------------------------------------------------------------------------------------------------------
+
+
+def test_who_waits_again_and_again_leaves_nothing_behind(executor: RingPoolExecutor, held: Held) -> None:
+    future = executor.submit(functions.double, 4)
+
+    def size_after(n_waits: int) -> int:
+        for _ in range(n_waits):
+            with pytest.raises(TimeoutError):
+                future.result(0)
+        return len(gc.get_objects())
+
+    before = size_after(10)
+    assert size_after(1000) < before + 500
+    held.release()
+    assert future.result(WATCHDOG_S) == 8
+
+
+def test_all_who_wait_for_one_future_are_woken(executor: RingPoolExecutor, held: Held) -> None:
+    future = executor.submit(functions.double, 4)
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda: found.append(future.result(WATCHDOG_S))) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    held.release()
+    for thread in threads:
+        thread.join(WATCHDOG_S)
+    assert found == [8] * 5
 
 
 def test_wait_returns_when_it_should(executor: RingPoolExecutor, held: Held) -> None:

@@ -11,7 +11,6 @@ longer than for a thread that is about to release it, and goes on with other fut
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 import sys
@@ -31,7 +30,6 @@ PATIENCE_S = 0.005
 LOOK_S = 0.02
 LEFT_AFTER_S = 1.0
 _OWNER = re.compile(r"owner=(\d+)")
-_SLEEP = threading.Condition.wait.__code__
 _FUTURES = frozenset((wait.__code__.co_filename, os.path.join(os.path.dirname(__file__), "futures.py")))
 
 
@@ -42,25 +40,33 @@ class FutureCondition(RLock):  # pyright: ignore[reportGeneralTypeIssues]  # it 
     fraction of the time: ``wait`` makes those of all its futures while it has taken some of them.
     """
 
-    _sleepers: threading.Condition | None = None
+    _bells: list[threading.Lock] | None = None  # of those who wait
 
     def wait(self, timeout: float | None = None) -> bool:
         """Release it, wait to be notified, up to ``timeout`` seconds, and take it again; whether it was notified."""
-        sleepers = self._sleepers
-        if sleepers is None:
-            sleepers = self._sleepers = threading.Condition(self)  # pyright: ignore[reportArgumentType]
-        left_s = math.inf if timeout is None else timeout
-        while not sleepers.wait(min(left_s, signals.SLEEP_MAX_S)):
-            left_s -= signals.SLEEP_MAX_S
-            if self._sleepers is not sleepers or left_s <= 0:
-                break
-        return self._sleepers is not sleepers
+        bell, is_rung = threading.Lock(), False
+        bell.acquire()
+        if self._bells is None:
+            self._bells = []
+        self._bells.append(bell)
+        held: Any = self._release_save()  # pyright: ignore
+        try:
+            is_rung = signals.acquire(bell, -1 if timeout is None else max(0.0, timeout))
+        finally:
+            self._acquire_restore(held)  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
+            if not is_rung:
+                self._forget(bell)
+        return is_rung or not bell.locked()
+
+    def _forget(self, bell: threading.Lock) -> None:
+        if self._bells is not None and bell in self._bells:
+            self._bells.remove(bell)
 
     def notify_all(self) -> None:
         """Wake all who ``wait``."""
-        sleepers, self._sleepers = self._sleepers, None  # which refers to this, in a circle
-        if sleepers is not None:
-            sleepers.notify_all()
+        bells, self._bells = self._bells, None
+        for bell in bells or ():
+            bell.release()
 
     def open_if_left(self) -> None:
         """Release it, whoever holds it, unless that thread may still do so. Its owner shows in its ``repr`` alone."""
@@ -71,7 +77,9 @@ class FutureCondition(RLock):  # pyright: ignore[reportGeneralTypeIssues]  # it 
                 self._release_save()  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
 
 
-_SLEEPERS = frozenset((FutureCondition.wait.__code__, threading.Event.wait.__code__))
+_SLEEPERS = frozenset(
+    each.__code__ for each in (FutureCondition.wait, threading.Condition.wait, threading.Event.wait, signals.acquire)
+)
 
 
 def _is_amid_futures(frame: FrameType | None) -> bool:
@@ -79,8 +87,7 @@ def _is_amid_futures(frame: FrameType | None) -> bool:
     event, holds the lock of none of them.
     """
     while frame is not None:
-        if frame.f_code is _SLEEP:
-            frame = frame.f_back
+        if frame.f_code in _SLEEPERS:
             while frame is not None and frame.f_code in _SLEEPERS:
                 frame = frame.f_back
         elif frame.f_code.co_filename in _FUTURES:

@@ -152,11 +152,12 @@ class Pool:
             self._end = CoordinatorEnd(self._segment, retains=retains)
             n_started = 1 if on_demand else self.n_workers  # it begins with a first task
             self.pump = pump = Pump(self._end, n_started, on_demand, memory_limit_bytes, on_exit, ended)
+            spins = SPINS if len(os.sched_getaffinity(0)) > 1 else 0  # on one core it keeps others from making work
             self.supervisor = Supervisor(
                 context,
                 lambda w: (
                     WorkerArguments(
-                        name, w, claims_max, SPINS, *limits, mask, main_file, environment() if is_served else None
+                        name, w, claims_max, spins, *limits, mask, main_file, environment() if is_served else None
                     ),
                     setup(),
                 ),
@@ -394,7 +395,8 @@ def require_directory(context: BaseContext) -> None:
 
 def require_importable(name: str, mp_context: str | BaseContext | None) -> None:
     """Raise ``UnknownFunctionError`` where processes that are no forks of this one could not import that function."""
-    if name.startswith("__main__:") and _context(mp_context).get_start_method() != "fork":
+    context = mp_context if isinstance(mp_context, BaseContext) else None
+    if name.startswith("__main__:") and (context or _context(mp_context)).get_start_method() != "fork":
         from ringpool.workers import tasks  # here: calls need nothing of it
 
         tasks.require_importable_main(name)
