@@ -23,10 +23,13 @@ from tests.coordinator.program import (
     wait_until,
     wait_until_gone,
 )
+from tests.crash.harness import World
 
 from ringpool import Coordinator, PathLock, RingPoolExecutor, WorkerDiedError
+from ringpool.coordinator.estate import Estates
 from ringpool.coordinator.futures import TaskFuture
 from ringpool.coordinator.leftovers import reclaim_dead
+from ringpool.coordinator.supervisor import Death
 from ringpool.shm import layout, segment
 from ringpool.shm.owner import this_process
 from ringpool.shm.ring import Ring
@@ -400,7 +403,7 @@ def test_a_pool_starts_where_its_user_has_no_more_descriptors_to_send(run_progra
 
 
 def test_workers_that_are_killed_as_they_start_are_no_crash_loop(file: Path) -> None:
-    with Coordinator(2) as own:
+    with Coordinator(2, attempts_max=63) as own:  # some come to run a task
         sizes = [own.submit_file_task(tasks.size, file) for _ in range(10)]
         seen: set[int] = set()
         while len(seen) < 30:
@@ -408,6 +411,17 @@ def test_workers_that_are_killed_as_they_start_are_no_crash_loop(file: Path) -> 
                 kill_worker(pid)
                 seen.add(pid)
         assert {size.result(WATCHDOG_S) for size in sizes} == {file.stat().st_size}
+
+
+def test_the_death_of_a_worker_that_was_idle_ends_no_series_of_kills() -> None:
+    with World(slots=4, workers=2) as world:
+        end = world.coordinator()
+        estates = Estates(end, lambda _entry: None, lambda _index: None)
+        for pid in range(1, 8):
+            assert estates._is_crash_loop(True, Death(0, pid, signal.SIGKILL, None)) is False
+        estates._barren_since_s -= 3600
+        assert estates._is_crash_loop(False, Death(1, 9, signal.SIGKILL, None)) is False
+        assert estates._is_crash_loop(True, Death(0, 10, signal.SIGKILL, None)) is True
 
 
 def test_what_a_killed_coordinator_was_writing_is_not_visible(run_program: RunProgram) -> None:

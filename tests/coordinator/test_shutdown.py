@@ -6,6 +6,7 @@ import gc
 import os
 import pty
 import signal
+import sys
 import textwrap
 import threading
 from collections.abc import Callable
@@ -120,6 +121,20 @@ def test_futures_are_cancelled_at_once_while_every_worker_is_busy(file: Path, tm
     assert not held.done()
     gate.touch()
     assert held.exception(WATCHDOG_S) is None
+
+
+def test_a_callback_that_ends_a_shutdown_leaves_no_future_pending(file: Path, tmp_path: Path) -> None:
+    begun, gate = tmp_path / "begun", tmp_path / "gate"
+    executor = RingPoolExecutor(1)
+    executor.submit(tasks.hold, file, gate=str(gate), begun=str(begun))
+    wait_until(begun.exists, "the task's begin")
+    waiting = [executor.submit(len, "abc") for _ in range(3000)]
+    waiting[2000].add_done_callback(lambda _: sys.exit(3))
+    with pytest.raises(SystemExit):
+        executor.shutdown(cancel_futures=True)
+    done, pending = wait(waiting, WATCHDOG_S)
+    assert not pending
+    assert done == set(waiting)
 
 
 def test_executors_that_had_no_task_leave_no_descriptors() -> None:

@@ -41,19 +41,24 @@ class FutureCondition(RLock):  # pyright: ignore[reportGeneralTypeIssues]  # it 
     """
 
     _bells: list[threading.Lock] | None = None  # of those who wait
+    _is_told = False  # what they wait for comes once: maybe while a signal's handler waits, in one who is about to
 
     def wait(self, timeout: float | None = None) -> bool:
         """Release it, wait to be notified, up to ``timeout`` seconds, and take it again; whether it was notified."""
-        bell, is_rung = threading.Lock(), False
+        bell, is_rung, held = threading.Lock(), False, None
         bell.acquire()
         if self._bells is None:
             self._bells = []
         self._bells.append(bell)
-        held: Any = self._release_save()  # pyright: ignore
+        own: Any = self  # what follows is of every RLock, and typeshed does not know it
         try:
-            is_rung = signals.acquire(bell, -1 if timeout is None else max(0.0, timeout))
+            held = own._release_save()
+            is_rung = self._is_told or signals.acquire(bell, -1 if timeout is None else max(0.0, timeout))
         finally:
-            self._acquire_restore(held)  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
+            if held is not None:
+                own._acquire_restore(held)
+            elif not own._is_owned():  # Ctrl-C has come just as it was released
+                self.acquire()
             if not is_rung:
                 self._forget(bell)
         return is_rung or not bell.locked()
@@ -64,9 +69,12 @@ class FutureCondition(RLock):  # pyright: ignore[reportGeneralTypeIssues]  # it 
 
     def notify_all(self) -> None:
         """Wake all who ``wait``."""
-        bells, self._bells = self._bells, None
-        for bell in bells or ():
-            bell.release()
+        self._is_told = True
+        while self._bells:
+            bell = self._bells[-1]
+            if bell.locked():  # it may be rung, where Ctrl-C has come amid this, and it is done again
+                bell.release()
+            self._bells.pop()
 
     def open_if_left(self) -> None:
         """Release it, whoever holds it, unless that thread may still do so. Its owner shows in its ``repr`` alone."""
@@ -77,9 +85,8 @@ class FutureCondition(RLock):  # pyright: ignore[reportGeneralTypeIssues]  # it 
                 self._release_save()  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
 
 
-_SLEEPERS = frozenset(
-    each.__code__ for each in (FutureCondition.wait, threading.Condition.wait, threading.Event.wait, signals.acquire)
-)
+_SLEEPERS = frozenset(each.__code__ for each in (threading.Condition.wait, threading.Event.wait, signals.acquire))
+_CALLERS = _SLEEPERS | {FutureCondition.wait.__code__}
 
 
 def _is_amid_futures(frame: FrameType | None) -> bool:
@@ -88,11 +95,12 @@ def _is_amid_futures(frame: FrameType | None) -> bool:
     """
     while frame is not None:
         if frame.f_code in _SLEEPERS:
-            while frame is not None and frame.f_code in _SLEEPERS:
+            while frame is not None and (frame.f_code in _CALLERS or frame.f_code.co_filename in _FUTURES):
                 frame = frame.f_back
-        elif frame.f_code.co_filename in _FUTURES:
+            continue
+        if frame.f_code.co_filename in _FUTURES:
             return True
-        frame = frame.f_back if frame is not None else None
+        frame = frame.f_back
     return False
 
 

@@ -189,6 +189,8 @@ class Estates:
             self.n_barren, self._barren_since_s = 0, time.monotonic()
         self._claims_seen = claims
         self.n_barren += failed_to_start
+        if not failed_to_start:
+            return False
         if death.signal == signal.SIGKILL and time.monotonic() - self._barren_since_s < KILLS_BORNE_S:
             return False
         return self.n_barren >= 2 * self._end.ring.workers + 3

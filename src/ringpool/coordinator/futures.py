@@ -182,6 +182,8 @@ class PoolFuture(Future[Any]):
                 self._set(CANCELLED_AND_NOTIFIED)
             finally:
                 self._cancelling = False
+                if self._state in _DONE:  # again: Ctrl-C may have come before all were told
+                    self._condition.notify_all()
         self._told()
         return True
 

@@ -96,7 +96,7 @@ class MapRun:
         # Of who draws: the caller, the pump, or the one who closes the pool; who may do so in a signal handler, which
         # comes while its own thread has it.
         self._turn = threading.RLock()
-        self._is_filling = False
+        self._is_filling = self._is_missed = False
         self._drawing: list[Any] | None = (
             None  # what is being drawn, so far: it grows while its last item is waited for
         )
@@ -124,6 +124,7 @@ class MapRun:
         self._pool.check_process()
         with self._turn:
             self._fill()
+        self._make_up()
 
     def _fill(self) -> None:
         try:
@@ -152,12 +153,21 @@ class MapRun:
 
     def _fill_meanwhile(self) -> None:
         """In the pump's thread, while nobody takes results: items that are at hand need not wait for that."""
+        self._is_missed = True  # and then try: who has the turn looks after giving it up
         if self._turn.acquire(blocking=False):
+            self._is_missed = False
             try:
                 self._sort()
                 self._fill()
             finally:
                 self._turn.release()
+
+    def _make_up(self) -> None:
+        """After a turn: the pump, if it came meanwhile, comes again. Where nothing is under way it might not."""
+        if self._is_missed:
+            self._is_missed = False
+            if not self._exhausted and self._wants_more():
+                self._pool.pump.call_soon(self.inbox.settle)
 
     def _wants_more(self) -> bool:
         """Whether so few items are under way that it is time to send some: several vectors at once, not one by one."""
@@ -330,26 +340,32 @@ class MapRun:
     def _next_piece(self, end_s: float | None) -> Piece | None:
         """The next piece to be given out, decoded, and more items on their way; None after the last."""
         self._pool.check_process()
-        with self._turn:
-            while True:
-                self._sort()
-                piece = self._take()
-                if piece is not None:
-                    if self._options.buffersize is None:
-                        self._n_given += piece.n
-                        if not self._waits_long:
-                            self._fill()
-                    piece.decode()
-                    return piece
-                self._fill()
-                if self.inbox.arrived or (not self._exhausted and self._n_drawn == self._n_given):
-                    continue
-                if self._n_drawn == self._n_given:
-                    return None
-                self._pool.pump.check_thread()
-                timeout_s = -1 if end_s is None else max(0.0, end_s - time.monotonic())
-                if not self.inbox.wait(timeout_s):
-                    raise TimeoutError
+        try:
+            with self._turn:
+                return self._await_piece(end_s)
+        finally:
+            self._make_up()
+
+    def _await_piece(self, end_s: float | None) -> Piece | None:
+        while True:
+            self._sort()
+            piece = self._take()
+            if piece is not None:
+                if self._options.buffersize is None:
+                    self._n_given += piece.n
+                    if not self._waits_long:
+                        self._fill()
+                piece.decode()
+                return piece
+            self._fill()
+            if self.inbox.arrived or (not self._exhausted and self._n_drawn == self._n_given):
+                continue
+            if self._n_drawn == self._n_given:
+                return None
+            self._pool.pump.check_thread()
+            timeout_s = -1 if end_s is None else max(0.0, end_s - time.monotonic())
+            if not self.inbox.wait(timeout_s):
+                raise TimeoutError
 
     def _sort(self) -> None:
         """What has arrived is held until its turn comes; in the order of items, or of arrival."""

@@ -78,6 +78,7 @@ class Pump:
         self._is_deep = False  # somebody was overtaken, and enough is in the ring
         self._backlog: Backlog[Ticket] = Backlog()
         self._leaving: list[Ticket] = []  # out of the backlog, and not yet in the ring
+        self._dropped: list[Ticket] = []  # of futures, out of the backlog, and perhaps not told so by who cancels all
         self._commands: deque[Callable[[], object]] = deque()
         self._deaths: deque[Death] = deque()
         self._tickets: list[Ticket | None] = [None] * end.ring.slots
@@ -242,6 +243,7 @@ class Pump:
             self._publish()
             self.staff.hire()
         dropped = self._backlog.drain()
+        self._dropped += [ticket for ticket in dropped if isinstance(ticket.sink, PoolFuture)]
         if self._n_vectors and self.arena is not None:
             dropped += self.balance.cut_short(self.arena, self._tickets)
         for ticket in self._tickets:
@@ -569,6 +571,8 @@ class Pump:
         waiting = [ticket for ticket in self._tickets if ticket is not None] + leaving
         self._tickets[:] = [None] * len(self._tickets)
         waiting += self._backlog.drain()
+        dropped, self._dropped = self._dropped, []  # Ctrl-C, or a callback, may have kept some from being told
+        waiting += [ticket for ticket in dropped if not ticket.sink.done()]
         self._in_ring = 0
         for ticket in waiting:
             self._fail(ticket, copy.copy(error))

@@ -18,10 +18,12 @@ that the kernel gave to another thread, does not wake it: so nobody here sleeps 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator
 from types import FrameType
 
@@ -126,12 +128,13 @@ os.register_at_fork(after_in_child=_let_go)
 
 def acquire(lock: threading.Lock, timeout_s: float = -1) -> bool:
     """``lock.acquire``, up to ``timeout_s`` seconds (-1: for ever), in which signals are handled."""
-    while timeout_s < 0 or timeout_s > SLEEP_MAX_S:
-        if lock.acquire(timeout=SLEEP_MAX_S):
+    if 0 <= timeout_s <= SLEEP_MAX_S:
+        return lock.acquire(timeout=timeout_s)
+    end_s = math.inf if timeout_s < 0 else time.monotonic() + timeout_s
+    while (left_s := end_s - time.monotonic()) > 0:
+        if lock.acquire(timeout=min(left_s, SLEEP_MAX_S)):
             return True
-        if timeout_s > 0:
-            timeout_s -= SLEEP_MAX_S
-    return lock.acquire(timeout=timeout_s)
+    return False
 
 
 @contextlib.contextmanager

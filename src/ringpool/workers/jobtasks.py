@@ -295,7 +295,10 @@ class JobRunner:
         _, body, _ = blobs.read(blobs.function_name(self._segment, function_id))
         spec = decode_spec(bytes(body))
         call = tasks.resolve(spec.name)
-        if spec.source and _source_in_time(spec.name) not in ("", spec.source):  # what cannot be read tells nothing
+        if spec.source and _source_in_time(spec.name, spec.source) not in (
+            "",
+            spec.source,
+        ):  # what cannot be read tells nothing
             raise FunctionChangedError(spec.name)
         signature = tasks.signature_of(call, spec.name)
         durability = Durability(spec.durability)
@@ -398,10 +401,10 @@ def source_of(name: str) -> str:
         return ""
 
 
-def _source_in_time(name: str) -> str:
-    """The text of a function whose text could be read before: its file may be half written just now."""
+def _source_in_time(name: str, before: str) -> str:
+    """The text of a function whose text was that ``before``: where it is not now, its file may be half written."""
     deadline_ns = time.monotonic_ns() + WRITTEN_WITHIN_NS
-    while not (source := source_of(name)) and time.monotonic_ns() < deadline_ns:
+    while (source := source_of(name)) != before and time.monotonic_ns() < deadline_ns:
         time.sleep(0.01)
     return source
 
