@@ -136,8 +136,8 @@ class _Guard:
 
 
 def _on_its_way(descriptor: int) -> int:
-    """A socket through which ``descriptor`` is on its way. Or a copy of it, where that cannot be: of all
-    processes of a user together, no more may be so than this one may have open (ETOOMANYREFS).
+    """A socket through which ``descriptor`` is on its way. Or a copy of it, where that cannot be: of all processes of a
+    user together, no more may be so than this one may have open (ETOOMANYREFS).
     """
     keeper, sender = _socket.socketpair()
     try:

@@ -295,10 +295,8 @@ class JobRunner:
         _, body, _ = blobs.read(blobs.function_name(self._segment, function_id))
         spec = decode_spec(bytes(body))
         call = tasks.resolve(spec.name)
-        if spec.source and _source_in_time(spec.name, spec.source) not in (
-            "",
-            spec.source,
-        ):  # what cannot be read tells nothing
+        source = _source_in_time(spec.name, spec.source) if spec.source else ""
+        if source and source != spec.source:  # where one cannot be read, nothing is known
             raise FunctionChangedError(spec.name)
         signature = tasks.signature_of(call, spec.name)
         durability = Durability(spec.durability)
@@ -405,7 +403,7 @@ def _source_in_time(name: str, before: str) -> str:
     """The text of a function whose text was that ``before``: where it is not now, its file may be half written."""
     deadline_ns = time.monotonic_ns() + WRITTEN_WITHIN_NS
     while (source := source_of(name)) != before and time.monotonic_ns() < deadline_ns:
-        time.sleep(0.01)
+        time.sleep(0.01)  # nobody tells when it is written
     return source
 
 
