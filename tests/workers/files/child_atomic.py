@@ -78,6 +78,13 @@ def mode_of(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
+def untouched(path: Path) -> tuple[int, ...]:
+    """What stays the same while nobody changes the entry: its status, but for the time of the last access."""
+    status = path.lstat()
+    what = (status.st_dev, status.st_ino, status.st_mode, status.st_nlink, status.st_uid, status.st_gid)
+    return (*what, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
 def identity(path: bytes) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
