@@ -18,7 +18,7 @@ from tests.coordinator.program import WATCHDOG_S, wait_until
 
 from ringpool import RingPoolExecutor, WorkerDiedError
 from ringpool.coordinator.callpool import RING_SLOTS
-from ringpool.coordinator.pump import Pump
+from ringpool.coordinator.publisher import Publisher
 from ringpool.shm.dispatch import CoordinatorEnd
 
 
@@ -86,7 +86,7 @@ def test_a_full_ring_can_be_overtaken(executor: RingPoolExecutor, gate: Path, tm
     futures = [executor.submit(functions.note_slowly, path, item) for item in range(RING_SLOTS + 100)]
     wait_until(lambda: n_in_ring(executor) == RING_SLOTS, "a full ring")
     first = executor.options(priority=1).submit(functions.note, path, -1)
-    wait_until(lambda: executor._pool.pump._precedence._refused, "the others to be refused")
+    wait_until(lambda: executor._pool.pump.publisher._precedence._refused, "the others to be refused")
     gate.touch()
     first.result(WATCHDOG_S)
     assert functions.noted(path)[0] == -1
@@ -97,17 +97,17 @@ def test_a_full_ring_can_be_overtaken(executor: RingPoolExecutor, gate: Path, tm
 def test_who_comes_while_others_are_put_into_the_ring_overtakes_them(
     executor: RingPoolExecutor, gate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, take = str(tmp_path / "notes"), Pump._take
+    path, take = str(tmp_path / "notes"), Publisher._take
     late: list[Any] = []
 
-    def take_later(pump: Pump, *arguments: Any) -> Any:
+    def take_later(publisher: Publisher, *arguments: Any) -> Any:
         if not late:
             late.append(executor.options(priority=1).submit(functions.note, path, -1))
-        return take(pump, *arguments)
+        return take(publisher, *arguments)
 
     futures = [executor.submit(functions.note, path, item) for item in range(300)]
     wait_until(lambda: n_in_ring(executor) == 301, "all tasks in the ring")
-    monkeypatch.setattr(Pump, "_take", take_later)
+    monkeypatch.setattr(Publisher, "_take", take_later)
     futures.append(executor.submit(functions.note, path, 300))
     wait_until(lambda: n_in_ring(executor) == 302, "the one that comes late in the ring")
     gate.touch()

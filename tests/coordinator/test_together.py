@@ -151,8 +151,9 @@ def test_results_that_would_each_end_a_vector_go_one_by_one(
 ) -> None:
     """What is left of a vector is sent again: that costs more than each of them for itself."""
     vectors: list[object] = []
-    place = pool._pump._place
-    monkeypatch.setattr(pool._pump, "_place", lambda ticket: vectors.append(ticket) or place(ticket))
+    publisher = pool._pump.publisher
+    place = publisher._place
+    monkeypatch.setattr(publisher, "_place", lambda ticket: vectors.append(ticket) or place(ticket))
     assert all(result.ok for result in pool.run_file_tasks(function, files(200), params={"n": n}))
     assert len(vectors) < 20
 
@@ -420,7 +421,7 @@ def test_one_by_one_means_one_by_one(files: MakeFiles) -> None:
     with Coordinator(2, claims_max=1) as own:
         assert sum(result.ok for result in own.run_file_tasks(tasks.size, files(1000))) == 1000
         assert own._pump._pace.n_results == 1000
-        assert own._pump.arena is None
+        assert own._pump.publisher.arena is None
 
 
 def test_without_room_for_vectors_each_goes_by_itself(files: MakeFiles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -560,16 +561,16 @@ def test_a_pool_that_is_closed_gives_what_it_has(files: MakeFiles) -> None:
 def test_what_comes_back_is_never_out_of_sight(files: MakeFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a pool that closes waits for it: it is queued again before it has left the ring."""
     with Coordinator(1) as own:
-        pump, seen = own._pump, []
-        requeue = pump._requeue
+        publisher, seen = own._pump.publisher, []
+        requeue = publisher.requeue
 
         def watched(tickets: list[Ticket]) -> None:
             if tickets:
-                others = sum(ticket is not None for ticket in pump._tickets)
-                seen.append(pump._in_ring > others)
+                others = sum(ticket is not None for ticket in publisher.tickets)
+                seen.append(publisher.in_ring > others)
             requeue(tickets)
 
-        monkeypatch.setattr(pump, "_requeue", watched)
+        monkeypatch.setattr(publisher, "requeue", watched)
         paths = files(1000)
         for path in paths[100::100]:
             path.write_text("odd")
@@ -588,19 +589,20 @@ def test_the_pump_does_not_sleep_on_free_chunks(files: MakeFiles, monkeypatch: p
     monkeypatch.setattr(pool_module, "CHUNKS_MORE", 1)
     paths = files(1000)
     with Coordinator(2) as own:
-        pump, was_out_of_chunks, sleeps_on = own._pump, [], []
-        take, wait = pump._take, pump.end.wait
+        pump, publisher = own._pump, own._pump.publisher
+        was_out_of_chunks, sleeps_on = [], []
+        take, wait = publisher._take, pump.end.wait
 
         def watched_take(*arguments: Any) -> Any:
             taken = take(*arguments)
-            was_out_of_chunks.append(pump._out_of_chunks)
+            was_out_of_chunks.append(publisher._out_of_chunks)
             return taken
 
         def watched_wait(*arguments: Any) -> None:
-            sleeps_on.append(pump._out_of_chunks and pump.arena is not None and bool(pump.arena._free))
+            sleeps_on.append(publisher._out_of_chunks and publisher.arena is not None and bool(publisher.arena._free))
             wait(*arguments)
 
-        monkeypatch.setattr(pump, "_take", watched_take)
+        monkeypatch.setattr(publisher, "_take", watched_take)
         monkeypatch.setattr(pump.end, "wait", watched_wait)
         for _ in range(20):  # on a busy machine, they may look so long that they go one by one
             assert all(result.ok for result in own.run_file_tasks(tasks.nap, paths, params={"seconds": 0.0005}))
@@ -629,7 +631,7 @@ def test_what_was_left_is_freed(pool: Coordinator, files: MakeFiles) -> None:
         for _ in itertools.islice(run, n):
             pass
         del run
-    arena = pool._pump.arena
+    arena = pool._pump.publisher.arena
     assert arena is not None
     n_chunks = len(arena.mapping) // (1 << 16)
     wait_until(lambda: pool.stats().in_ring == 0 and len(arena._free) == n_chunks, "all chunks")

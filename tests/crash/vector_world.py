@@ -145,7 +145,7 @@ class VectorWorld(World):
         self.runs = memoryview(mmap.mmap(-1, self.n_items))
         self.end = self.coordinator()
         self.pump = Pump(self.end, self.end.ring.workers)
-        self.pump.arena = self.arena = Arena(self.segment.name, N_CHUNKS)
+        self.pump.publisher.arena = self.arena = Arena(self.segment.name, N_CHUNKS)
         self.files = files
         if files:
             spec = tasks.FunctionSpec(f"{__name__}:run_file", tasks.pack_parameters("run_file", {}), "full")
@@ -172,7 +172,9 @@ class VectorWorld(World):
     def queue(self, part: Part) -> None:
         """A vector, or a part of one that was taken back."""
         task = Task(FUNCTION, b"", 0, Form.VECTOR)
-        self.pump._backlog.append(Ticket(task, self.inbox, run_item, None, attempts_max=self.retries + 1, part=part))
+        self.pump.publisher.backlog.append(
+            Ticket(task, self.inbox, run_item, None, attempts_max=self.retries + 1, part=part)
+        )
 
     # ---- workers
 
@@ -241,7 +243,7 @@ class VectorWorld(World):
         """Take from each worker what it has not come to, for so many idle ones; from how many there was something."""
         ring, n = self.end.ring, 0
         for index in range(ring.workers):
-            ticket = self.pump.ticket_of(ring.words[ring.worker_word(index, layout.W_RUNNING)] - 1)
+            ticket = self.pump.publisher.ticket_of(ring.words[ring.worker_word(index, layout.W_RUNNING)] - 1)
             if ticket is None or ticket.part is None or ticket.part.chunk is None:
                 continue
             taken = Balance._split(self.arena, ticket.part, 1 << 60, n_idle)
@@ -264,7 +266,7 @@ class VectorWorld(World):
         """What was run of the vector that a dead worker was at: all before one item, and none behind it."""
         ring = self.end.ring
         running = ring.words[ring.worker_word(index, layout.W_RUNNING)] - 1
-        ticket = self.pump.ticket_of(running)
+        ticket = self.pump.publisher.ticket_of(running)
         if ticket is None or ticket.part is None or ticket.part.chunk is None:
             return
         part = ticket.part
@@ -304,7 +306,7 @@ class VectorWorld(World):
                 n_again += n - 1
         assert n_blamed + n_again <= self.n_worker_deaths, "an item is blamed for nothing, or was run again"
         assert self.pump._is_idle()
-        assert self.pump._n_vectors == 0
+        assert self.pump.publisher.n_vectors == 0
         assert sorted(self.arena._free) == list(range(N_CHUNKS)), "a chunk is held, or free twice"
         assert self.end.n_free == self.end.ring.slots
         left = [name for name in os.listdir(segment.SHM_DIRECTORY) if name.startswith(f"{self.segment.name}.r")]

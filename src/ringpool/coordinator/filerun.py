@@ -337,7 +337,7 @@ class FileRun(Iterator[FileResult]):
             return most, 1
         self._refill_at = int(most * REFILL_AT)
         n = min(sizer.n, TOGETHER_MAX, most // n_vectors) if self._together else 1
-        if n > 1 and self._pool.pump.arena is None:
+        if n > 1 and self._pool.pump.publisher.arena is None:
             try:
                 self._pool.make_arena()
             except SharedMemoryFullError:  # it works without

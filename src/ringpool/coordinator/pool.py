@@ -260,8 +260,8 @@ class Pool:
         with self.lock:
             if self.closing:  # it may have removed its segment already
                 raise self._closed_error()
-            if self.pump.arena is None:
-                self.pump.arena = Arena(self.name, CHUNKS_PER_WORKER * self.n_workers + CHUNKS_MORE)
+            if self.pump.publisher.arena is None:
+                self.pump.publisher.arena = Arena(self.name, CHUNKS_PER_WORKER * self.n_workers + CHUNKS_MORE)
 
     # ---- the end
 

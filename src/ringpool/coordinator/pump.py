@@ -21,22 +21,21 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ringpool.coordinator.aside import LOOK_S, Aside
-from ringpool.coordinator.backlog import Backlog
 from ringpool.coordinator.balance import Balance
 from ringpool.coordinator.ending import Ending
 from ringpool.coordinator.futures import PoolFuture
 from ringpool.coordinator.pace import Pace
 from ringpool.coordinator.parcels import Parcels
-from ringpool.coordinator.precedence import Precedence
+from ringpool.coordinator.publisher import Publisher
 from ringpool.coordinator.staff import Staff
 from ringpool.coordinator.supervisor import Death
 from ringpool.coordinator.tickets import LEAVING, QUEUED, Part, Sink, Ticket
 from ringpool.errors import CoordinatorClosedError, RingpoolError, WrongThreadError
 from ringpool.shm import layout
-from ringpool.shm.dispatch import CoordinatorEnd, Task
+from ringpool.shm.dispatch import CoordinatorEnd
 from ringpool.shm.layout import Encoding, Status
 from ringpool.shm.results import ResultRecord
-from ringpool.shm.vectors import Arena, pack_span
+from ringpool.shm.vectors import Arena
 
 if TYPE_CHECKING:
     from ringpool.coordinator.inbox import Inbox
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 
 STOP_TIMEOUT_S = 1.0
 SPINS = 60  # looks for results before the pump sleeps, about 100 us, where few tasks are under way
-PUBLISH_MAX = 256
 _OK, _DIED, _CANCELLED = int(Status.OK), int(Status.DIED), int(Status.CANCELLED)  # which compare faster
 _BLOB = int(Encoding.BLOB)
 
@@ -66,24 +64,16 @@ class Pump:
         self._ended = ended
         self.broken: RingpoolError | None = None
         self.aside = Aside()
-        self.arena: Arena | None = None  # set by who queues vectors, before the first
         self.n_completed = self.n_failed = 0
         self.parcels = Parcels(end.ring.segment.name, retains=end.retains)
-        self.balance = Balance(end, self.ticket_of)
+        self.publisher = Publisher(end, self.parcels, lambda timeout_s: self.staff.limits.expect(timeout_s))
+        self.balance = Balance(end, self.publisher.ticket_of)
         self._pace = Pace(end, self.balance)
-        self.staff = Staff(end, self.ticket_of, n_started, on_demand, memory_limit_bytes, on_exit)
+        self.staff = Staff(end, self.publisher.ticket_of, n_started, on_demand, memory_limit_bytes, on_exit)
         self.feeders: set[MapRun] = set()  # maps whose items may have to be waited for
-        self._n_vectors = 0  # in the ring
-        self._out_of_chunks = False  # the first in the backlog is a vector, and waits for a chunk
-        self._is_deep = False  # somebody was overtaken, and enough is in the ring
-        self._backlog: Backlog[Ticket] = Backlog()
-        self._leaving: list[Ticket] = []  # out of the backlog, and not yet in the ring
         self._dropped: list[Ticket] = []  # of futures, out of the backlog, and perhaps not told so by who cancels all
         self._commands: deque[Callable[[], object]] = deque()
         self._deaths: deque[Death] = deque()
-        self._tickets: list[Ticket | None] = [None] * end.ring.slots
-        self._precedence = Precedence(end, self._tickets)
-        self._in_ring = 0
         self._touched: set[Sink] = set()
         self._sleeping = False
         self._moved = False  # in this turn: a task into the ring, or out of it
@@ -109,7 +99,7 @@ class Pump:
 
     def queue(self, ticket: Ticket) -> None:
         """Queue a ticket. The pump sees it when it wakes, within 0.1 s; ``wake`` it after one or some of them."""
-        self._backlog.append(ticket)
+        self.publisher.backlog.append(ticket)
 
     def wake(self) -> None:
         """There is something for the pump."""
@@ -187,15 +177,15 @@ class Pump:
     @property
     def in_flight(self) -> tuple[int, int]:
         """How many tasks wait outside the ring, and how many are in it."""
-        return len(self._backlog), self._in_ring
+        return len(self.publisher.backlog), self.publisher.in_ring
 
     @property
     def items_in_flight(self) -> tuple[int, int]:
         """The same, each item of a vector for itself, without those whose outcomes were delivered early."""
-        in_ring = [ticket for ticket in self._tickets if ticket is not None]
+        in_ring = [ticket for ticket in self.publisher.tickets if ticket is not None]
         queued, published = (
             sum(1 if ticket.part is None else ticket.part.n - ticket.part.taken.n for ticket in tickets)
-            for tickets in (self._backlog.tickets(), in_ring)
+            for tickets in (self.publisher.backlog.tickets(), in_ring)
         )
         return queued, published
 
@@ -206,12 +196,6 @@ class Pump:
             layout.sequence_of(ring.words[ring.worker_word(w, layout.W_RUNNING)] - 1) == ticket.sequence
             for w in range(ring.workers)
         )
-
-    def ticket_of(self, entry: int) -> Ticket | None:
-        """The ticket of a task in the ring."""
-        slot = layout.slot_of(entry)
-        ticket = self._tickets[slot] if 0 <= slot < len(self._tickets) else None
-        return ticket if ticket is not None and ticket.sequence == layout.sequence_of(entry) else None
 
     def keep_from_starting(self, ticket: Ticket) -> bool:
         """Whether it is certain that no worker has started the task, or will. From any thread; waits for nobody. The
@@ -242,16 +226,16 @@ class Pump:
         if on_demand:
             self._publish()
             self.staff.hire()
-        dropped = self._backlog.drain()
+        dropped = self.publisher.backlog.drain()
         self._dropped += [ticket for ticket in dropped if isinstance(ticket.sink, PoolFuture)]
-        if self._n_vectors and self.arena is not None:
-            dropped += self.balance.cut_short(self.arena, self._tickets)
-        for ticket in self._tickets:
+        if self.publisher.n_vectors and self.publisher.arena is not None:
+            dropped += self.balance.cut_short(self.publisher.arena, self.publisher.tickets)
+        for ticket in self.publisher.tickets:
             if ticket is not None:
                 ticket.attempts_max = 0  # what runs is not begun again
         self.balance.refuse_claimed()
         self.end.cancel_unclaimed(self.staff.on_their_way() if on_demand else 0)
-        return dropped + [ticket for ticket in self._tickets if ticket is not None and self._is_barred(ticket)]
+        return dropped + [ticket for ticket in self.publisher.tickets if ticket is not None and self._is_barred(ticket)]
 
     def _is_barred(self, ticket: Ticket) -> bool:
         """Whether it is a future's task, refused before a worker has started it: it may be long until one comes by."""
@@ -262,7 +246,7 @@ class Pump:
     def refuse_all(self) -> list[Ticket]:
         """``cancel_all``, and the first that a worker has claimed and not started. Through ``call``."""
         dropped = self.cancel_all()
-        for ticket in self._tickets:
+        for ticket in self.publisher.tickets:
             if ticket is not None:
                 self.end.refuse(ticket.slot, ticket.sequence)
         return dropped
@@ -271,9 +255,9 @@ class Pump:
         """Nobody takes the results of a run any more: keep its tasks from starting. Returns at once."""
 
         def drop() -> None:
-            for ticket in self._backlog.remove_if(lambda ticket: ticket.sink is inbox):
+            for ticket in self.publisher.backlog.remove_if(lambda ticket: ticket.sink is inbox):
                 self.parcels.discard_payload(ticket.task)
-            tickets = [ticket for ticket in self._tickets if ticket is not None and ticket.sink is inbox]
+            tickets = [ticket for ticket in self.publisher.tickets if ticket is not None and ticket.sink is inbox]
             for ticket in tickets:
                 self.end.refuse(ticket.slot, ticket.sequence)
                 if ticket.part is not None:
@@ -284,8 +268,8 @@ class Pump:
 
     def _cut_short(self, part: Part) -> None:
         """The worker that runs a vector ends the item that it is at, and no more."""
-        if part.chunk is not None and self.arena is not None:
-            part.end = self.arena.split(part.span(part.chunk), lambda _n: 0)
+        if part.chunk is not None and self.publisher.arena is not None:
+            part.end = self.publisher.arena.split(part.span(part.chunk), lambda _n: 0)
 
     def _wake(self) -> None:
         if self._sleeping:
@@ -302,7 +286,7 @@ class Pump:
         self.call_soon(release)
 
     def _is_idle(self) -> bool:
-        return not (self._backlog or self._in_ring or self.aside)
+        return not (self.publisher.backlog or self.publisher.in_ring or self.aside)
 
     # ---- the thread
 
@@ -329,7 +313,7 @@ class Pump:
     def _turn(self) -> None:
         for feeder in self.feeders.copy():
             feeder.send_drawn()
-        if self._cancels_all and self._backlog:
+        if self._cancels_all and self.publisher.backlog:
             self._drop_backlog()
         self._moved = self._publish()
         if self.end.has_results and self.end.collect(self._deliver):
@@ -343,18 +327,18 @@ class Pump:
             self._tell_idle()
         while self._deaths:
             self._recover(self._deaths.popleft())
-        if self.broken is not None and self._backlog:
+        if self.broken is not None and self.publisher.backlog:
             self._fail_all(self.broken)
         look_s = None
-        if self._in_ring:
+        if self.publisher.in_ring:
             is_time = self.balance.watch_claims()
-            if self._n_vectors and self.arena is not None:
+            if self.publisher.n_vectors and self.publisher.arena is not None:
                 if is_time:
-                    self._touched.update(self.balance.deliver_overdue(self.arena))
+                    self._touched.update(self.balance.deliver_overdue(self.publisher.arena))
                     self._after_delivery()
-                    self._requeue(self.balance.relieve_vectors(self.arena))
-                if not self._backlog:
-                    self._split_vectors(self.arena)
+                    self.publisher.requeue(self.balance.relieve_vectors(self.publisher.arena))
+                if not self.publisher.backlog:
+                    self._split_vectors(self.publisher.arena)
             self.staff.hire()
             look_s = self.staff.limits.watch(time.monotonic_ns())
         if self.aside:
@@ -364,95 +348,15 @@ class Pump:
     def _split_vectors(self, arena: Arena) -> None:
         taken = self.balance.split_vectors(arena)
         if taken:
-            self._requeue(taken)
+            self.publisher.requeue(taken)
             self._publish()
 
     def _publish(self) -> bool:
-        """Move tasks from the backlog into the ring, as far as it has room; whether there were any."""
-        backlog, end = self._backlog, self.end
-        self._out_of_chunks = self._is_deep = False
-        if not backlog:
-            return False
-        while backlog and not self.broken:
-            n = min(end.n_free, PUBLISH_MAX, len(backlog))
-            first = backlog.peek() if backlog.has_priorities else None
-            if first is not None:  # also where the ring is full: who is overtaken there makes room
-                room = self._precedence.room(first, self._in_ring)
-                self._is_deep = room <= 0
-                n = min(n, room)
-            if n <= 0:
-                break
-            self._in_ring += n  # before they leave the backlog: whoever waits for both to be empty must not see a gap
-            batch, tasks = self._take(n, 0 if first is None else first.priority)
-            self._in_ring -= n - len(batch)
-            sequence = end.published
-            slots = end.publish(tasks)
-            for ticket, slot in zip(batch, slots, strict=True):
-                self._tickets[slot] = ticket
-                ticket.slot = slot
-                ticket.sequence = sequence
-                sequence += 1
-            self._leaving = []
-            if batch and backlog.has_priorities:
-                self._precedence.entered(batch)
-            if self._out_of_chunks:
-                break
-        return True
-
-    def _take(self, n: int, highest: int) -> tuple[list[Ticket], list[Task]]:
-        """Up to ``n`` tickets of the backlog, with what is to be published for them. None above priority ``highest``:
-        whoever has come since that was looked at overtakes others first.
-        """
-        batch = self._leaving = list[Ticket]()  # should anything here raise, these are not lost
-        tasks: list[Task] = []
-        backlog = self._backlog
-        for _ in range(n):
-            if backlog.has_priorities and (first := backlog.peek()) is not None and first.priority > highest:
-                break
-            ticket = backlog.popleft()
-            batch.append(ticket)
-            ticket.sequence = LEAVING
-            if ticket.cancelled:
-                ticket.sequence = QUEUED
-                batch.pop()
-                self.parcels.discard_payload(ticket.task)
-                continue
-            task = ticket.task
-            if ticket.part is not None:
-                placed = self._place(ticket)
-                if placed is None:
-                    self._out_of_chunks = True
-                    ticket.sequence = QUEUED
-                    backlog.append_front([batch.pop()])
-                    break
-                task = placed
-            if ticket.timeout_s is not None:
-                self.staff.limits.expect(ticket.timeout_s)
-            tasks.append(task)
-        return batch, tasks
-
-    def _place(self, ticket: Ticket) -> Task | None:
-        """Put a vector's items into a chunk; None where none is free."""
-        part, arena = ticket.part, self.arena
-        assert part is not None
-        assert arena is not None, "a vector without an arena"
-        chunk = arena.take()
-        if chunk is None:
-            return None
-        part.chunk = chunk
-        part.seal()
-        span = part.span(chunk)
-        arena.write(span, part.items)
-        self._n_vectors += 1
-        return Task(ticket.task.function, pack_span(span), 0, ticket.task.form)
-
-    def _requeue(self, tickets: list[Ticket]) -> None:
-        """At the front: what comes back was there before all that waits."""
-        self._backlog.append_front(tickets)
+        return self.broken is None and self.publisher.publish()
 
     def _drop_backlog(self) -> None:
         """All was cancelled: what has come back of it since, or has come too late, is so too."""
-        for ticket in self._backlog.drain():
+        for ticket in self.publisher.backlog.drain():
             try:
                 ticket.sink.drop(ticket)
             except BaseException:  # a future's callback may raise what it likes
@@ -461,7 +365,7 @@ class Pump:
         self._after_delivery()
 
     def _deliver(self, slot: int, entry: int) -> None:
-        ticket = self._tickets[slot]
+        ticket = self.publisher.tickets[slot]
         record = self.end.results.read(entry)
         blob: Any = self.parcels.take(entry) if record.encoding == _BLOB else None
         if ticket is None:  # the pool broke, and its futures were told so, while a worker was still at this
@@ -470,20 +374,15 @@ class Pump:
         ticket.result_blob = blob
         if self.end.retains:
             self.parcels.retain(ticket.task, entry, is_parcel=record.encoding == _BLOB)
-        self._tickets[slot] = None
-        if self._backlog.has_priorities:
-            self._precedence.left(layout.sequence_of(entry))
+        self.publisher.left(slot, layout.sequence_of(entry))
         if ticket.timeout_s is not None:
             self.staff.limits.release()
         if ticket.spared and record.status == _CANCELLED and not self._cancels_all and ticket.sink.unspoiled(ticket):
             ticket.attempts_max -= record.attempt  # workers that died in it: a new task of the ring begins at none
-            if ticket.first_sequence < 0:
-                ticket.first_sequence = layout.sequence_of(entry)
-            self._backlog.put_back(ticket, ticket.first_sequence)
-            self._in_ring -= 1  # after that, here and for vectors: see ``_publish``
+            self.publisher.put_back(ticket, layout.sequence_of(entry))
             return
         if ticket.part is None:
-            self._in_ring -= 1
+            self.publisher.in_ring -= 1
         if ticket.task.blob and not self.end.retains:
             self.parcels.discard_payload(ticket.task)
         self._pace.n_results += 1
@@ -504,7 +403,7 @@ class Pump:
 
     def _deliver_vector(self, ticket: Ticket, entry: int, record: ResultRecord) -> None:
         """Outcomes are taken out of the chunk, which is free then; what was not run is queued again."""
-        part, arena = ticket.part, self.arena
+        part, arena = ticket.part, self.publisher.arena
         assert part is not None
         assert part.chunk is not None
         assert arena is not None
@@ -512,12 +411,8 @@ class Pump:
         try:
             again = ticket.sink.deliver_vector(ticket, record, arena, self.parcels.name_of_result(entry))
         finally:
-            arena.give(part.chunk)
-            part.chunk = None
-            self._out_of_chunks = False
-            self._n_vectors -= 1
-            self._requeue(again)
-            self._in_ring -= 1
+            chunk, part.chunk = part.chunk, None
+            self.publisher.vector_left(chunk, again)
         if record.status == _DIED:
             self.staff.n_retried += sum(each.part is not None and each.part.deaths > 0 for each in again)
 
@@ -534,19 +429,18 @@ class Pump:
     def _sleep(self, look_s: float | None) -> None:
         """Until there is something to do, or ``look_s`` seconds are over."""
         self._sleeping = True
-        held_up = self.broken or self._out_of_chunks or self._is_deep
-        may_publish = self._backlog and self.end.n_free and not held_up
+        may_publish = self.broken is None and self.publisher.may_publish
         if may_publish or self._deaths or self._commands or self._stopping:
             self._sleeping = False
             return
-        if self._moved and 0 < self._in_ring <= self.end.ring.workers and self.end.spin(SPINS):
+        if self._moved and 0 < self.publisher.in_ring <= self.end.ring.workers and self.end.spin(SPINS):
             self._sleeping = False
             return
         self._pace.sleep(
-            self._in_ring,
+            self.publisher.in_ring,
             look_s,
-            has_vectors=self._n_vectors > 0,
-            is_held_up=self._is_deep,
+            has_vectors=self.publisher.n_vectors > 0,
+            is_held_up=self.publisher.is_held_up,
             holds=any(feeder.holds_items for feeder in self.feeders.copy()),
         )
         self._sleeping = False
@@ -565,15 +459,9 @@ class Pump:
 
     def _fail_all(self, error: BaseException) -> None:
         """Nobody waits for ever: every task that has no result gets ``error``."""
-        leaving, self._leaving = self._leaving, []
-        for ticket in leaving:  # so that a callback that cancels one of them does not wait for it
-            ticket.sequence = QUEUED
-        waiting = [ticket for ticket in self._tickets if ticket is not None] + leaving
-        self._tickets[:] = [None] * len(self._tickets)
-        waiting += self._backlog.drain()
+        waiting = self.publisher.give_up()
         dropped, self._dropped = self._dropped, []  # Ctrl-C, or a callback, may have kept some from being told
         waiting += [ticket for ticket in dropped if not ticket.sink.done()]
-        self._in_ring = 0
         for ticket in waiting:
             self._fail(ticket, copy.copy(error))
             self._touched.add(ticket.sink)
