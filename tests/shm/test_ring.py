@@ -746,12 +746,11 @@ def test_a_living_coordinators_segment_is_not_taken_over_and_a_dead_ones_is() ->
     with Child(coordinate) as child:
         assert child.process.stdout is not None
         name = child.process.stdout.readline().decode().strip()
-        attached = segment.attach(name)
         try:
             with pytest.raises(SegmentBusyError, match=f"its coordinator, process {child.pid}, is alive; end that"):
-                CoordinatorEnd(attached)
+                CoordinatorEnd(segment.attach(name))
             child.kill()
-            end = CoordinatorEnd(attached)
+            end = CoordinatorEnd(segment.attach(name))
             assert (end.published, end.n_free) == (3, 1)
             end.close()
         finally:

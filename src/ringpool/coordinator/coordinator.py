@@ -205,7 +205,10 @@ class Coordinator:
             raise KeyError(
                 f"task {task_id}: unknown, or its result was read already, or is older than the newest unread ones"
             )
-        return future.result(timeout)
+        try:
+            return future.result(timeout)
+        finally:
+            del future  # see ``PoolFuture.result``
 
     # ---- looking in
 

@@ -65,7 +65,10 @@ class FileResult(msgspec.Struct, frozen=True):  # seen by the collector: raising
     def unwrap(self) -> Any:
         """``value``, or raise ``error``."""
         if self.error is not None:
-            raise self.error
+            try:
+                raise self.error
+            finally:
+                del self  # or each would keep the other: error, its traceback, this frame, the result, error
         return self.value
 
 
@@ -166,12 +169,18 @@ class FileRun(Iterator[FileResult]):
             elif self._exhausted:
                 self.close()
                 error, self._input_error = self._input_error, None
-                raise StopIteration if error is None else error
+                try:
+                    raise StopIteration if error is None else error
+                finally:
+                    del error
         found = self._ready.popleft()
         if isinstance(found, BaseException):  # the pool has ended: one error, not one for each file
             self.close()
             self._input_error = None
-            raise found
+            try:
+                raise found
+            finally:
+                del found
         if isinstance(found, Piece):
             self._at_hand = self._results_of(found)
         else:

@@ -158,7 +158,10 @@ class PoolFuture(Future[Any]):
         if self._state == FINISHED and self._exception is None:
             return self._result
         self._check_wait(timeout)
-        return super().result(timeout)
+        try:
+            return super().result(timeout)
+        finally:
+            del self  # or the error would lead to this frame, this to the future, and that to the error: garbage
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The error or None, waiting up to ``timeout`` seconds (None: for ever)."""
@@ -303,6 +306,7 @@ class TaskFuture(PoolFuture):
             return super().result(timeout)
         finally:
             self._read()
+            del self  # see above
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The error or None, waiting up to ``timeout`` seconds (None: for ever)."""

@@ -314,8 +314,12 @@ class MapRun:
                 else:
                     while outcomes:
                         yield outcomes.pop()  # which keeps nothing that the caller has let go of
-            if self._input_error is not None:
-                raise self._input_error
+            error, self._input_error = self._input_error, None
+            if error is not None:
+                try:
+                    raise error
+                finally:
+                    del error  # see ``PoolFuture.result``
         finally:
             self.close()
 

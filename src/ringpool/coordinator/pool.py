@@ -356,6 +356,8 @@ class Pool:
         with self.lock:
             if stopped and not self.closed:
                 self._end.close()
+                if self.pump.publisher.arena is not None:
+                    self.pump.publisher.arena.close()
             self.closed = True
         _open.discard(self)
 

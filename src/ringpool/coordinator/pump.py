@@ -147,7 +147,10 @@ class Pump:
                 raise CoordinatorClosedError
         value, error = outcome[0]
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error, outcome
         return value
 
     def wait_idle(self) -> None:

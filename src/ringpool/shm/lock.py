@@ -192,5 +192,11 @@ class RobustLock:
             self.release()
 
     def detach(self) -> None:
-        """The lock is of no use from here on; the mapping is unmapped when the last reference to it has gone."""
-        del self._place, self._word
+        """The lock is of no use from here on, and nothing of it keeps the mapping. Who acquires it gets ValueError."""
+        self.acquire = self.release = _refuse
+        self._word = ctypes.c_uint32()  # nobody's
+        del self._place, self.mutex
+
+
+def _refuse() -> None:
+    raise ValueError("the lock is closed, and its mapping with it")

@@ -1,0 +1,98 @@
+"""What a program has let go of is freed at once: no cycle of references keeps it until a garbage collection.
+
+Such a cycle is garbage that holds much: the frames of a traceback with all that their functions have, and for a pool
+descriptors and shared memory.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tests.task_functions as tasks
+from tests.coordinator import call_functions as functions
+
+from ringpool import Coordinator, RingPoolExecutor
+
+PATH = Path(__file__)
+
+
+class Large:
+    """What a caller has at hand."""
+
+
+@pytest.fixture(autouse=True)
+def without_collections() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def failing_input() -> Iterator[Path]:
+    yield PATH
+    raise LookupError("no more")
+
+
+CALLS: dict[str, Callable[[RingPoolExecutor], object]] = {
+    "result": lambda executor: executor.submit(functions.fail, "no").result(),
+    "result that is late": lambda executor: executor.submit(time.sleep, 0.5).result(0.01),
+    "map": lambda executor: list(executor.map(functions.fail, ["no", "no"])),
+    "input of a map": lambda executor: list(executor.map(str, failing_input())),
+}
+HOW = {"how": "value"}
+FILES: dict[str, Callable[[Coordinator], object]] = {
+    "result": lambda pool: pool.submit_file_task(tasks.fail, PATH, params=HOW).result(),
+    "by its id": lambda pool: pool.wait_for_task_result(pool.submit_file_task(tasks.fail, PATH, params=HOW).task_id),
+    "unwrap": lambda pool: next(pool.run_file_tasks(tasks.fail, [PATH], params=HOW)).unwrap(),
+    "input of a run": lambda pool: list(pool.run_file_tasks(tasks.fail, failing_input(), params=HOW)),
+}
+
+
+def what_is_left_of(action: Callable[[Any], object], pool: Any) -> object:
+    """What the caller of an ``action`` that fails had at hand, if that is still there when he has caught the error."""
+
+    def call() -> weakref.ref[Large]:
+        large = Large()
+        try:
+            action(pool)
+        except (LookupError, ValueError, TimeoutError):
+            return weakref.ref(large)
+        raise AssertionError("it does not fail")
+
+    return call()()
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_an_error_of_a_call_keeps_nothing(call: str) -> None:
+    with RingPoolExecutor(1) as executor:
+        assert what_is_left_of(CALLS[call], executor) is None
+
+
+@pytest.mark.parametrize("call", FILES)
+def test_an_error_of_a_file_task_keeps_nothing(call: str) -> None:
+    with Coordinator(1) as pool:
+        assert what_is_left_of(FILES[call], pool) is None
+
+
+@pytest.mark.parametrize("has_vectors", [False, True])
+def test_a_pool_that_is_closed_keeps_no_descriptor_and_no_mapping(has_vectors: bool) -> None:
+    def held() -> tuple[int, int]:
+        mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/rp" in line]
+        return len(os.listdir("/proc/self/fd")), len(mapped)
+
+    with RingPoolExecutor(1) as executor:  # what the first pool of a process makes for all: the fork server
+        assert executor.submit(int).result() == 0
+    before = held()
+    for _ in range(3):
+        with RingPoolExecutor(1) as executor:
+            assert executor.submit(int).result() == 0
+            if has_vectors:
+                assert list(executor.map(abs, range(10))) == list(range(10))
+    assert held() == before
