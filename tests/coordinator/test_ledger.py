@@ -30,6 +30,7 @@ from tests.workers.files.child import Child, listen, say
 from ringpool.coordinator import ledger as ledgers
 from ringpool.coordinator.joblock import JobLock
 from ringpool.coordinator.ledger import Counts, Found, Ledger, Made, Row, RowTuple, State
+from ringpool.coordinator.ledgerqueries import decode_made
 from ringpool.errors import JobBusyError, JobMissingError, LedgerError
 
 PR_SET_PDEATHSIG = 1
@@ -297,7 +298,7 @@ def assert_reports_are_of(ledger: Ledger, job: int, rows: list[Row]) -> None:
     )
     assert counts.n_retried == sum(one.attempts > 1 for one in rows)
     assert counts.input_bytes == sum(max(one.size, 0) for one in rows)
-    assert counts.output_bytes == sum(made.size for one in rows for made in ledgers.decode_made(one.made))
+    assert counts.output_bytes == sum(made.size for one in rows for made in decode_made(one.made))
     assert counts.duration_s == sum(round(one.duration_s * 1e9) for one in rows) / 1e9
     failed = sorted((one for one in rows if one.state != State.DONE), key=lambda one: (one.kind, one.state))
     assert list(ledger.failed(job)) == failed

@@ -34,6 +34,7 @@ from ringpool.coordinator.jobrun import JobRun, RunSettings, StopNow
 from ringpool.coordinator.jobwork import Failure, Planned, Progress, Stops, Work
 from ringpool.coordinator.knowninputs import KnownInputs
 from ringpool.coordinator.ledger import Ledger
+from ringpool.coordinator.ledgerrows import WITH_OUTPUTS
 from ringpool.coordinator.outputs import NamedOutputs
 from ringpool.coordinator.pool import Pool, WorkerLimits, require_importable, require_no_main_import
 from ringpool.coordinator.takeover import base_of, drain_into, take_over_dead_runs
@@ -151,7 +152,7 @@ class Job:
         if self.outputs is not None:
             names = self.outputs.names or ("",)
             patterns = (str(pattern.pattern) for pattern in self.outputs.patterns)
-            return "outputs " + " ".join(
+            return WITH_OUTPUTS + " ".join(
                 f"{name}={os.fsdecode(naming.absolute(os.fsencode(p)))}"
                 for name, p in zip(names, patterns, strict=True)
             )
@@ -235,6 +236,8 @@ class Job:
             ledger = Ledger.open(self.directory, synchronous=self.options.durability in ("data", "full"))
             try:
                 job = ledger.job(self.identity, self._spec)
+                if self.outputs is not None:
+                    ledger.expect_inputs(job, self._works.origin)
                 progress = progress or Progress()
                 progress.began_s = time.monotonic()
                 progress.drained = take_over_dead_runs(self.directory, ledger)

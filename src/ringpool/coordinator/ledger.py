@@ -28,13 +28,13 @@ import errno
 import os
 import sqlite3
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
 from urllib.parse import quote
 
+from ringpool.coordinator import ledgerrows
 from ringpool.coordinator.inputs import OWN_DIRECTORY
 from ringpool.coordinator.ledgerqueries import (
     DAMAGES,
@@ -48,16 +48,11 @@ from ringpool.coordinator.ledgerqueries import (
     RowTuple as RowTuple,
     RunInfo as RunInfo,
     State as State,
-    Tally,
     Totals,
     as_key,
     as_text,
     connect,
-    decode_made,
-    encode_facts,
     explained,
-    take_out,
-    text_of,
 )
 from ringpool.errors import JobMissingError, LedgerError
 from ringpool.workers.files.durability import make_directories
@@ -70,7 +65,6 @@ PAGE_BYTES = 8192  # rows up to 2 KB lie in one piece; 4,096 would split those w
 CHECKPOINT_PAGES = 2000
 CACHE_KIB = 16 * 1024
 WAL_KEPT_BYTES = 64 << 20  # what a log that a slow reader made long is cut to
-CHUNK_ROWS = 50  # one statement inserts so many: 0.7 us a row less than one for each
 
 _SCHEMA = f"""
     CREATE TABLE jobs (
@@ -94,22 +88,6 @@ _SCHEMA = f"""
     PRAGMA application_id = {APPLICATION_ID};
     PRAGMA user_version = {VERSION};
 """
-_FILE = "(?, ?, ?, ?, ?, ?)"
-COLUMNS = 6
-_INSERT = "INSERT OR FAIL INTO files (job, input, output, state, kind, facts) VALUES "
-_INSERT_ONE = _INSERT + _FILE
-_INSERT_CHUNK = _INSERT + ", ".join([_FILE] * CHUNK_ROWS)
-_REPLACE = _INSERT_ONE.replace("OR FAIL", "OR REPLACE")
-_KEY = "WHERE job = ? AND input = ? AND output = ?"
-_ADD = """
-    INSERT INTO totals VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
-        n_files = n_files + excluded.n_files, n_retried = n_retried + excluded.n_retried,
-        input_bytes = input_bytes + excluded.input_bytes, output_bytes = output_bytes + excluded.output_bytes,
-        duration_ns = duration_ns + excluded.duration_ns
-"""
-
-_Value: TypeAlias = int | bytes | str | None
-_DONE = int(State.DONE)
 
 
 class Ledger(LedgerQueries):
@@ -123,7 +101,7 @@ class Ledger(LedgerQueries):
         super().__init__(path, connection, reading_uri)
         self._read_only = read_only
         self._pid = os.getpid()
-        self._numbered: dict[int, bool] = {}
+        self._is_indexed: bool | None = None
         self._place = path.absolute()
         self._file = _file_at(self._place)
 
@@ -230,50 +208,48 @@ class Ledger(LedgerQueries):
     def write(self, job: int, rows: Iterable[RowTuple]) -> None:
         """Write ``rows`` (tuples in the order of ``Row``), all of them or none; the last one of a key counts.
 
-        It is quickest where keys come in ascending order, in batches of about a thousand. Of a job whose outputs are
-        numbered, an output that another input had before is that one's no more: its row goes.
+        It is quickest where keys come in ascending order, in batches of about a thousand. Where there is an index by
+        output, see ``expect_inputs``, an output that was another input's is that one's no more: its row goes.
         """
         totals: Totals = {}
-        values = _values(job, rows, totals)
+        values = ledgerrows.values_of(job, rows, totals)
         if not values:
             return
-        is_numbered = self._is_numbered(job)
+        is_indexed = self._may_overwrite()
         try:
             with self._transaction() as db:
-                _insert(db, values)
-                if is_numbered:
-                    _forget_overwritten(db, totals, values)
-                _add_to_totals(db, job, totals)
+                if is_indexed:
+                    ledgerrows.forget_overwritten(db, job, totals, values)
+                ledgerrows.insert(db, values)
+                ledgerrows.add_to_totals(db, job, totals)
         except sqlite3.IntegrityError:  # a key is there already, or twice in the batch
             with self._transaction() as db:
-                for begin in range(0, len(values), COLUMNS):
-                    _take_out(db, totals, values[begin : begin + 3])
-                    db.execute(_REPLACE, values[begin : begin + COLUMNS])
-                if is_numbered:
-                    _forget_overwritten(db, totals, values)
-                _add_to_totals(db, job, totals)
+                if is_indexed:
+                    ledgerrows.forget_overwritten(db, job, totals, values)
+                ledgerrows.replace(db, values, totals)
+                ledgerrows.add_to_totals(db, job, totals)
 
-    def _is_numbered(self, job: int) -> bool:
-        """Whether an output may be another input's by the next run: its number is its place among the inputs. Then
-        there is an index by output.
+    def expect_inputs(self, job: int, origin: bytes) -> None:
+        """A run of ``job``, which has outputs, begins, over inputs of one ``origin``: of all that may ever come from
+        there, no two have one output; empty: they may.
         """
-        if job not in self._numbered:
-            with self._transaction() as db:
-                identities = db.execute("SELECT identity FROM jobs WHERE id = ?", (job,)).fetchall()
-                is_numbered = any("{index" in text_of(identity) for (identity,) in identities)
-                if is_numbered:
-                    db.execute("CREATE INDEX IF NOT EXISTS outputs ON files (job, output)")
-            self._numbered[job] = is_numbered
-        return self._numbered[job]
+        with self._transaction() as db:
+            if ledgerrows.expect_inputs(db, job, origin):
+                self._is_indexed = True
+
+    def _may_overwrite(self) -> bool:
+        """Whether an output that is written may be another input's by what is known, see ``ledgerrows``."""
+        if self._is_indexed is None:
+            self._is_indexed = ledgerrows.is_indexed(self._db)
+        return self._is_indexed
 
     def forget(self, job: int, keys: Iterable[tuple[bytes, bytes]]) -> None:
         """Delete the rows of ``keys`` (input, output), all of them or none; those that are not there are no matter."""
         totals: Totals = {}
         with self._transaction() as db:
             for input_, output in keys:
-                if _take_out(db, totals, (job, input_, output)):
-                    db.execute(f"DELETE FROM files {_KEY}", (job, input_, output))
-            _add_to_totals(db, job, totals)
+                ledgerrows.delete(db, totals, (job, input_, output))
+            ledgerrows.add_to_totals(db, job, totals)
 
     @contextmanager
     def _transaction(self) -> Generator[sqlite3.Connection]:
@@ -294,71 +270,6 @@ class Ledger(LedgerQueries):
             if isinstance(error, DAMAGES):
                 raise explained(self.path, error) from error
             raise
-
-
-# ---- rows ------------------------------------------------------------------------------------------------------------
-
-
-def _values(job: int, rows: Iterable[RowTuple], totals: Totals) -> list[_Value]:
-    """What the table's columns have of ``rows``, one behind the other; added up in ``totals``."""
-    values: list[_Value] = []
-    key: tuple[int, str] | None = None
-    tally = Tally()
-    for row in rows:
-        try:
-            facts = encode_facts(row[2:])
-        except UnicodeEncodeError:
-            row = (*row[:13], as_text(row[13]), as_text(row[14]), as_text(row[15]), *row[16:])
-            facts = encode_facts(row[2:])
-        state, kind = row[2], row[13]
-        if key is None or kind != key[1] or state != key[0]:
-            key = state, kind
-            tally = totals.setdefault(key, Tally())
-        tally.n_files += 1
-        if row[11] > 1:
-            tally.n_retried += 1
-        if row[3] > 0:
-            tally.input_bytes += row[3]
-        if row[8]:
-            for made in decode_made(row[8]):
-                tally.output_bytes += made.size
-        tally.duration_ns += round(row[18] * 1e9)
-        values += (job, row[0], row[1], state, None if state == _DONE else kind, facts)
-    return values
-
-
-def _insert(db: sqlite3.Connection, values: list[_Value]) -> None:
-    """Raises ``sqlite3.IntegrityError`` where a key is there already; some rows are in then, to be rolled back."""
-    chunk = CHUNK_ROWS * COLUMNS
-    whole = len(values) - len(values) % chunk
-    for begin in range(0, whole, chunk):
-        db.execute(_INSERT_CHUNK, values[begin : begin + chunk])
-    for begin in range(whole, len(values), COLUMNS):
-        db.execute(_INSERT_ONE, values[begin : begin + COLUMNS])
-
-
-def _take_out(db: sqlite3.Connection, totals: Totals, key: Sequence[_Value]) -> bool:
-    """Whether there is a row of ``key``; if so, its share is taken out of ``totals``."""
-    found = db.execute(f"SELECT facts FROM files {_KEY}", key).fetchone()
-    if found is not None:
-        take_out(totals, found[0])
-    return found is not None
-
-
-def _forget_overwritten(db: sqlite3.Connection, totals: Totals, values: Sequence[_Value]) -> None:
-    """Delete the rows of other inputs with the outputs of those in ``values`` that are done."""
-    for begin in range(0, len(values), COLUMNS):
-        job, input_, output, state = values[begin : begin + 4]
-        if state != _DONE or not output:
-            continue
-        others = "SELECT input FROM files WHERE job = ? AND output = ? AND input <> ?"
-        for (other,) in db.execute(others, (job, output, input_)).fetchall():
-            _take_out(db, totals, (job, other, output))
-            db.execute(f"DELETE FROM files {_KEY}", (job, other, output))
-
-
-def _add_to_totals(db: sqlite3.Connection, job: int, totals: Totals) -> None:
-    db.executemany(_ADD, [(job, state, kind, *tally.sums) for (state, kind), tally in totals.items()])
 
 
 # ---- opening ---------------------------------------------------------------------------------------------------------

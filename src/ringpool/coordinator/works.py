@@ -28,7 +28,7 @@ from ringpool.coordinator.inputs import (
 from ringpool.coordinator.joboptions import JobOptions
 from ringpool.coordinator.jobwork import Work
 from ringpool.coordinator.lists import relpath_of
-from ringpool.coordinator.outputs import NamedOutputs, hash_of, with_outputs
+from ringpool.coordinator.outputs import NamedOutputs, Scope, hash_of, with_outputs
 from ringpool.errors import OutputPatternError, ParameterError
 from ringpool.workers import jobtasks, tasks
 from ringpool.workers.files import naming
@@ -139,6 +139,23 @@ class Works:
         if not isinstance(sources, (list, tuple)):
             return True
         return any(isinstance(one, str) and (one == "-" or one.startswith("@")) for one in sources)
+
+    @property
+    def origin(self) -> bytes:
+        """The one source of the inputs, where no two inputs that it may ever have can have one output, the first of
+        theirs; else empty.
+        """
+        inputs = self._inputs
+        sources = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs
+        if self._outputs is None or not isinstance(sources, (list, tuple)) or len(sources) != 1:
+            return b""
+        [source] = sources
+        if not isinstance(source, (str, Path)) or not relpaths_are_unique([source]):
+            return b""
+        is_numbered = "index" in self._outputs.patterns[0].fields
+        if is_numbered or self._outputs.scopes(one_source=True, in_walk_order=False)[0] is not Scope.NOWHERE:
+            return b""
+        return _absolute(os.fspath(source), os.getcwdb())
 
     def _files(self) -> tuple[Iterator[InputFile], bool, Callable[[str], bool] | None]:
         """The files; whether no two have one relpath; what says that an output is among the inputs."""
