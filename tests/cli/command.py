@@ -21,6 +21,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = "tests.cli.tasks"
 WATCHDOG_S = 30
+COMMAND_MAX_S = 120  # of commands that measure something, and of any on a busy machine
+_PROGRESS = re.compile(r"^ringpool: so far .*\n", re.MULTILINE)
 _TOKENS = re.compile(r"\x1b\[\??([\d;]*)([A-Za-z])|([\r\n])|([^\x1b\r\n]+)")
 
 
@@ -56,14 +58,14 @@ def start(
 
 
 def finish(command: subprocess.Popen[str], stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    """What came of it."""
+    """What came of it. Lines of progress are left out: on a busy machine what takes a moment has some."""
     with command:
         try:
-            out, err = command.communicate(stdin, timeout=WATCHDOG_S)
+            out, err = command.communicate(stdin, timeout=COMMAND_MAX_S)
         finally:
             command.kill()
     assert "Traceback" not in (err or "")
-    return subprocess.CompletedProcess(command.args, command.returncode, out, err)
+    return subprocess.CompletedProcess(command.args, command.returncode, out, err and _PROGRESS.sub("", err))
 
 
 def run(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -162,7 +162,7 @@ def test_ctrl_c_once_lets_what_runs_end_and_says_how_to_go_on(here: Path, gated:
 
 def test_ctrl_c_while_the_workers_start_costs_none_of_them(numbers: Path) -> None:
     with Terminal("run", f"{TASKS}:copy_slowly", numbers, "--out", "out/{relpath}", "--workers", "2") as terminal:
-        terminal.wait_for("0 failed")
+        wait_until(Path("out/.ringpool/staging").exists, "a run that has begun")
         terminal.type("\x03")
         assert terminal.finish() in (0, 130)
     assert "worker death" not in terminal.screen.text

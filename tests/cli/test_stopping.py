@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ WATCHDOG_S = 30.0
 def stopper() -> Iterator[Stopper]:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
     before = [signal.getsignal(number) for number in numbers]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, and would stay so
     made = Stopper()
     made.install()
     yield made
@@ -83,5 +85,7 @@ def test_a_second_request_ends_a_command_without_a_job_where_it_stands() -> None
         "try: signal.raise_signal(signal.SIGINT)\n"
         "except stopping.Stopped: signal.raise_signal(signal.SIGTERM)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], env=environment(), timeout=WATCHDOG_S)
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where the tests do not
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment(), timeout=WATCHDOG_S, preexec_fn=heeds)
     assert done.returncode == -signal.SIGTERM

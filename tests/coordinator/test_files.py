@@ -22,6 +22,7 @@ from ringpool.errors import (
 )
 
 MakeFiles = Callable[[int], list[Path]]
+ATTEMPTS = 20
 
 
 @pytest.fixture
@@ -427,7 +428,8 @@ def seen_staged(
     files: MakeFiles, place: Path, marked: dict[int, str], *, group_commit: bool = True, **more: Any
 ) -> dict[str, FileResult]:
     """The results of ``copy_counting_staged`` over 300 files, by one worker; some ``marked`` with what they do."""
-    paths = files(300)
+    inputs = place.parent.parent / "inputs"
+    paths = sorted(inputs.iterdir()) if inputs.exists() else files(300)
     for number, content in marked.items():
         paths[number].write_text(content)
     with Coordinator(1, durability="atomic", attempts_max=1) as own:
@@ -439,13 +441,16 @@ def seen_staged(
     for name, result in results.items():
         if result.ok:
             assert result.attempts == 1
-            assert (place / name).read_text() == (place.parent.parent / "inputs" / name).read_text()
+            assert (place / name).read_text() == (inputs / name).read_text()
     assert not [name for name in names_in(place) if name.startswith(".")]
     return results
 
 
 def test_outputs_of_short_tasks_wait_for_each_other_where_that_is_wanted(files: MakeFiles, place: Path) -> None:
-    assert max(result.value for result in seen_staged(files, place, {}).values()) > 5
+    assert any(
+        max(result.value for result in seen_staged(files, place, {}).values()) > 5
+        for _ in range(ATTEMPTS)  # on a busy machine short tasks look long
+    )
 
 
 def test_no_output_waits_for_another_where_that_is_not_wanted(files: MakeFiles, place: Path) -> None:
@@ -459,11 +464,14 @@ def test_no_output_waits_for_tasks_that_are_known_to_be_long(files: MakeFiles, p
 
 
 def test_a_death_costs_none_of_those_whose_outputs_are_staged(files: MakeFiles, place: Path, tmp_path: Path) -> None:
-    results = seen_staged(files, place, dict.fromkeys(range(50, 300, 50), "die"))
-    failed = {name: result.error for name, result in results.items() if not result.ok}
-    assert sorted(failed) == [f"{number:05}" for number in range(50, 300, 50)]
-    assert all(isinstance(error, WorkerDiedError) for error in failed.values())
-    assert max(map(int, (tmp_path / "log").read_text().split())) > 0, "some died with others' outputs staged"
+    for _ in range(ATTEMPTS):  # on a busy machine short tasks look long
+        results = seen_staged(files, place, dict.fromkeys(range(50, 300, 50), "die"))
+        failed = {name: result.error for name, result in results.items() if not result.ok}
+        assert sorted(failed) == [f"{number:05}" for number in range(50, 300, 50)]
+        assert all(isinstance(error, WorkerDiedError) for error in failed.values())
+        if max(map(int, (tmp_path / "log").read_text().split())) > 0:  # so many were staged beside one that died
+            return
+    raise AssertionError("none died with others' outputs staged")
 
 
 def test_an_output_that_cannot_be_put_in_place_fails_alone(files: MakeFiles, place: Path) -> None:

@@ -355,15 +355,23 @@ def test_a_function_that_is_changed_while_its_job_runs_stops_it(
 ) -> None:
     """A worker that is started then has imported the new one: what it makes is not the job's."""
     module = tmp_path / "edited.py"
-    text = "def shout(src: str, dst: str) -> None:\n    open(dst, 'w').write(open(src).read().{}())\n"
-    module.write_text("# a comment\n" + text.format("upper"))
+    text = (
+        "import os, time\n"
+        "def shout(src: str, dst: str) -> None:\n"
+        "    while src[-6:] not in ('/0.txt', '/2.txt') and not os.path.exists({!r}):\n"
+        "        time.sleep(0.01)  # no more than the first worker's files are done before the edit\n"
+        "    open(dst, 'w').write(open(src).read().{}())\n"
+    )
+    edited = str(tmp_path / "is-edited")
+    module.write_text("# a comment\n" + text.format(edited, "upper"))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     job = Job("edited:shout", source, f"{tmp_path}/out/{{relpath}}", max_tasks_per_child=2)
 
     def edit(*_row: object) -> None:
-        (tmp_path / "new").write_text(text.format("title"))
+        (tmp_path / "new").write_text(text.format(edited, "title"))
         (tmp_path / "new").replace(module)  # half of it is another test's
+        Path(edited).touch()
 
     report = job.run(1, on_row=edit)
     assert report.stopped == "its function was changed while it ran"
@@ -373,9 +381,9 @@ def test_a_function_that_is_changed_while_its_job_runs_stops_it(
     module.write_text("def other():\n    return 1\n")
     report = job.run(1)
     assert (set(report.kinds), report.stopped) == ({"UnknownFunctionError"}, "workers cannot have its function")
-    module.write_text("# comments\n# that move it\n\n\n" + text.format("upper"))
+    module.write_text("# comments\n# that move it\n\n\n" + text.format(edited, "upper"))
     assert counts(job.run(1))[2:] == (0, 0)
-    module.write_text(text.format("title"))
+    module.write_text(text.format(edited, "title"))
     sys.modules.pop("edited")
     assert counts(Job("edited:shout", source, f"{tmp_path}/out/{{relpath}}").run(1)) == (10, 0, 0, 0)
     assert {path.read_text()[:7] for path in (tmp_path / "out").rglob("*.txt")} == {"Content"}
@@ -977,7 +985,7 @@ def test_what_is_found_at_the_end_of_a_run_that_fails_is_counted_as_it_is(source
         raise LookupError
 
     def n_new() -> int:
-        return sum(path.read_bytes() == b"yy" for path in (tmp_path / "out").rglob("*.txt"))
+        return sum(path.read_bytes() == b"yy" for path in (tmp_path / "out").glob("d*/*.txt"))
 
     progress = Progress()
     with pytest.raises(LookupError):

@@ -9,7 +9,8 @@ end_if_forked   before a result is posted: the child of a task that forked has n
 restore         after each task: signal handlers and working directory are put back. Without its descriptors the
                 process ends; its unstarted claims go back
 disarm          after each claim, after each task where SIGALRM has a handler, before outputs are put in place, and
-                before a handler is put back: a timer that a task has left running is stopped
+                before a handler is put back: a timer that a task has left running is stopped. Where a task has failed,
+                its handler is out of the way from then until ``restore``
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ import os
 import select
 import signal
 from _signal import getsignal as _get_handler  # pyright: ignore[reportMissingModuleSource]
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 _F_SETSIG = 10  # fcntl.h
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # sys/prctl.h
@@ -46,11 +50,17 @@ def end_with_parent(number: int = signal.SIGKILL) -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
+def _drop(_number: int, _frame: FrameType | None) -> None:
+    """Handles SIGALRM while a failure is looked after."""
+
+
 class Confinement:
     """The bonds of the calling process; ``guard``: the read end of its guard pipe.
 
     Raises ``ProcessLookupError`` where the coordinator is gone already.
     """
+
+    _alarm_aside: Callable[[int, FrameType | None], Any] | None = None
 
     def __init__(self, guard: int) -> None:
         end_with_parent()
@@ -132,15 +142,27 @@ class Confinement:
         if _get_timer(_REAL) != _NO_TIMER:  # the interval, too: a signal on its way starts the timer anew
             signal.setitimer(signal.ITIMER_REAL, 0)
 
-    @classmethod
-    def disarm_for_good(cls) -> None:
-        """``disarm``, where an error is at hand already: what the timer's handler raises meanwhile is dropped."""
+    def disarm_for_good(self) -> None:
+        """``disarm``, where an error is at hand already: what the timer's handler raises meanwhile is dropped. So is a
+        signal on its way, until ``rearm``: the last may come a microsecond after the timer says that it is off (seen
+        on Linux 6.18).
+        """
         while True:
             try:
-                cls.disarm()
+                found = _get_handler(_ALARM)
+                if callable(found) and found is not _drop:
+                    self._alarm_aside = found
+                    signal.signal(_ALARM, _drop)
+                self.disarm()
                 return
             except BaseException:  # at most once for each time that it expires
                 continue
+
+    def rearm(self) -> None:
+        """Put back the handler of SIGALRM that ``disarm_for_good`` has put aside."""
+        aside, self._alarm_aside = self._alarm_aside, None
+        if aside is not None and _get_handler(_ALARM) is _drop:
+            signal.signal(_ALARM, aside)
 
     def renew(self) -> bool:
         """``disarm`` and ``restore``."""
@@ -149,6 +171,8 @@ class Confinement:
 
     def restore(self) -> bool:
         """Put back signal handlers and working directory; whether the process still has its descriptors."""
+        if self._alarm_aside is not None:
+            self.rearm()
         if list(map(_get_handler, _RESTORED)) != self._handlers:
             self.disarm()  # a task that installs handlers may have set one, too
             for number, handler in zip(_RESTORED, self._handlers, strict=True):

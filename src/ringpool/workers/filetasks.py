@@ -178,6 +178,7 @@ class FileRunner:
                     for one in staged:
                         discard_or_keep(one, source)
                 self._group.commit()
+                self._confinement.rearm()  # for the next call
                 raise
 
         return committing
