@@ -339,6 +339,30 @@ def test_no_worker_survives_a_killed_coordinator_of_which_a_fork_lives_on(run_pr
         wait_until_gone(program.pid)
 
 
+GROUPS = """
+with Coordinator(2) as pool:
+    here = Path(__file__)
+    for i in range(2):
+        begun = str(here.with_name(f"begun-{i}"))
+        pool.submit_file_task(tasks.stay, here, params={"how": "process group", "begun": begun})
+    while len(list(here.parent.glob("begun-?"))) < 2:
+        select.select([], [], [], 0.01)
+    say("ready", *[path.read_text() for path in here.parent.glob("begun-?")])
+    wait()
+"""
+
+
+def test_what_has_a_process_group_of_its_own_goes_with_a_killed_coordinator_too(run_program: RunProgram) -> None:
+    """The kernel kills the groups of the workers; what `timeout` runs is in another."""
+    program = run_program(GROUPS)
+    pids = [int(word) for word in program.wait_for("ready").split()]
+    assert all(is_alive(pid) and os.getpgid(pid) == pid for pid in pids)
+    program.signal(signal.SIGKILL, group=False)
+    assert program.finish() == -signal.SIGKILL
+    wait_until(lambda: not any(is_alive(pid) for pid in pids), "the end of both")
+    program.assert_no_process_is_left()
+
+
 SLOW_TO_CLOSE = """
 with Coordinator(7, mp_context={method!r}) as pool:
     here = Path(__file__)

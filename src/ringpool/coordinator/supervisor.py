@@ -38,9 +38,9 @@ import msgspec
 
 from ringpool.coordinator import serveraddress
 from ringpool.coordinator.ending import Ending
-from ringpool.coordinator.sessions import kill_session
 from ringpool.workers.descriptor import Descriptor
 from ringpool.workers.process import WorkerArguments, main
+from ringpool.workers.sessions import kill_session
 from ringpool.workers.setup import Setup
 
 EXIT_STATUS_TIMEOUT_S = 5.0

@@ -12,10 +12,13 @@ goes on after ECONNABORTED, which it takes for a client that left.
 A worker begins with SIGINT blocked, until it is bound to its program: a Ctrl-C before would be a traceback of its own.
 A process of somebody else's has it back when it comes to its own work. One whose program ended before it had sent what
 the process is to be ends without a word: nobody waits for it.
+
+When the program has ended, by SIGKILL too, so does the server; then it ends what tasks had started.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
@@ -29,9 +32,11 @@ from typing import Any
 from ringpool import startup
 from ringpool.workers import environment as environment  # before the main module: it may change that
 from ringpool.workers.confinement import end_with_parent
+from ringpool.workers.sessions import Orphans
 
 _OF_A_REQUEST = {"child_r", "child_w", "fds"}  # in multiprocessing.forkserver.main, Python 3.11 to 3.13
-_fork = os.fork
+_fork, _waitpid = os.fork, os.waitpid
+_orphans = Orphans()
 
 
 def _fork_or_hang_up() -> int:
@@ -44,10 +49,18 @@ def _fork_or_hang_up() -> int:
             os.write(2, f"ringpool: no process can be made: {error}\n".encode())
         raise ConnectionAbortedError(errno.ECONNABORTED, str(error)) from error
     if pid == 0:
-        os.fork = _fork  # what a worker forks is its own affair
+        os.fork, os.waitpid = _fork, _waitpid  # what a worker forks is its own affair
         _hold_back_interrupts()
         _expect_no_data()
     return pid
+
+
+def _wait_and_note(pid: int, options: int) -> tuple[int, int]:
+    found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) if pid == -1 else None
+    if found is not None:
+        _orphans.note(found.si_pid)
+        pid = found.si_pid
+    return _waitpid(pid, options)
 
 
 def _hold_back_interrupts() -> None:
@@ -127,3 +140,5 @@ if (path := _main_path()) is not None:
     _import_main(path)
 startup.in_fork_server = True
 os.fork = _fork_or_hang_up
+os.waitpid = _wait_and_note
+atexit.register(_orphans.end)  # forks of the server end without that

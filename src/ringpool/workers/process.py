@@ -38,6 +38,7 @@ from ringpool.workers.confinement import Confinement, name_process
 from ringpool.workers.descriptor import Descriptor
 from ringpool.workers.environment import take_environment
 from ringpool.workers.posting import Post
+from ringpool.workers.sessions import WORKER_NAME
 from ringpool.workers.setup import InitializerFailure, Setup
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def main(arguments: WorkerArguments, guard: Descriptor, setup: Setup | None = No
             setup.apply()
             confinement.remember()
         worker = Worker(arguments, confinement)
-        name_process(f"ringpool-w{arguments.index}")  # from now on it is one
+        name_process(f"{WORKER_NAME}{arguments.index}")  # from now on it is one
         code = worker.run()
     except ProcessLookupError:
         code = EXIT_ORPHAN
