@@ -6,8 +6,10 @@ import csv
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,20 @@ def test_status_of_a_ledger_without_a_job_says_that_there_is_none(here: Path, mo
     done = run("status", *more)
     assert (done.returncode, done.stdout) == (1, "")
     assert "none was begun; `ringpool run` begins one" in done.stderr
+
+
+@pytest.mark.usefixtures("mixed")
+@pytest.mark.parametrize("spec", [b"\x00", b"[]", b'{"cwd": "/"}', b'{"cwd": "/", "call": {}}', b"\xff"])
+@pytest.mark.parametrize("verb", ["status", "results"])
+def test_a_job_of_which_nobody_can_tell_how_it_was_started(here: Path, spec: bytes, verb: str) -> None:
+    run(*FAIL)
+    with closing(sqlite3.connect(here / ".ringpool/ledger.db")) as db:
+        db.execute("UPDATE jobs SET spec = ?", (spec,))
+        db.commit()
+    done = run(verb)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "how it was started cannot be read in its ledger" in done.stderr
+    assert "run its command again" in done.stderr
 
 
 @pytest.mark.usefixtures("mixed")

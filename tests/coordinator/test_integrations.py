@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, T
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.coordinator import integration_functions as tasks
 from tests.coordinator.program import WATCHDOG_S, Program, is_alive, wait_until
@@ -267,6 +268,14 @@ def test_a_managed_parallel_goes_on_after_an_error(joblib: Any) -> None:
         with pytest.raises(ValueError, match="first"):
             parallel([joblib.delayed(tasks.fail)("first")] * 3)
         assert parallel([joblib.delayed(tasks.get_mark)()] * 3) == ["mine"] * 3
+
+
+def test_an_array_among_the_arguments_of_an_initializer(joblib: Any) -> None:
+    """Nobody can tell by ``==`` whether it is the same as that of the call before."""
+    for n in (2, 2, 3):
+        mark = np.arange(n)
+        parallel = joblib.Parallel(n_jobs=2, backend="ringpool", initializer=tasks.set_mark, initargs=(mark,))
+        assert [found.tolist() for found in parallel([joblib.delayed(tasks.get_mark)()])] == [mark.tolist()]
 
 
 def test_a_timeout_of_joblib_kills_what_runs_over(joblib: Any, tmp_path: Path) -> None:

@@ -297,6 +297,28 @@ print(blobs.write("b", Encoding.PICKLE, bytes(1 << 19)) >= 1 << 19)
     assert last == "True"
 
 
+def test_a_limit_of_the_size_of_files_is_not_meant_for_blobs() -> None:
+    """As a task may set one. Where it cannot be lifted, the error says so."""
+    said = in_a_small_shared_memory(
+        1024,
+        """
+import os, resource
+from ringpool.errors import SharedMemoryUnusableError
+from ringpool.shm import blobs
+from ringpool.shm.layout import Encoding
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 1 << 30))
+print(blobs.write("b", Encoding.PICKLE, bytes(1 << 19)) >= 1 << 19, *resource.getrlimit(resource.RLIMIT_FSIZE))
+blobs.unlink("b")
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    blobs.write("b", Encoding.PICKLE, bytes(1 << 19))
+except SharedMemoryUnusableError as error:
+    print(error.name, "RLIMIT_FSIZE" in error.reason, os.listdir("/dev/shm"))
+""",
+    )
+    assert said.splitlines() == ["True 100 1073741824", "b True []"]
+
+
 def test_a_write_that_fails_half_way_leaves_nothing(stem: str) -> None:
     name = blobs.payload_name(stem, 1)
     with mmap.mmap(-1, 4096) as page, memoryview(page) as view:

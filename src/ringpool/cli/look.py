@@ -82,10 +82,21 @@ def _facts(ledger: Ledger, job: JobInfo, running: int | None) -> dict[str, Any]:
 
 
 def _call(job: JobInfo) -> dict[str, Any] | None:
-    """What the command line was, and where; None for the job of a program."""
+    """What the command line was, and where; None for the job of a program. Raises ``JobError`` where that is lost."""
     import json
 
-    return json.loads(job.spec) if job.spec else None
+    from ringpool.errors import JobError
+
+    if not job.spec:
+        return None
+    try:
+        call = json.loads(job.spec)
+        _task_of(call["call"])
+        os.fspath(call["cwd"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"how it was started cannot be read in its ledger ({error}); run its command again"
+        raise JobError(f"job {job.identity}: {reason}") from None
+    return call
 
 
 def _run_facts(run: RunInfo | None, running: int | None) -> dict[str, Any] | None:
@@ -131,8 +142,11 @@ def _what(job: dict[str, Any]) -> str:
     if job["call"] is None:
         return job["identity"]
     call = job["call"]["call"]
-    what = call.get("function") or f"--exec {shlex.quote(call['command'])}"
-    return " -> ".join([what, *([", ".join(call["out"])] if "out" in call else [])])
+    return " -> ".join([_task_of(call), *([", ".join(call["out"])] if "out" in call else [])])
+
+
+def _task_of(call: dict[str, Any]) -> str:
+    return call.get("function") or f"--exec {shlex.quote(call['command'])}"
 
 
 def _ways_on(job: dict[str, Any], directory: str) -> Iterator[str]:

@@ -27,7 +27,12 @@ from collections.abc import Sequence
 
 import posix_ipc
 
-from ringpool.errors import SegmentFormatError, SegmentMissingError, SharedMemoryFullError
+from ringpool.errors import (
+    SegmentFormatError,
+    SegmentMissingError,
+    SharedMemoryFullError,
+    SharedMemoryUnusableError,
+)
 from ringpool.shm.layout import Encoding
 from ringpool.shm.segment import SHM_DIRECTORY
 
@@ -64,7 +69,30 @@ def initializer_name(segment: str, worker: int) -> str:
 
 
 def write(name: str, encoding: Encoding, body: Buffer, buffers: Sequence[memoryview] = ()) -> int:
-    """Make the blob ``name``; returns its size in bytes. Raises ``SharedMemoryFullError``, leaving nothing."""
+    """Make the blob ``name``; returns its size in bytes. Raises ``SharedMemoryFullError`` and
+    ``SharedMemoryUnusableError``, leaving nothing.
+
+    A limit of the size of files (``ulimit -f``), which a task may have set, is not meant for it.
+    """
+    try:
+        return _write(name, encoding, body, buffers)
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        import resource  # here: no worker needs it at its start
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if soft == hard:
+            reason = "this process may not make a file of its size, by its RLIMIT_FSIZE (ulimit -f)"
+            raise SharedMemoryUnusableError(name, reason) from error
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    try:
+        return _write(name, encoding, body, buffers)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def _write(name: str, encoding: Encoding, body: Buffer, buffers: Sequence[memoryview]) -> int:
     lengths = [buffer.nbytes for buffer in buffers]
     body_at = _up(HEAD.size + 8 * len(lengths))
     size_bytes = body_at + len(body)

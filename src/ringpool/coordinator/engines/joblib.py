@@ -188,8 +188,11 @@ def _take(n_workers: int, options: Mapping[str, Any], environment: Mapping[str, 
     except IndexError:
         return _Pool(n_workers, options, environment)
     pool.stop_idling()
-    if pool.way == (os.getpid(), n_workers, options, environment):
-        return pool
+    try:
+        if pool.way == (os.getpid(), n_workers, options, environment):
+            return pool
+    except Exception:  # of an array among ``initargs``, say: no two are known to be the same
+        pass
     pool.executor.shutdown()  # in a fork of its process, does nothing
     return _Pool(n_workers, options, environment)
 
