@@ -70,6 +70,18 @@ def test_a_job_of_which_nobody_can_tell_how_it_was_started(here: Path, spec: byt
 
 
 @pytest.mark.usefixtures("mixed")
+def test_a_directory_in_the_place_of_a_lock_is_named(here: Path) -> None:
+    run(*FAIL)
+    lock = here / ".ringpool/job.lock"
+    lock.unlink()
+    lock.mkdir()
+    assert run("status").stdout.startswith("job        ")
+    done = run(*FAIL)
+    assert done.returncode == 2
+    assert done.stderr.endswith(".ringpool/job.lock: Is a directory\n")
+
+
+@pytest.mark.usefixtures("mixed")
 def test_status_as_json_has_all_of_it(here: Path) -> None:
     run(*FAIL)
     status = json.loads(run("status", "--json").stdout)

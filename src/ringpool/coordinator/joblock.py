@@ -9,7 +9,6 @@ import errno
 import fcntl
 import os
 import struct
-from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 
@@ -76,10 +75,12 @@ class JobLock:
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        with closing(os.fdopen(fd, "rb")):
+        try:
             if _RECORD.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _WHOLE))[0] == fcntl.F_UNLCK:
                 return None
             return _pid_in(fd)
+        finally:
+            os.close(fd)
 
     def _is_at_its_name(self, fd: int) -> bool:
         try:
