@@ -140,6 +140,8 @@ def stay(src: Path, *, how: str, begun: str) -> None:
     elif how == "stopped":
         announce(begun)
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif how == "process group of a shell":
+        os.system(f"timeout 1h sh -c 'echo $PPID > {begun}.new; mv {begun}.new {begun}; exec sleep {WATCHDOG_S}'")
     elif how in ("subprocess", "process group"):
         child = subprocess.Popen([*(["timeout", "1h"] if how == "process group" else []), "sleep", str(WATCHDOG_S)])
         Path(begun + ".new").write_text(str(child.pid))

@@ -344,7 +344,8 @@ with Coordinator(2) as pool:
     here = Path(__file__)
     for i in range(2):
         begun = str(here.with_name(f"begun-{i}"))
-        pool.submit_file_task(tasks.stay, here, params={"how": "process group", "begun": begun})
+        how = "process group of a shell" if i else "process group"
+        pool.submit_file_task(tasks.stay, here, params={"how": how, "begun": begun})
     while len(list(here.parent.glob("begun-?"))) < 2:
         select.select([], [], [], 0.01)
     say("ready", *[path.read_text() for path in here.parent.glob("begun-?")])

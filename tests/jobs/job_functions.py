@@ -24,6 +24,13 @@ def copy_with_times(src: Path, dst: Path) -> None:
     shutil.copy2(src, dst)
 
 
+def fail_if_bad(src: Path, dst: Path) -> None:
+    """A copy, unless that is what it says."""
+    if src.read_text() == "bad":
+        raise ValueError(src.name)
+    shutil.copy2(src, dst)
+
+
 def slowly(src: Path, dst: Path, *, seconds: float = 0.05) -> None:
     """Half of it, a while, the other half."""
     data = src.read_bytes()

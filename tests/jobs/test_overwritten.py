@@ -123,6 +123,36 @@ def test_a_file_that_takes_the_place_of_another_of_its_source(place: Path) -> No
     assert owners() == {"out/x": ["in/b/x"], "out/y": ["in/b/y"]}
 
 
+def test_totals_are_right_where_a_batch_has_rows_that_are_there_already(place: Path) -> None:
+    for source in ("a", ["b/y"]):
+        assert run(source, "out/{name}").ok
+    (place / "b/y").write_text("other")
+    assert Job(functions.copy_with_times, "b", "out/{name}", directory="out").run(1).ok
+    assert owners() == {"out/x": ["b/x"], "out/y": ["b/y"]}
+
+
+def test_a_failure_is_not_forgotten_because_another_input_has_its_output(place: Path) -> None:
+    (place / "a/bad").write_text("bad")
+    (place / "b/bad").write_text("good")
+    for source in "ab":
+        report = Job(functions.fail_if_bad, source, "out/{relpath}", directory="out", attempts_max=1).run(1)
+        assert (report.progress.done, report.progress.failed) == ((2, 1) if source == "a" else (3, 0))
+    with Ledger.open(Path("out"), create=False, read_only=True) as ledger:
+        [job] = ledger.jobs()
+        counts = ledger.counts(job.id)
+        assert (counts.done, counts.failed) == (3, 1)
+        assert [os.path.relpath(os.fsdecode(row.input)) for row in ledger.failed(job.id)] == ["a/bad"]
+
+
+def test_rows_of_one_output_that_an_older_version_left_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as older:
+        older.setattr(Ledger, "expect_inputs", lambda *_: None)
+        for source in "ab":
+            assert run(source).progress.done == 2
+    assert run("a").progress.done == 2
+    assert owners() == {"out/x": ["a/x"], "out/y": ["a/y"]}
+
+
 def test_what_a_killed_run_has_overwritten(place: Path) -> None:
     """It had not written a row yet: what it has done is found in what it left in memory."""
     assert run("a").ok
@@ -131,6 +161,16 @@ def test_what_a_killed_run_has_overwritten(place: Path) -> None:
         child.kill()
     assert run("a").progress.done >= 1
     assert owners() == {"out/x": ["a/x"], "out/y": ["a/y"]}
+
+
+def test_what_a_killed_run_left_whose_ledger_was_removed(place: Path) -> None:
+    with Child(run_and_linger, str(place)) as child:
+        wait_until((place / "out" / "x").exists, "an output")
+        child.kill()
+    (place / "out/.ringpool/ledger.db").unlink()
+    for source in "ab":
+        assert run(source).ok
+        assert owners() == {f"out/{name}": [f"{source}/{name}"] for name in NAMES}
 
 
 def run_and_linger(place: str) -> None:

@@ -236,11 +236,11 @@ class Job:
             ledger = Ledger.open(self.directory, synchronous=self.options.durability in ("data", "full"))
             try:
                 job = ledger.job(self.identity, self._spec)
-                if self.outputs is not None:
-                    ledger.expect_inputs(job, self._works.origin)
                 progress = progress or Progress()
                 progress.began_s = time.monotonic()
                 progress.drained = take_over_dead_runs(self.directory, ledger)
+                if self.outputs is not None:
+                    ledger.expect_inputs(job, self._works.origin)
                 settings = self._settings(verify)
                 run = self._run = JobRun(
                     chain(head, works),

@@ -219,13 +219,13 @@ class Ledger(LedgerQueries):
         try:
             with self._transaction() as db:
                 if is_indexed:
-                    ledgerrows.forget_overwritten(db, job, totals, values)
+                    ledgerrows.forget_overwritten(db, job, values)
                 ledgerrows.insert(db, values)
                 ledgerrows.add_to_totals(db, job, totals)
         except sqlite3.IntegrityError:  # a key is there already, or twice in the batch
             with self._transaction() as db:
                 if is_indexed:
-                    ledgerrows.forget_overwritten(db, job, totals, values)
+                    ledgerrows.forget_overwritten(db, job, values)
                 ledgerrows.replace(db, values, totals)
                 ledgerrows.add_to_totals(db, job, totals)
 

@@ -49,6 +49,14 @@ _INDEX = "files_by_output"
 
 Value: TypeAlias = int | bytes | str | None
 _DONE = int(State.DONE)
+_IS_FIRST = """
+    SELECT NOT EXISTS (SELECT 1 FROM runs WHERE job = ?) AND NOT EXISTS (SELECT 1 FROM files WHERE job = ?)
+"""
+_SHARED = f"""
+    SELECT job, input, output FROM files WHERE state = {_DONE} AND output IN (
+        SELECT output FROM files WHERE output <> x'' AND state = {_DONE} GROUP BY output HAVING count(*) > 1
+    )
+"""
 _OF_OUTPUTS = "SELECT job, input, output, state FROM files WHERE output <> x'' AND output IN ({})"
 
 
@@ -111,19 +119,23 @@ def take_out_row(db: sqlite3.Connection, totals: Totals, key: Sequence[Value]) -
     return found is not None
 
 
-def forget_overwritten(db: sqlite3.Connection, job: int, totals: Totals, values: Sequence[Value]) -> None:
-    """Delete the rows of other inputs with the outputs of those in ``values`` that are done, and are not written yet;
-    what failed in another job stays there.
+def forget_overwritten(db: sqlite3.Connection, job: int, values: Sequence[Value]) -> None:
+    """Delete the rows of other inputs with the outputs of those in ``values`` that are done, and are not written yet.
+
+    What failed stays: that its output is there is another's doing. But where the number of an input is in its output,
+    an input that has another number since has failed for that.
     """
-    totals_of = {job: totals}
+    [(identity,)] = db.execute("SELECT identity FROM jobs WHERE id = ?", (job,)).fetchall() or [("",)]
+    is_numbered = "{index" in text_of(identity)
+    totals_of: dict[int, Totals] = {}
     owners = {row[2]: row[1] for row in batched(values, _COLUMNS) if row[3] == _DONE and row[2]}
     for outputs in batched(list(owners), CHUNK_ROWS):
         for its_job, input_, output, state in db.execute(_OF_OUTPUTS.format(", ".join("?" * len(outputs))), outputs):
-            if input_ != owners[output] if its_job == job else state == _DONE:
+            is_own = its_job == job
+            if not (is_own and input_ == owners[output]) and (state == _DONE or (is_own and is_numbered)):
                 delete(db, totals_of.setdefault(its_job, {}), (its_job, input_, output))
-    for other_job, its_totals in totals_of.items():
-        if other_job != job:
-            add_to_totals(db, other_job, its_totals)
+    for its_job, totals in totals_of.items():
+        add_to_totals(db, its_job, totals)
 
 
 def batched(values: Sequence[Value], n: int) -> Iterator[Sequence[Value]]:
@@ -142,14 +154,24 @@ def expect_inputs(db: sqlite3.Connection, job: int, origin: bytes) -> bool:
     """
     db.execute(_ORIGINS)
     known = db.execute("SELECT origin FROM origins WHERE job = ?", (job,)).fetchone()
-    [(is_first,)] = db.execute("SELECT NOT EXISTS (SELECT 1 FROM runs WHERE job = ?)", (job,))
+    [(is_first,)] = db.execute(_IS_FIRST, (job, job))
     jobs = db.execute("SELECT identity FROM jobs WHERE id <> ?", (job,)).fetchall()
     is_alone = not any(text_of(identity).startswith(WITH_OUTPUTS) for (identity,) in jobs)
     needs_index = not (is_alone and (is_first or (origin and known == (origin,))))
-    if needs_index:
-        db.execute(f"CREATE INDEX IF NOT EXISTS {_INDEX} ON files (output) WHERE output <> x''")
+    if needs_index and not is_indexed(db):
+        db.execute(f"CREATE INDEX {_INDEX} ON files (output) WHERE output <> x''")
+        _forget_shared(db)
     db.execute("INSERT OR REPLACE INTO origins VALUES (?, ?)", (job, origin))
     return needs_index
+
+
+def _forget_shared(db: sqlite3.Connection) -> None:
+    """Of inputs that are done and have one output, nobody can tell whose it is: older versions left such. They go."""
+    totals_of: dict[int, Totals] = {}
+    for key in db.execute(_SHARED).fetchall():
+        delete(db, totals_of.setdefault(key[0], {}), key)
+    for job, totals in totals_of.items():
+        add_to_totals(db, job, totals)
 
 
 def is_indexed(db: sqlite3.Connection) -> bool:

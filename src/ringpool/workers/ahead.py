@@ -25,6 +25,7 @@ import os
 import pickle
 import signal
 import sys
+from collections.abc import Mapping
 from multiprocessing import process, spawn
 from types import FrameType
 from typing import Any
@@ -50,6 +51,7 @@ def _fork_or_hang_up() -> int:
         raise ConnectionAbortedError(errno.ECONNABORTED, str(error)) from error
     if pid == 0:
         os.fork, os.waitpid = _fork, _waitpid  # what a worker forks is its own affair
+        _keep_from_programs(sys._getframe(1))  # pyright: ignore[reportPrivateUsage]
         _hold_back_interrupts()
         _expect_no_data()
     return pid
@@ -61,6 +63,13 @@ def _wait_and_note(pid: int, options: int) -> tuple[int, int]:
         _orphans.note(found.si_pid)
         pid = found.si_pid
     return _waitpid(pid, options)
+
+
+def _keep_from_programs(server: FrameType) -> None:
+    """What ``os.system`` starts in this process is not to have the pipe whose end tells the server of the program's."""
+    if (request := _request_of(server)) is not None:
+        for alive in request["fds"][:1]:
+            os.set_inheritable(alive, False)
 
 
 def _hold_back_interrupts() -> None:
@@ -101,12 +110,19 @@ def _expect_no_data() -> None:
 
 def _hang_up(server: FrameType) -> bool:
     """Close what the server has for the process that was asked for; False where this is no server that we know."""
-    names = server.f_locals
-    if server.f_globals.get("__name__") != "multiprocessing.forkserver" or not _OF_A_REQUEST.issubset(names):
+    request = _request_of(server)
+    if request is None:
         return False
-    for descriptor in (names["child_r"], names["child_w"], *names["fds"]):
+    for descriptor in (request["child_r"], request["child_w"], *request["fds"]):
         os.close(descriptor)
     return True
+
+
+def _request_of(server: FrameType) -> Mapping[str, Any] | None:
+    """The variables of a server that forks for a request; None where this is no server that we know."""
+    names = server.f_locals
+    is_known = server.f_globals.get("__name__") == "multiprocessing.forkserver" and _OF_A_REQUEST.issubset(names)
+    return names if is_known else None
 
 
 def _main_path() -> str | None:

@@ -177,8 +177,10 @@ class FileRunner:
                     self._confinement.end_if_forked()
                     for one in staged:
                         discard_or_keep(one, source)
-                self._group.commit()
-                self._confinement.rearm()  # for the next call
+                try:
+                    self._group.commit()
+                finally:
+                    self._confinement.rearm()  # for the next call
                 raise
 
         return committing
