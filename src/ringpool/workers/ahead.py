@@ -58,6 +58,7 @@ def _fork_or_hang_up() -> int:
 
 
 def _wait_and_note(pid: int, options: int) -> tuple[int, int]:
+    """In the server's loop: whoever is reaped is noted before, while it still has its name and its number."""
     found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) if pid == -1 else None
     if found is not None:
         _orphans.note(found.si_pid)

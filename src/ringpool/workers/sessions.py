@@ -84,10 +84,11 @@ def _stat_of(pid: int) -> _Stat | None:
         return None
     end_of_name = line.rfind(b")")
     fields = line[end_of_name + 2 :].split()  # from the third on: state, parent, group, session, ...
-    if len(fields) < 50:
+    if len(fields) < 4:
         return None
     name = line[line.find(b"(") + 1 : end_of_name]
-    return _Stat(name, fields[0] in (b"Z", b"X"), int(fields[1]), int(fields[3]), int(fields[49]))
+    exit_status = int(fields[49]) if len(fields) > 49 else 0  # not in every sandbox
+    return _Stat(name, fields[0] in (b"Z", b"X"), int(fields[1]), int(fields[3]), exit_status)
 
 
 def _is_of_session(pid: int, session: int) -> bool:
