@@ -245,11 +245,8 @@ class Ledger(LedgerQueries):
 
     def forget(self, job: int, keys: Iterable[tuple[bytes, bytes]]) -> None:
         """Delete the rows of ``keys`` (input, output), all of them or none; those that are not there are no matter."""
-        totals: Totals = {}
         with self._transaction() as db:
-            for input_, output in keys:
-                ledgerrows.delete(db, totals, (job, input_, output))
-            ledgerrows.add_to_totals(db, job, totals)
+            ledgerrows.delete(db, ((job, input_, output) for input_, output in keys))
 
     @contextmanager
     def _transaction(self) -> Generator[sqlite3.Connection]:

@@ -52,6 +52,7 @@ _DONE = int(State.DONE)
 _IS_FIRST = """
     SELECT NOT EXISTS (SELECT 1 FROM runs WHERE job = ?) AND NOT EXISTS (SELECT 1 FROM files WHERE job = ?)
 """
+# Of inputs that are done and have one output, as older versions left such, nobody can tell whose it is.
 _SHARED = f"""
     SELECT job, input, output FROM files WHERE state = {_DONE} AND output IN (
         SELECT output FROM files WHERE output <> x'' AND state = {_DONE} GROUP BY output HAVING count(*) > 1
@@ -105,10 +106,14 @@ def replace(db: sqlite3.Connection, values: list[Value], totals: Totals) -> None
         db.execute(_REPLACE, values[begin : begin + _COLUMNS])
 
 
-def delete(db: sqlite3.Connection, totals: Totals, key: Sequence[Value]) -> None:
-    """Delete the row of ``key``, if there is one, and take its share out of ``totals``."""
-    if take_out_row(db, totals, key):
-        db.execute(f"DELETE FROM files {_KEY}", key)
+def delete(db: sqlite3.Connection, keys: Iterable[tuple[int, bytes, bytes]]) -> None:
+    """Delete the rows of ``keys`` (job, input, output), where they are there; their share of the totals goes, too."""
+    totals_of: dict[int, Totals] = {}
+    for key in keys:
+        if take_out_row(db, totals_of.setdefault(key[0], {}), key):
+            db.execute(f"DELETE FROM files {_KEY}", key)
+    for job, totals in totals_of.items():
+        add_to_totals(db, job, totals)
 
 
 def take_out_row(db: sqlite3.Connection, totals: Totals, key: Sequence[Value]) -> bool:
@@ -127,15 +132,14 @@ def forget_overwritten(db: sqlite3.Connection, job: int, values: Sequence[Value]
     """
     [(identity,)] = db.execute("SELECT identity FROM jobs WHERE id = ?", (job,)).fetchall() or [("",)]
     is_numbered = "{index" in text_of(identity)
-    totals_of: dict[int, Totals] = {}
     owners = {row[2]: row[1] for row in batched(values, _COLUMNS) if row[3] == _DONE and row[2]}
+    overwritten: list[tuple[int, bytes, bytes]] = []
     for outputs in batched(list(owners), CHUNK_ROWS):
         for its_job, input_, output, state in db.execute(_OF_OUTPUTS.format(", ".join("?" * len(outputs))), outputs):
             is_own = its_job == job
             if not (is_own and input_ == owners[output]) and (state == _DONE or (is_own and is_numbered)):
-                delete(db, totals_of.setdefault(its_job, {}), (its_job, input_, output))
-    for its_job, totals in totals_of.items():
-        add_to_totals(db, its_job, totals)
+                overwritten.append((its_job, input_, output))
+    delete(db, overwritten)
 
 
 def batched(values: Sequence[Value], n: int) -> Iterator[Sequence[Value]]:
@@ -159,19 +163,11 @@ def expect_inputs(db: sqlite3.Connection, job: int, origin: bytes) -> bool:
     is_alone = not any(text_of(identity).startswith(WITH_OUTPUTS) for (identity,) in jobs)
     needs_index = not (is_alone and (is_first or (origin and known == (origin,))))
     if needs_index and not is_indexed(db):
+        db.execute("DROP INDEX IF EXISTS outputs")  # an older version's, for numbered outputs
         db.execute(f"CREATE INDEX {_INDEX} ON files (output) WHERE output <> x''")
-        _forget_shared(db)
+        delete(db, db.execute(_SHARED).fetchall())
     db.execute("INSERT OR REPLACE INTO origins VALUES (?, ?)", (job, origin))
     return needs_index
-
-
-def _forget_shared(db: sqlite3.Connection) -> None:
-    """Of inputs that are done and have one output, nobody can tell whose it is: older versions left such. They go."""
-    totals_of: dict[int, Totals] = {}
-    for key in db.execute(_SHARED).fetchall():
-        delete(db, totals_of.setdefault(key[0], {}), key)
-    for job, totals in totals_of.items():
-        add_to_totals(db, job, totals)
 
 
 def is_indexed(db: sqlite3.Connection) -> bool:

@@ -51,7 +51,7 @@ def _fork_or_hang_up() -> int:
         raise ConnectionAbortedError(errno.ECONNABORTED, str(error)) from error
     if pid == 0:
         os.fork, os.waitpid = _fork, _waitpid  # what a worker forks is its own affair
-        _keep_from_programs(sys._getframe(1))  # pyright: ignore[reportPrivateUsage]
+        _keep_from_programs(sys._getframe(1))  # pyright: ignore[reportPrivateUsage]  (as above)
         _hold_back_interrupts()
         _expect_no_data()
     return pid
