@@ -15,7 +15,7 @@ import pytest
 from tests.coordinator.program import WATCHDOG_S, Program
 
 from ringpool import RingPoolExecutor, startup
-from ringpool.coordinator import callpool, pool
+from ringpool.coordinator import callpool, contexts
 
 
 @pytest.fixture
@@ -213,4 +213,4 @@ def test_other_threads_may_import_while_it_is_told_what_the_fork_server_imports(
     monkeypatch.setitem(sys.modules, Imported("asks"), ModuleType("asks"))
     monkeypatch.setitem(sys.modules, "imported.meanwhile", ModuleType("imported.meanwhile"))
     del sys.modules["imported.meanwhile"]
-    assert "ringpool.workers.process" in pool._preload()
+    assert "ringpool.workers.process" in contexts._preload()

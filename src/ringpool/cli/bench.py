@@ -145,7 +145,7 @@ def _bench_own(words: tuple[str, ...], options: dict[str, Any]) -> int:
     from ringpool.bench.own import ROUNDS, TURN_S, benchmark
     from ringpool.bench.tables import show
     from ringpool.cli.calls import job_of
-    from ringpool.coordinator.pool import start_server
+    from ringpool.coordinator.contexts import start_server
     from ringpool.errors import BenchmarkError
 
     job = job_of(call, call)  # whatever is wrong with function, parameters and patterns, in the command's words
@@ -220,7 +220,7 @@ def _bench_pools(options: dict[str, Any]) -> int:
 
     from ringpool.bench import measure, quick
     from ringpool.bench.tables import show
-    from ringpool.coordinator.pool import start_server
+    from ringpool.coordinator.contexts import start_server
 
     scale = quick.QUICK if options["quick"] else quick.FULL
     rounds = options["rounds"] or scale.rounds

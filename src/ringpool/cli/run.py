@@ -227,8 +227,8 @@ def execute(order: Order) -> int:
         return _plan(order)
     from ringpool.cli.calls import inputs_ahead
     from ringpool.cli.screen import Failures, shown
+    from ringpool.coordinator.contexts import start_server
     from ringpool.coordinator.jobwork import Progress
-    from ringpool.coordinator.pool import start_server
     from ringpool.errors import JobMissingError
 
     call, job, directory, selection = order

@@ -13,17 +13,11 @@ from multiprocessing.context import BaseContext
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
+from ringpool.coordinator.contexts import START_METHOD, has_chosen_no_method, named_context, start_method
 from ringpool.coordinator.futures import PoolFuture
 from ringpool.coordinator.logs import LogInbox
 from ringpool.coordinator.maprun import MapOptions, MapRun
-from ringpool.coordinator.pool import (
-    START_METHOD,
-    Pool,
-    WorkerLimits,
-    has_chosen_no_method,
-    named_context,
-    start_method,
-)
+from ringpool.coordinator.pool import Pool, WorkerLimits
 from ringpool.coordinator.supervisor import Death
 from ringpool.coordinator.taskoptions import TaskOptions
 from ringpool.coordinator.tickets import Ticket

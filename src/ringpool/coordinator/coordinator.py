@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from ringpool.coordinator.contexts import require_importable
 from ringpool.coordinator.drawing import Drawing, FileTask, Path, check_output, usable
 from ringpool.coordinator.fileinbox import FileInbox
 from ringpool.coordinator.filerun import FileRun
 from ringpool.coordinator.futures import TaskBoard, TaskFuture
-from ringpool.coordinator.pool import Pool, require_importable
+from ringpool.coordinator.pool import Pool
 from ringpool.coordinator.staged import StagedOutputs as StagedOutputs  # not when it is needed: see there
 from ringpool.coordinator.tickets import Ticket
 from ringpool.errors import InputMissingError

@@ -26,6 +26,7 @@ import msgspec
 
 from ringpool import startup
 from ringpool.coordinator import jobrun, signals, staging, verify
+from ringpool.coordinator.contexts import require_importable, require_no_main_import
 from ringpool.coordinator.functiondigest import function_digest
 from ringpool.coordinator.inputs import OWN_DIRECTORY
 from ringpool.coordinator.joblock import JobLock
@@ -36,7 +37,7 @@ from ringpool.coordinator.knowninputs import KnownInputs
 from ringpool.coordinator.ledger import Ledger
 from ringpool.coordinator.ledgerrows import WITH_OUTPUTS
 from ringpool.coordinator.outputs import NamedOutputs
-from ringpool.coordinator.pool import Pool, WorkerLimits, require_importable, require_no_main_import
+from ringpool.coordinator.pool import Pool, WorkerLimits
 from ringpool.coordinator.takeover import base_of, drain_into, take_over_dead_runs
 from ringpool.coordinator.works import FIELDS_OF_FILE, Inputs as Inputs, Works
 from ringpool.errors import OutputPatternError, ParameterError, RingpoolError, words_of

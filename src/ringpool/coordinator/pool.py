@@ -15,52 +15,42 @@ import atexit
 import contextlib
 import copy
 import itertools
-import multiprocessing
 import os
-import signal
 import sys
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from types import ModuleType, NoneType
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
-from ringpool import startup
-from ringpool.coordinator import leftovers, serveraddress, signals
-from ringpool.coordinator.pump import Pump
-from ringpool.coordinator.supervisor import WORKER_NAME, Death, Supervisor
-from ringpool.coordinator.tickets import Ticket
-from ringpool.errors import (
-    CoordinatorClosedError,
-    DaemonicProcessError,
-    MainModuleError,
-    MonkeyPatchedError,
-    RingpoolError,
-    ThreadStartError,
-    WorkingDirectoryError,
-    WrongProcessError,
+from ringpool.coordinator import leftovers, signals
+from ringpool.coordinator.contexts import (
+    context_of,
+    require_directory,
+    require_no_daemon,
+    require_no_main_import,
+    require_unpatched,
 )
+from ringpool.coordinator.pump import Pump
+from ringpool.coordinator.supervisor import Death, Supervisor
+from ringpool.coordinator.tickets import Ticket
+from ringpool.errors import CoordinatorClosedError, RingpoolError, ThreadStartError, WrongProcessError
 from ringpool.shm import blobs, layout, segment
 from ringpool.shm.dispatch import CoordinatorEnd, Task
 from ringpool.shm.layout import INLINE_BYTES
 from ringpool.shm.vectors import Arena
 from ringpool.workers import calls, values
 from ringpool.workers.environment import environment
-from ringpool.workers.process import EXIT_UNGUARDED, WorkerArguments, flush
+from ringpool.workers.process import WorkerArguments
 from ringpool.workers.setup import Setup
 from ringpool.workers.umask import umask
 
-START_METHOD = "forkserver"
 ABORT_TIMEOUT_S = 1.0
 STOP_TIMEOUT_S = 5.0
 SPINS = 500  # looks for work before a worker sleeps: about 250 us in all, during which whoever needs the core has it
 CHUNKS_PER_WORKER, CHUNKS_MORE = 4, 24
-_PATCHERS = {"gevent.monkey": "is_module_patched", "eventlet.patcher": "is_monkey_patched"}
-_UNPATCHED = ("thread", "threading", "select", "socket")  # eventlet says "thread" for threading
-_AHEAD = "ringpool.workers.ahead"  # imports the main module too, where it can
-_PRELOAD = [_AHEAD, "ringpool.workers.process"]
 
 # CPython 3.12.0 to 3.12.2 start no thread, and fork no process, from when a program's main module has come to its end
 # (python/cpython#113964): before tasks that it leaves behind are run.
@@ -118,8 +108,7 @@ class Pool:
         retains: bool = False,
     ) -> None:
         require_no_main_import()
-        if multiprocessing.current_process().daemon:
-            raise DaemonicProcessError
+        require_no_daemon()
         require_unpatched()
         self.pid = os.getpid()
         self.lock = threading.Lock()  # for short steps of Python code in threads that are not the main one alone
@@ -133,7 +122,7 @@ class Pool:
         self.runs: set[OpenRun] = set()
         self._blob_ids = itertools.count(1)
         self.function_ids = itertools.count(1)
-        context = self.context = _context(mp_context)
+        context = self.context = context_of(mp_context)
         require_directory(context)
         leftovers.reclaim_dead()
         self._signals_installed = False
@@ -360,114 +349,6 @@ class Pool:
                     self.pump.publisher.arena.close()
             self.closed = True
         _open.discard(self)
-
-
-def require_no_main_import() -> None:
-    """End a worker that is still importing the program's main module: its coordinator says why, once. Another process
-    of ``multiprocessing`` that does so gets ``MainModuleError``; a fork server leaves that module to the workers.
-    """
-    if not startup.is_importing_main():
-        return
-    if startup.imports_main_ahead:
-        startup.is_unguarded = True
-        raise startup.Unguarded
-    if multiprocessing.current_process().name.startswith(WORKER_NAME):
-        flush()
-        os._exit(EXIT_UNGUARDED)
-    raise MainModuleError
-
-
-def require_unpatched() -> None:
-    """Raise ``MonkeyPatchedError`` where gevent or eventlet have replaced modules that a pool needs as they are."""
-    for patcher, name in _PATCHERS.items():
-        is_patched: Callable[[str], bool] = getattr(sys.modules.get(patcher), name, lambda _module: False)
-        if module := next(filter(is_patched, _UNPATCHED), None):
-            raise MonkeyPatchedError(patcher.partition(".")[0], module)
-
-
-def require_directory(context: BaseContext) -> None:
-    """Raise ``WorkingDirectoryError`` where workers could not go to the directory in which this process is."""
-    try:
-        here = os.getcwd()
-    except FileNotFoundError:
-        raise WorkingDirectoryError("was removed") from None
-    if context.get_start_method() != "fork" and not os.access(here, os.X_OK, effective_ids=True):
-        raise WorkingDirectoryError(f"{here} may not be entered by user {os.geteuid()}")
-
-
-def require_importable(name: str, mp_context: str | BaseContext | None) -> None:
-    """Raise ``UnknownFunctionError`` where processes that are no forks of this one could not import that function."""
-    context = mp_context if isinstance(mp_context, BaseContext) else None
-    if name.startswith("__main__:") and (context or _context(mp_context)).get_start_method() != "fork":
-        from ringpool.workers import tasks  # here: calls need nothing of it
-
-        tasks.require_importable_main(name)
-
-
-def start_server(held_back: Collection[signal.Signals] = (signal.SIGINT, signal.SIGTERM)) -> None:
-    """Start the fork server, if there is to be one; for a program whose processes are all of ringpool.
-
-    Ctrl-C at a terminal reaches the server too, and would end it while it imports; so does the SIGTERM that ``timeout``
-    and others send to a process group, and would end the workers with it, which are to have their grace. Here both are
-    held back from it, and from each worker until that has a session of its own; other processes of the server never get
-    what is ``held_back``.
-    """
-    context = _context(None)
-    if context.get_start_method() != "forkserver":
-        return
-    from multiprocessing import forkserver, resource_tracker
-
-    serveraddress.keep_short()
-    resource_tracker.ensure_running()  # first: when it is started, it lets the signal through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def named_context(chosen: str | BaseContext | ModuleType) -> BaseContext:
-    """The context that a caller means. ``multiprocessing`` itself, or a module like it: what that would use."""
-    if isinstance(chosen, ModuleType):
-        return chosen.get_context()
-    return chosen if isinstance(chosen, BaseContext) else multiprocessing.get_context(chosen)
-
-
-def _context(chosen: str | BaseContext | ModuleType | None) -> BaseContext:
-    context = named_context(chosen or start_method())
-    if context.get_start_method() == "forkserver":
-        from multiprocessing import forkserver
-
-        server = forkserver._forkserver  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage, reportUnknownMemberType, reportUnknownVariableType]
-        preload = cast("list[str]", getattr(server, "_preload_modules", []))
-        if preload == ["__main__"]:  # the default: the program has not asked for its own
-            context.set_forkserver_preload(_preload())
-        elif "__main__" in preload:
-            context.set_forkserver_preload([_AHEAD, *(name for name in preload if name != "__main__")])
-    return context
-
-
-def _preload() -> list[str]:
-    """What the fork server imports, so that workers need not: what this program has of our room of workers. Where it
-    cannot import the main module, each worker will, and of what that has imported here, we answer for our own modules.
-    Typed at a prompt, or given by -c, it will not be imported.
-    """
-    main = sys.modules["__main__"]
-    is_imported = getattr(main, "__spec__", None) is not None or getattr(main, "__file__", None) is not None
-    ours = {name for name in list(sys.modules) if name.startswith("ringpool.workers.")}
-    return _PRELOAD + sorted(ours | startup.homes_used if is_imported else ours)
-
-
-def start_method() -> str:
-    """What the program has set, where that differs from the platform's default; else ours. That default is also what
-    ``multiprocessing`` says when it has only been used.
-    """
-    return START_METHOD if has_chosen_no_method() else multiprocessing.get_start_method()
-
-
-def has_chosen_no_method() -> bool:
-    """Whether the program has set no start method, or the platform's default one."""
-    return multiprocessing.get_start_method(allow_none=True) in (None, multiprocessing.get_all_start_methods()[0])
 
 
 def _close_at_the_end() -> None:
