@@ -334,3 +334,12 @@ def test_a_file_in_the_place_of_a_directory_is_named(here: Path) -> None:
     done = run("run", f"{TASKS}:size", "in", "--job", "file")
     assert done.returncode == 2
     assert "file: File exists; it is no directory, and one is needed" in done.stderr
+
+
+@pytest.mark.usefixtures("mixed")
+def test_a_file_in_the_place_of_the_staging_directory_is_named_with_what_to_do(here: Path) -> None:
+    (here / ".ringpool").mkdir()
+    (here / ".ringpool" / "staging").touch()
+    done = run("run", f"{TASKS}:size", "in")
+    assert done.returncode == 2
+    assert "Not a directory; a file is in the place of a directory there: move it away" in done.stderr

@@ -244,6 +244,20 @@ def test_the_largest_come_first(tmp_path: Path) -> None:
     assert log.read_text().split() == ["1", "3", "4", "0", "2"]
 
 
+def test_a_name_that_no_file_can_have_fails_its_file_before_that_is_run(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("short", "y" * 253, "z" * 250):
+        (tmp_path / "in" / name).touch()
+    log = tmp_path / "log"
+    job = Job(functions.count_calls, str(tmp_path / "in"), f"{tmp_path}/out/{{name}}.done", params={"log": log})
+    report = job.run(1)
+    [failure] = report.failures
+    assert (failure.path, failure.kind) == (f"{tmp_path}/in/{'y' * 253}", "PathNameError")
+    assert "a name has at most 255 bytes" in failure.message
+    assert sorted(log.read_text().split()) == ["short", "z" * 250]
+    assert sorted(os.listdir(tmp_path / "out")) == [".ringpool", "short.done", "z" * 250 + ".done"]
+
+
 # ---- doing again, or not
 
 

@@ -86,7 +86,11 @@ def _said(error: Exception) -> str:
         return f"no process can be started: {error.strerror}; see `ulimit -u`, and a container's limit of processes"
     if not isinstance(path, str | bytes):
         return str(error)
-    remedy = "; it is no directory, and one is needed: name another" if isinstance(error, FileExistsError) else ""
+    remedy = ""
+    if isinstance(error, FileExistsError):
+        remedy = "; it is no directory, and one is needed: name another"
+    elif isinstance(error, NotADirectoryError):
+        remedy = "; a file is in the place of a directory there: move it away, or name another"
     return f"{os.fsdecode(path)}: {error.strerror}{remedy}"
 
 

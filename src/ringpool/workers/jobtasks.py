@@ -33,7 +33,7 @@ from ringpool.shm.layout import Encoding, Status
 from ringpool.shm.segment import Segment
 from ringpool.workers import tasks, values
 from ringpool.workers.confinement import Confinement
-from ringpool.workers.files import output
+from ringpool.workers.files import naming, output
 from ringpool.workers.files.durability import Durability, make_directories
 from ringpool.workers.files.target import lstat, refused
 from ringpool.workers.group import Group
@@ -248,6 +248,8 @@ class JobRunner:
         """Where its outputs are to be written; the directories that they will go to are made."""
         sequence, attempt, stagings = layout.sequence_of(entry), layout.attempt_of(entry), bound.spec.stagings
         for wanted in targets:
+            if len(wanted) > naming.NAME_BYTES_MAX:  # before the function has worked for nothing
+                naming.check_path(wanted)
             directory = wanted[: wanted.rfind(b"/")]
             if directory not in bound.directories:
                 make_directories(directory or b"/", durable=False)
