@@ -343,3 +343,16 @@ def test_a_file_in_the_place_of_the_staging_directory_is_named_with_what_to_do(h
     done = run("run", f"{TASKS}:size", "in")
     assert done.returncode == 2
     assert "Not a directory; a file is in the place of a directory there: move it away" in done.stderr
+
+
+@pytest.mark.usefixtures("mixed")
+def test_a_pattern_whose_files_the_job_has_moved_away_is_no_mistake(here: Path) -> None:
+    command = ("run", "--exec", "mv {src} {dst}", "in/**", "--out", "out/{relpath}")
+    assert run(*command).returncode == 0
+    assert not [path for path in (here / "in").rglob("*") if path.is_file()]
+    for again in (("resume", "out"), command, (*command, "--dry-run")):
+        done = run(*again)
+        assert done.returncode == 0, done.stderr
+    other = run("run", "--exec", "mv {src} {dst}", "in/*.other", "--out", "out/{relpath}")
+    assert other.returncode == 2
+    assert "no file that matches it as a pattern" in other.stderr

@@ -179,6 +179,7 @@ def inputs_ahead(call: Call, job: Job) -> Iterator[InputFile] | None:
         include=call.include,
         exclude=call.exclude,
         is_known=lambda source: not has_magic(source),  # whether it is, the job finds out
+        have_matched=lambda _matches: True,  # the same
     )
 
 

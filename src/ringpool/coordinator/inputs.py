@@ -57,6 +57,13 @@ class _Directory(NamedTuple):
     states: frozenset[int]
 
 
+class _Gone(NamedTuple):
+    """What says of a path, and of what it may match, whether a file that is not there is known: see ``list_inputs``."""
+
+    is_known: Callable[[str], bool]
+    have_matched: Callable[[Callable[[str], bool]], bool]
+
+
 class _Limits(NamedTuple):
     """Where a walk does not go, what it leaves out, and why it could not read what it could not."""
 
@@ -75,6 +82,7 @@ def list_inputs(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     is_known: Callable[[str], bool] = lambda _source: False,
+    have_matched: Callable[[Callable[[str], bool]], bool] = lambda _matches: False,
 ) -> Iterator[InputFile]:
     """The files that ``sources`` (files, directories, globs, lists) stand for, each found when it is asked for.
 
@@ -83,7 +91,8 @@ def list_inputs(
     ``Path("-")`` is the file of that name, which as text is ``./-``.
 
     Raises at once ``InputMissingError`` where a source is not there, unless it ``is_known`` to be a file all the same
-    (its task may have moved it away), or a glob matches nothing, and ``ListError`` where
+    (its task may have moved it away), or a glob matches nothing, unless files that were moved away ``have_matched``
+    (asked with what says it of an absolute path), and ``ListError`` where
     a list is not there or standard input is named twice; ``ListError`` later where a list cannot be read on, and at the
     end of all the first ``OSError`` of a directory that cannot be read: to leave out what is in it would look like
     success.
@@ -92,7 +101,8 @@ def list_inputs(
     if sum(_list_of(source) == STANDARD_INPUT for source in named) > 1:
         raise ListError(STANDARD_INPUT, 0, "it is named twice, and can be read once")
     limits = _Limits(tuple(exclude_under), _Filters(include, exclude) if include or exclude else None, [])
-    return chain.from_iterable([*(_open_source(source, limits, is_known) for source in named), _refusal(limits)])
+    gone = _Gone(is_known, have_matched)
+    return chain.from_iterable([*(_open_source(source, limits, gone) for source in named), _refusal(limits)])
 
 
 def _refusal(limits: _Limits) -> Iterator[InputFile]:
@@ -157,7 +167,7 @@ def _list_of(source: str | Path) -> str | None:
     return source[1:] if source.startswith("@") else STANDARD_INPUT if source == STANDARD_INPUT else None
 
 
-def _open_source(source: str | Path, limits: _Limits, is_known: Callable[[str], bool]) -> Iterable[InputFile]:
+def _open_source(source: str | Path, limits: _Limits, gone: _Gone) -> Iterable[InputFile]:
     listed = _list_of(source)
     if listed is not None:
         return read_list(listed)
@@ -168,23 +178,26 @@ def _open_source(source: str | Path, limits: _Limits, is_known: Callable[[str], 
         raise
     except (OSError, ValueError):
         naming.encoded(source)  # or its name could not be shown either
-        if is_known(source):
+        if gone.is_known(source):
             return (InputFile(source, os.path.basename(source)),)
         if not _MAGIC.search(source):
             raise InputMissingError(source) from None
-        return _open_glob(source, limits)
+        return _open_glob(source, limits, gone)
     if not stat.S_ISDIR(found.st_mode):
         return (InputFile(source, os.path.basename(source)),)
     return _walk(_Directory(_as_prefix(source), "", frozenset(), frozenset()), limits, None)
 
 
-def _open_glob(source: str, limits: _Limits) -> Iterator[InputFile]:
+def _open_glob(source: str, limits: _Limits, gone: _Gone) -> Iterator[InputFile]:
     prefix, parts = _split_glob(source)
     glob = _Glob(parts, takes_dots=False)
     root = _Directory(prefix, "", frozenset(), glob.start)
     matches = _walk(root, limits._replace(filters=None), glob)
     first = next(matches, None)
     if first is None:
+        place = os.path.join(os.path.abspath(prefix), "")
+        if not limits.refused and gone.have_matched(lambda path: _matches(path, place, glob)):
+            return matches
         raise limits.refused[0] if limits.refused else InputMissingError(source)
     if limits.filters is None:
         return chain((first,), matches)

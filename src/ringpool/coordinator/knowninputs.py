@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 from ringpool.coordinator.inputs import OWN_DIRECTORY
@@ -19,12 +21,21 @@ class KnownInputs:
 
     def __contains__(self, path: bytes) -> bool:
         """Whether the input at ``path``, absolute, is one of them. Raises ``LedgerError``."""
+        ledger = self._opened()
+        return ledger is not None and ledger.has_consumed(self._job, path)
+
+    def have(self, matches: Callable[[str], bool]) -> bool:
+        """Whether the absolute path of one of them ``matches``. Raises ``LedgerError``."""
+        ledger = self._opened()
+        return ledger is not None and any(matches(os.fsdecode(path)) for path in ledger.consumed(self._job))
+
+    def _opened(self) -> Ledger | None:
         if self._ledger is None:
             if not (self._directory / OWN_DIRECTORY / LEDGER_NAME).exists():
-                return False
+                return None
             self._ledger = Ledger.open(self._directory, create=False, read_only=True)
             self._job = next((found.id for found in self._ledger.jobs() if found.identity == self._identity), 0)
-        return self._ledger.has_consumed(self._job, path)
+        return self._ledger
 
     def close(self) -> None:
         """Close the ledger, if it was opened."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 import os
 import resource
 import sqlite3
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from enum import IntEnum
 from pathlib import Path
@@ -254,13 +254,16 @@ class LedgerQueries:
 
     def has_consumed(self, job: int, input: bytes) -> bool:  # noqa: A002
         """Whether a task of the job has moved that input away."""
-        from ringpool.workers.jobtasks import CONSUMED  # here: who only looks in does without
-
-        rows = self._ask("SELECT facts FROM files WHERE job = ? AND input = ?", job, input)
+        rows = self._ask("SELECT input, facts FROM files WHERE job = ? AND input = ?", job, input)
         try:
-            return any(_decode_found(facts).inode == CONSUMED for (facts,) in rows)
+            return any(_consumed(rows))
         except DAMAGES as error:
             raise explained(self.path, error) from error
+
+    def consumed(self, job: int) -> Generator[bytes]:
+        """The inputs that tasks of the job have moved away, in the order of their names."""
+        with self._snapshot() as db:
+            yield from _consumed(db.execute("SELECT input, facts FROM files WHERE job = ? ORDER BY input", (job,)))
 
     def find(self, job: int, input: bytes, output: bytes) -> Found | None:  # noqa: A002
         """What is known of a file; None: nothing."""
@@ -359,6 +362,13 @@ class LedgerQueries:
 
 
 # ---- rows and totals -------------------------------------------------------------------------------------------------
+
+
+def _consumed(rows: Iterable[Any]) -> Iterator[bytes]:
+    """The inputs of those ``rows`` (input, facts) that say that their task has moved it away."""
+    from ringpool.workers.jobtasks import CONSUMED  # here: who only looks in does without
+
+    return (input_ for input_, facts in rows if _decode_found(facts).inode == CONSUMED)
 
 
 def as_row(input: bytes, output: bytes, facts: bytes) -> Row:  # noqa: A002

@@ -185,6 +185,7 @@ class Works:
                     include=self._include,
                     exclude=self._exclude,
                     is_known=lambda source: _absolute(source, here) in known,
+                    have_matched=known.have,
                 )
             return files, relpaths_are_unique(sources), takes
         return map(_as_input_file, inputs), False, None
