@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from tests.coordinator import signal_functions as functions
@@ -112,3 +115,60 @@ def test_signals_that_the_program_holds_back_are_held_back_in_workers(
     )
     assert program.finish() == 0, program.err
     assert program.out.splitlines() == ["True", "True"]
+
+
+def test_a_fork_of_a_program_with_a_pool_ends_by_the_sigterm_that_comes_first_of_all(
+    run_program: Callable[..., Program],
+) -> None:
+    program = run_program(
+        """
+        with RingPoolExecutor(1) as pool:
+            pool.submit(int).result()
+            ends = set()
+            for i in range(60):
+                pid = os.fork()
+                if not pid:
+                    time.sleep(1)
+                    os._exit(0)
+                for _ in range(i % 20 * 1000):
+                    pass
+                os.kill(pid, signal.SIGTERM)
+                ends.add(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            say("ends", ends)
+            for _ in range(10):
+                with multiprocessing.get_context("fork").Pool(2) as others:
+                    pass
+            say("terminated")
+            say("held back", signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        """,
+        top=f"{TOP}\nimport multiprocessing",
+    )
+    assert program.finish() == 0, program.err
+    assert program.out.splitlines() == ["ends {-15}", "terminated", "held back set()"]
+    assert program.err == ""
+
+
+@pytest.mark.parametrize("hook", ["before", "after_in_parent"])
+def test_a_sigterm_that_comes_while_a_program_with_a_pool_forks_ends_it(tmp_path: Path, hook: str) -> None:
+    (tmp_path / "program.py").write_text(
+        f"""
+import os, signal, time
+os.register_at_fork({hook}=lambda: is_due and os.kill(os.getpid(), signal.SIGTERM))
+is_due = False
+from ringpool import RingPoolExecutor
+
+if __name__ == "__main__":
+    with RingPoolExecutor(1) as pool:
+        pool.submit(int).result()
+        is_due = True
+        if pid := os.fork():
+            try:
+                os.waitpid(pid, 0)
+                time.sleep({WATCHDOG_S})
+            finally:
+                print("ended", flush=True)
+"""
+    )
+    command = [sys.executable, str(tmp_path / "program.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * WATCHDOG_S, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "ended\n", "")

@@ -4,9 +4,14 @@
     SystemExit(128 + n) from SIGTERM and SIGHUP, while a pool lives, unless the program handles or ignores them itself
 
 The exception unwinds the program's ``with`` block, or its ``atexit``, and that stops the pool. A signal's default
-action would end the process with the segment left in ``/dev/shm`` until the next start removes it. A fork of the
-program has no pool, and the default action. Only the main thread may give that back: where the last pool was closed by
-another one, a signal that comes before the main thread has had occasion to ends the program as if it had been.
+action would end the process with the segment left in ``/dev/shm`` until the next start removes it. Only the main
+thread may give that back: where the last pool was closed by another one, a signal that comes before the main thread has
+had occasion to ends the program as if it had been.
+
+A fork of the program has no pool, and the default action, from its first instruction on: a pool of ``multiprocessing``
+sends SIGTERM to processes that have just begun. CPython forgets what comes before the first bytecode of a fork, and an
+exception in a hook of ``os.fork`` is lost. So signals are held back from before the fork until the child has the
+default action, and until the parent is through.
 
 A terminal that goes away says so several times: the kernel to the job in the foreground, the shell to all its jobs. So
 once a program ends because of SIGHUP, another one does not interrupt that.
@@ -17,6 +22,7 @@ that the kernel gave to another thread, does not wake it: so nobody here sleeps 
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import math
 import os
@@ -28,17 +34,24 @@ from collections.abc import Callable, Generator
 from types import FrameType
 
 SLEEP_MAX_S = 1.0
+RESEND_S = 0.001
 _HANDLED = (signal.SIGTERM, signal.SIGHUP)
 _OUTERMOST = ("<module>", "_run_module_as_main")  # of a main module; what is called at exit has none
 _lock = threading.Lock()
 _pools = 0
 _installed: list[signal.Signals] = []
+_forking: dict[int, set[signal.Signals]] = {}  # threads that are about it, with the masks that they had
 _n_ended = 0
 _hung_up = False
 
 
 def _end_program(number: int, _frame: FrameType | None) -> None:
     global _n_ended, _hung_up
+    mask = _forking.pop(threading.get_ident(), None)  # or it stays so, should the hook not come to that
+    if mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        _thread.start_new_thread(_send_again, (number,))
+        return
     if number == signal.SIGHUP and _hung_up:
         return
     if not _pools:
@@ -112,6 +125,27 @@ def restore() -> None:
                 signal.signal(number, signal.SIG_DFL)
 
 
+def _send_again(number: int) -> None:
+    time.sleep(RESEND_S)
+    os.kill(os.getpid(), number)
+
+
+def _hold_back() -> None:
+    """A thread is about to fork."""
+    if _installed:
+        me = threading.get_ident()
+        _forking[me] = signal.pthread_sigmask(signal.SIG_BLOCK, ())  # asked first: the next call may be interrupted
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+
+
+def _let_through() -> None:
+    """It has. What is pending comes here, and finds that it is too early."""
+    me = threading.get_ident()
+    if (mask := _forking.get(me)) is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        _forking.pop(me, None)
+
+
 def _let_go() -> None:
     """In a fork of the program, before any code of its own: the handlers are its parent's, and so may the lock be."""
     global _lock, _pools, _n_ended, _hung_up
@@ -121,9 +155,11 @@ def _let_go() -> None:
         if signal.getsignal(number) is _end_program:
             signal.signal(number, signal.SIG_DFL)
     _installed.clear()
+    _let_through()
+    _forking.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=_let_go)
 
 
 def acquire(lock: threading.Lock, timeout_s: float = -1) -> bool:
