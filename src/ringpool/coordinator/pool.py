@@ -126,18 +126,18 @@ class Pool:
         require_directory(context)
         leftovers.reclaim_dead()
         self._signals_installed = False
-        self._segment = segment.create(slots, n_workers, claims_max, kept=retains)
-        name = self.name = self._segment.name
-        self.token = self._segment.header.uuid.hex()[:16]  # what names of staged outputs carry
         self._retains = retains
-        header = self._segment.header
-        self.slots, self.n_workers, claims_max = header.slots, header.workers, header.claims_max  # plain integers
         mask = umask()
         main_file = calls.remember_main()
         if context.get_start_method() == "fork":
             main_file = None
         is_served = context.get_start_method() == "forkserver"
+        self._segment = segment.create(slots, n_workers, claims_max, kept=retains)
         try:
+            name = self.name = self._segment.name
+            self.token = self._segment.header.uuid.hex()[:16]  # what names of staged outputs carry
+            header = self._segment.header
+            self.slots, self.n_workers, claims_max = header.slots, header.workers, header.claims_max  # plain integers
             self._end = CoordinatorEnd(self._segment, retains=retains)
             n_started = 1 if on_demand else self.n_workers  # it begins with a first task
             self.pump = pump = Pump(self._end, n_started, on_demand, memory_limit_bytes, on_exit, ended)
@@ -155,11 +155,12 @@ class Pool:
                 pump.on_failure,
                 pump.nudge,
             )
+            _close_at_the_end()
+            _open.add(self)
         except BaseException:
-            segment.unlink(name)
+            _open.discard(self)
+            segment.unlink(self._segment.name)
             raise
-        _close_at_the_end()
-        _open.add(self)
         if not on_demand:
             try:
                 self._begin()

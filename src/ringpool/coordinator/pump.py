@@ -80,7 +80,7 @@ class Pump:
         self._stopping = self._cancels_all = False
         self._idle = threading.Lock()  # locked: not idle, as far as anybody has been told
         self._idle.acquire()
-        self._begun = False
+        self._begun = self._may_run = False
         self._ending_of_thread = Ending()
         self._idle_wanted = False  # somebody waits, or has waited, for it
         self._thread = threading.Thread(target=self._run, name="ringpool-pump", daemon=True)
@@ -89,7 +89,12 @@ class Pump:
 
     def begin(self) -> None:
         """Start the thread. Raises ``RuntimeError`` where that cannot be: the interpreter ends, or has no room."""
-        self._thread.start()
+        self._may_run = True  # before: an exception of a signal handler may come while its first step is waited for
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._may_run = False
+            raise
         self._begun = True
 
     @property
@@ -170,7 +175,7 @@ class Pump:
         """
         self._stopping = True
         self._wake()
-        return not self._begun or self._ending_of_thread.wait(STOP_TIMEOUT_S)
+        return not self._may_run or self._ending_of_thread.wait(STOP_TIMEOUT_S)
 
     def check_thread(self, action: str = "wait for results of its pool") -> None:
         """Raise ``WrongThreadError`` where the caller runs in the pump's thread, in a future's callback."""

@@ -40,7 +40,7 @@ _OUTERMOST = ("<module>", "_run_module_as_main")  # of a main module; what is ca
 _lock = threading.Lock()
 _pools = 0
 _installed: list[signal.Signals] = []
-_forking: dict[int, set[signal.Signals]] = {}  # threads that are about it, with the masks that they had
+_forking: dict[int, set[signal.Signals | int]] = {}  # threads that are about it, with the masks that they had
 _n_ended = 0
 _hung_up = False
 

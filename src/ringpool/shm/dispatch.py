@@ -13,6 +13,7 @@ at the next call.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -505,10 +506,13 @@ class CoordinatorEnd:
         self.wake_all()
 
     def close(self) -> None:
-        """Close semaphores and mapping; garbage collection does not close the former."""
+        """Close semaphores and mapping; garbage collection does not close the former. Safe to call again, also after an
+        exception that came in between.
+        """
         self._closed = True
         for semaphore in (*self.semaphores, self.semaphore):
-            semaphore.close()
+            with contextlib.suppress(posix_ipc.ExistentialError):  # it is closed
+                semaphore.close()
         self.ring.close()
 
 

@@ -192,10 +192,14 @@ class RobustLock:
             self.release()
 
     def detach(self) -> None:
-        """The lock is of no use from here on, and nothing of it keeps the mapping. Who acquires it gets ValueError."""
+        """The lock is of no use from here on, and nothing of it keeps the mapping. Who acquires it gets ValueError.
+        Safe to call again.
+        """
         self.acquire = self.release = _refuse
         self._word = ctypes.c_uint32()  # nobody's
-        del self._place, self.mutex
+        for name in ("_place", "mutex"):
+            if hasattr(self, name):
+                delattr(self, name)
 
 
 def _refuse() -> None:

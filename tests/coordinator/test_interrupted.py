@@ -1,0 +1,127 @@
+"""What a signal handler raises between two steps of a pool's start or end: the pool ends, and leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tests.coordinator.program import Program
+
+from ringpool import Coordinator, RingPoolExecutor
+from ringpool.coordinator import pool
+from ringpool.shm import dispatch, owner, segment
+
+
+def left_in_shared_memory() -> list[str]:
+    me = owner.this_process()
+    return [name for name in os.listdir(segment.SHM_DIRECTORY) if segment.owner_of(name) == me]
+
+
+@pytest.fixture
+def interrupt_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], None]:
+    """Have Ctrl-C come just after the next call of ``place.name`` has returned."""
+
+    def interrupt_after(place: Any, name: str) -> None:
+        call, is_due = getattr(place, name), True
+
+        def interrupted(*arguments: Any, **named: Any) -> Any:
+            nonlocal is_due
+            value = call(*arguments, **named)
+            if is_due:
+                is_due = False
+                raise KeyboardInterrupt
+            return value
+
+        monkeypatch.setattr(place, name, interrupted)
+
+    return interrupt_after
+
+
+@pytest.mark.parametrize("thread", ["ringpool-supervisor", "ringpool-pump"])
+def test_ctrl_c_while_a_pool_waits_for_the_first_step_of_a_thread(
+    run_program: Callable[..., Program], thread: str
+) -> None:
+    program = run_program(
+        f"""
+        start = threading.Thread.start
+
+        def interrupted(self):
+            start(self)
+            if self.name == {thread!r}:
+                raise KeyboardInterrupt
+
+        threading.Thread.start = interrupted
+        for _ in range(3):
+            try:
+                with RingPoolExecutor(2) as executor:
+                    executor.submit(abs, 1)
+            except KeyboardInterrupt:
+                say("interrupted")
+        threading.Thread.start = start
+        with RingPoolExecutor(2) as executor:
+            say(executor.submit(abs, -1).result())
+        say(sorted(one.name for one in threading.enumerate()))
+        """,
+        top="from ringpool import RingPoolExecutor",
+    )
+    assert program.finish() == 0, program.err
+    assert program.out.splitlines() == [*["interrupted"] * 3, "1", "['MainThread']"]
+    program.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (dispatch.CoordinatorEnd, "close"),
+        (dispatch.Ring, "close"),
+        (segment.Segment, "close"),
+        (segment, "unlink"),
+    ],
+)
+def test_ctrl_c_in_the_midst_of_closing(interrupt_after: Callable[[Any, str], None], place: Any, name: str) -> None:
+    executor = RingPoolExecutor(1)
+    assert executor.submit(abs, -1).result() == 1
+    interrupt_after(place, name)
+    with pytest.raises(KeyboardInterrupt):
+        executor.shutdown()
+    executor.shutdown()
+    assert left_in_shared_memory() == []
+    assert not [one.name for one in threading.enumerate() if one.name.startswith("ringpool")]
+
+
+def test_ctrl_c_between_two_semaphores_that_are_closed() -> None:
+    own = Coordinator(1)
+    semaphores = own._pool._end.semaphores
+
+    class Interrupted:
+        def __init__(self, semaphore: Any) -> None:
+            self._semaphore = semaphore
+            self._is_due = True
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._semaphore, name)
+
+        def close(self) -> None:
+            self._semaphore.close()
+            if self._is_due:
+                self._is_due = False
+                raise KeyboardInterrupt
+
+    own._pool._end.semaphores = [Interrupted(semaphores[0]), *semaphores[1:]]  # type: ignore[list-item]
+    with pytest.raises(KeyboardInterrupt):
+        own.close()
+    own.close()
+    assert left_in_shared_memory() == []
+
+
+@pytest.mark.parametrize("name", ["umask", "CoordinatorEnd", "Pump", "Supervisor", "_close_at_the_end"])
+def test_ctrl_c_while_a_pool_is_made(interrupt_after: Callable[[Any, str], None], name: str) -> None:
+    interrupt_after(pool, name)
+    with pytest.raises(KeyboardInterrupt):
+        Coordinator(1)
+    assert left_in_shared_memory() == []
+    with RingPoolExecutor(1) as executor:
+        assert executor.submit(abs, -1).result() == 1
