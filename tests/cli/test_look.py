@@ -337,15 +337,6 @@ def test_a_file_in_the_place_of_a_directory_is_named(here: Path) -> None:
 
 
 @pytest.mark.usefixtures("mixed")
-def test_a_file_in_the_place_of_the_staging_directory_is_named_with_what_to_do(here: Path) -> None:
-    (here / ".ringpool").mkdir()
-    (here / ".ringpool" / "staging").touch()
-    done = run("run", f"{TASKS}:size", "in")
-    assert done.returncode == 2
-    assert "Not a directory; a file is in the place of a directory there: move it away" in done.stderr
-
-
-@pytest.mark.usefixtures("mixed")
 def test_a_pattern_whose_files_the_job_has_moved_away_is_no_mistake(here: Path) -> None:
     command = ("run", "--exec", "mv {src} {dst}", "in/**", "--out", "out/{relpath}")
     assert run(*command).returncode == 0

@@ -118,29 +118,71 @@ def relpaths_are_unique(sources: Sequence[str | Path]) -> bool:
 
 
 def taking(
-    sources: Iterable[str | Path], places: Sequence[Path], *, by_globs: bool = True
+    sources: Iterable[str | Path],
+    places: Sequence[Path],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    names_only: bool = False,
 ) -> Callable[[str], bool] | None:
-    """What says whether an absolute path is named by one of ``sources``, whatever links lead to its directory, or
-    ``by_globs`` matched by one: then it is an input, or the next run would take it for one; None: none could be.
-    Directories are not looked at, nor what lists hold; and no walk enters ``places`` below its root.
+    """What says whether an absolute path is named by one of ``sources``, whatever links lead to its directory, or would
+    be found by its walk or glob: then it is an input, or the next run would take it for one; None: none could be.
+
+    ``places``: of the outputs, below which those paths are; no walk enters one below its root. ``names_only``: no
+    source is walked. What lists hold is not looked at.
     """
     files: set[str] = set()
-    globs: list[tuple[str, _Glob]] = []
+    walks: list[_Walk] = []
+    filters = _Filters(include, exclude) if include or exclude else None
+    reals = [os.path.join(os.path.realpath(place), "") for place in places]
     for source in [os.path.abspath(source) for source in sources if _list_of(source) is None]:
-        if os.path.isdir(source):
-            continue
-        if os.path.lexists(source) or not _MAGIC.search(source):
+        is_directory = os.path.isdir(source)
+        if not is_directory and (os.path.lexists(source) or not _MAGIC.search(source)):
             files.add(_in_real_directory(source))
-            continue
-        if not by_globs:
-            continue
-        prefix, parts = _split_glob(source)
-        below = os.path.join(os.path.realpath(prefix), "")
-        if not any(os.path.realpath(place).startswith(below) for place in places):
-            globs.append((prefix, _Glob(parts, takes_dots=False)))
-    if not files and not globs:
+        elif not names_only:
+            prefix, parts = (source, []) if is_directory else _split_glob(source)
+            root = os.path.join(os.path.realpath(prefix), "")
+            if any(root.startswith(real) for real in reals):  # others are not entered, or lie elsewhere
+                left_out = tuple([real for real in reals if real.startswith(root) and real != root])
+                walks.append(_Walk(root, left_out, _Glob(parts, takes_dots=False) if parts else None, filters))
+    if not files and not walks:
         return None
-    return lambda path: _in_real_directory(path) in files or any(_matches(path, prefix, glob) for prefix, glob in globs)
+
+    def takes(path: str) -> bool:
+        path = _in_real_directory(path)
+        return path in files or any(walk.finds(path) for walk in walks)
+
+    return takes
+
+
+class _Walk(NamedTuple):
+    """A walk below ``root``, which is a real path and ends in a slash; it does not enter ``left_out``, the same."""
+
+    root: str
+    left_out: tuple[str, ...]
+    glob: _Glob | None
+    filters: _Filters | None
+
+    def finds(self, path: str) -> bool:
+        """Whether it finds a file at ``path``, should there be one."""
+        if not path.startswith(self.root) or path.startswith(self.left_out) or f"/{OWN_DIRECTORY}/" in path:
+            return False
+        if self.glob is not None and not _matches(path, self.root, self.glob):
+            return False
+        return self.filters is None or self.filters.take(path[len(self.root) :])
+
+
+def roots_of(sources: Iterable[str | Path]) -> set[str]:
+    """The directories that the walks of ``sources`` begin in, and those of files that they name; none of lists. Without
+    links, each ending in a slash.
+    """
+    roots: set[str] = set()
+    for source in [os.path.abspath(source) for source in sources if _list_of(source) is None]:
+        if not os.path.isdir(source):
+            is_glob = not os.path.lexists(source) and _MAGIC.search(source)
+            source = _split_glob(source)[0] if is_glob else os.path.dirname(source)
+        roots.add(os.path.join(os.path.realpath(source), ""))
+    return roots
 
 
 def _in_real_directory(path: str) -> str:
@@ -357,6 +399,16 @@ class _Filters:
         self._include = [_filter(pattern, below=True) for pattern in include]
         self._exclude = [_filter(pattern) for pattern in exclude if not pattern.endswith("/")]
         self._exclude_directories = [*self._exclude, *(_filter(each) for each in exclude if each.endswith("/"))]
+
+    def take(self, relpath: str) -> bool:
+        """Whether a walk finds the file ``relpath``."""
+        *parents, name = relpath.split("/")
+        at = ""
+        for parent in parents:
+            if not self.keep(at, [], [parent])[1]:
+                return False
+            at += parent + "/"
+        return bool(self.keep(at, [name], [])[0])
 
     def keep(self, relpath: str, files: list[str], subdirectories: list[str]) -> tuple[list[str], list[str]]:
         """Those to take of the names in the directory ``relpath``, which is empty or ends in a slash."""

@@ -368,7 +368,7 @@ class Job:
             options.checksums,
             options.digests,
             os.stat(self.directory).st_dev,
-            tuple(os.path.join(os.fsencode(os.path.realpath(base)), b"") for base in self._bases),
+            (*(os.path.join(os.fsencode(os.path.realpath(base)), b"") for base in self._bases), *self._works.roots),
             self._source,
         )
 

@@ -23,6 +23,7 @@ from ringpool.coordinator.inputs import (
     largest_first,
     list_inputs,
     relpaths_are_unique,
+    roots_of,
     taking,
 )
 from ringpool.coordinator.joboptions import JobOptions
@@ -157,6 +158,17 @@ class Works:
             return b""
         return _absolute(os.fspath(source), os.getcwdb())
 
+    @property
+    def roots(self) -> tuple[bytes, ...]:
+        """Directories in which inputs are: links in the places of outputs that lead there are not followed."""
+        inputs = self._inputs
+        sources = [inputs] if isinstance(inputs, (str, bytes, os.PathLike)) else inputs
+        if not isinstance(sources, (list, tuple)):
+            return ()
+        paths = [one.path if isinstance(one, InputFile) else one for one in sources]
+        named = [one if isinstance(one, str) else Path(os.fsdecode(one)) for one in paths]
+        return tuple(map(os.fsencode, sorted(roots_of(named))))
+
     def _files(self) -> tuple[Iterator[InputFile], bool, Callable[[str], bool] | None]:
         """The files; whether no two have one relpath; what says that an output is among the inputs."""
         inputs = self._inputs
@@ -172,11 +184,10 @@ class Works:
             ]
             if len(sources) < len(inputs):
                 files = [_as_input_file(item) for item in inputs]
-                return iter(files), False, taking([Path(file.path) for file in files], bases, by_globs=False)
-            is_filtered = bool(self._include or self._exclude)
-            if not is_filtered:
+                return iter(files), False, taking([Path(file.path) for file in files], bases, names_only=True)
+            if not self._include and not self._exclude:
                 self._require_apart(sources)
-            takes = taking(sources, bases, by_globs=not is_filtered)
+            takes = taking(sources, bases, include=self._include, exclude=self._exclude)
             here = os.getcwdb()
             with contextlib.closing(self._known) as known:
                 files = list_inputs(

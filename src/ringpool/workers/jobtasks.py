@@ -66,7 +66,7 @@ class JobSpec(msgspec.Struct, frozen=True, array_like=True):
     ``digest`` (of function and parameters), for whoever finds this in a dead segment; whether to take
     ``fingerprints`` of inputs, ``checksums`` of their content, and ``digests`` of outputs; ``device``: that of the
     job's directory, so that one that was deleted can be told from one that is not mounted; ``bases``: where outputs
-    go, each ending in a slash, without links; ``source``: of the function, see ``source_of``.
+    go and where inputs are, each ending in a slash, without links; ``source``: of the function, see ``source_of``.
     """
 
     name: str
@@ -348,8 +348,8 @@ def movable_source(spec: JobSpec, path: bytes, inode: int = 0) -> Source | None:
 
 
 def leads_to_another(spec: JobSpec, source: bytes, target: bytes) -> bool:
-    """Whether what stands in an output's place is a link to where another output is, or may be: the link is replaced,
-    as who looks for duplicates has made it of two outputs that were the same. Other links are followed.
+    """Whether what stands in an output's place is a link to where another output is, or another input, or may be: the
+    link is replaced, as who looks for duplicates has made it of two files that were the same. Other links are followed.
     """
     if not os.path.islink(target):
         return False

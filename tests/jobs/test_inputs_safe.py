@@ -1,0 +1,87 @@
+"""No output of a job takes the place of an input, whatever its patterns, filters and links lead to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ringpool import Job
+from ringpool.errors import OutputPatternError
+
+UPPER = "tr a-z A-Z < {src} > {dst}"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make(place: Path, *names: str) -> None:
+    for name in names:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(f"content of {name}")
+
+
+def all_of(place: Path) -> dict[str, str]:
+    found = (path for path in place.rglob("*") if path.is_file() and ".ringpool" not in path.parts)
+    return {str(path.relative_to(place)): path.read_text() for path in found}
+
+
+@pytest.mark.parametrize(
+    ("names", "inputs", "output", "filters"),
+    [
+        (["src/tests/x", "tests/x"], ["src", "tests"], "{relpath}", {}),
+        (["src/tests/x", "tests/y"], ["src", "tests"], "{relpath}.gz", {}),
+        (["data/x", "data/data/x"], "data", "{relpath}", {}),
+        (["in/sub/sub/x"], "in/sub", "in/{relpath}", {}),
+        (["in/a"], "in", "in/{relpath}.gz", {"exclude": [".git/"]}),
+        (["in/x1", "in/x2"], "in", "in/x{index}", {"include": ["x*"]}),
+        (["in/x1", "in/x2"], "in/*", "in/x{index}", {"include": ["x*"]}),
+        (["in/keep/a"], "in", "in/{relpath}.gz", {"exclude": ["kept/", "/a.gz"]}),
+    ],
+)
+def test_an_output_that_the_walk_of_a_source_would_find_is_refused(
+    place: Path, names: list[str], inputs: list[str], output: str, filters: dict[str, list[str]]
+) -> None:
+    make(place, *names)
+    before = all_of(place)
+    with pytest.raises(OutputPatternError, match="an input too"):
+        Job(command=UPPER, inputs=inputs, output=output, **filters).run(1)  # type: ignore[arg-type]
+    assert all_of(place) == before
+
+
+@pytest.mark.parametrize(
+    ("names", "inputs", "output", "filters"),
+    [
+        (["src/x", "tests/y"], ["src", "tests"], "{relpath}", {}),
+        (["in/sub/x"], "in/sub", "in/{relpath}", {}),
+        (["in/a", "in/sub/b"], "in", "in/{relpath}.gz", {"exclude": ["*.gz"]}),
+        (["in/a.txt", "in/sub/b.txt"], "in", "in/{parent}/{stem}.up", {"include": ["*.txt"]}),
+        (["in/a", "in/b"], "in", "in/out/{relpath}", {}),
+        (["in/a", "in/out/b"], "in", "in/out/{relpath}", {"exclude": ["out/"]}),
+        (["in/a.txt"], "in/*.txt", "in/{name}.up", {}),
+    ],
+)
+def test_outputs_beside_inputs_that_no_walk_finds_are_made_once(
+    place: Path, names: list[str], inputs: list[str], output: str, filters: dict[str, list[str]]
+) -> None:
+    make(place, *names)
+    for n_done in (len([name for name in names if not name.startswith("in/out/")]), 0):
+        report = Job(command=UPPER, inputs=inputs, output=output, **filters).run(1)  # type: ignore[arg-type]
+        assert (report.ok, report.progress.done) == (True, n_done)
+    for name in names:
+        assert (place / name).read_text() == f"content of {name}"
+
+
+@pytest.mark.parametrize("inputs", ["in", "in/*", ["in/a", "in/b"]])
+def test_a_link_from_an_output_to_another_input_is_replaced(place: Path, inputs: str | list[str]) -> None:
+    """As by a tool that looks for duplicates, and makes links of them."""
+    make(place, "in/a", "in/b")
+    (place / "out").mkdir()
+    (place / "out/a").symlink_to("../in/b")
+    assert Job(command=UPPER, inputs=inputs, output="out/{name}").run(1).ok
+    assert not (place / "out/a").is_symlink()
+    assert (place / "out/a").read_text() == "CONTENT OF IN/A"
+    assert (place / "in/b").read_text() == "content of in/b"
