@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -125,3 +126,36 @@ def test_ctrl_c_while_a_pool_is_made(interrupt_after: Callable[[Any, str], None]
     assert left_in_shared_memory() == []
     with RingPoolExecutor(1) as executor:
         assert executor.submit(abs, -1).result() == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("left", ["open", "shut down", "in use by a thread"])
+def test_a_program_whose_tasks_a_signal_kills_at_its_exit_does_not_say_that_all_is_well(
+    run_program: Callable[..., Program], number: signal.Signals, left: str
+) -> None:
+    if (number, left) == (signal.SIGINT, "in use by a thread"):
+        pytest.skip("Python swallows a Ctrl-C while it waits for a thread at its end; the tasks are run")
+    program = run_program(
+        f"""
+        executor = RingPoolExecutor(2)
+        futures = [executor.submit(time.sleep, 60) for _ in range(3)]
+        while not futures[0].running():
+            time.sleep(0.01)
+        if {left!r} == "shut down":
+            executor.shutdown(wait=False)
+        if {left!r} == "in use by a thread":
+            threading.Thread(target=wait_for, args=(futures,)).start()
+        threading._register_atexit(say, "main has ended")
+        """,
+        top="""
+import concurrent.futures, time
+from ringpool import RingPoolExecutor
+
+def wait_for(futures):
+    concurrent.futures.wait(futures)
+""",
+    )
+    program.wait_for("main has ended")
+    program.signal(number, group=False)
+    assert program.finish() == -number, program.err
+    program.assert_no_process_is_left()

@@ -380,11 +380,18 @@ def _close_after_main() -> None:
 def _close_all() -> None:
     """Drain what is left open; or kill it, where the program ends by an error."""
     failed = _has_failed()
-    for pool in list(_open):
-        if failed or pool.is_ending:
+    try:
+        for pool in list(_open):
+            if failed or pool.is_ending:
+                pool.abort()
+            else:
+                pool.close()
+    except BaseException as error:  # from a signal
+        for pool in list(_open):
             pool.abort()
-        else:
-            pool.close()
+        signals.end_where_late(error)
+        raise
+    signals.end_where_late()
 
 
 def _has_failed() -> bool:

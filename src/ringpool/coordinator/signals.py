@@ -42,11 +42,12 @@ _pools = 0
 _installed: list[signal.Signals] = []
 _forking: dict[int, set[signal.Signals | int]] = {}  # threads that are about it, with the masks that they had
 _n_ended = 0
+_late = 0  # the number of one that came after main had ended
 _hung_up = False
 
 
-def _end_program(number: int, _frame: FrameType | None) -> None:
-    global _n_ended, _hung_up
+def _end_program(number: int, frame: FrameType | None) -> None:
+    global _n_ended, _hung_up, _late
     mask = _forking.pop(threading.get_ident(), None)  # or it stays so, should the hook not come to that
     if mask is not None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -60,6 +61,8 @@ def _end_program(number: int, _frame: FrameType | None) -> None:
         return
     _n_ended += 1
     _hung_up = _hung_up or number == signal.SIGHUP
+    if not _is_of_main(frame):
+        _late = number
     raise SystemExit(128 + number)
 
 
@@ -76,11 +79,31 @@ def is_caught() -> bool:
     if threading.current_thread() is not threading.main_thread() or sys.exc_info()[1] is not None:
         return False
     frame = sys._getframe()  # pyright: ignore[reportPrivateUsage]  (nothing else tells who has called this)
-    if is_in_finalizer(frame):
-        return False
-    while frame.f_back is not None:
-        frame = frame.f_back
-    return frame.f_code.co_name in _OUTERMOST
+    return not is_in_finalizer(frame) and _is_of_main(frame)
+
+
+def _is_of_main(frame: FrameType | None) -> bool:
+    """Whether ``frame`` is of code that the main module has called. What is called at exit is not: what is raised there
+    is printed and lost, and does not become the exit status.
+    """
+    name = ""
+    while frame is not None:
+        name, frame = frame.f_code.co_name, frame.f_back
+    return name in _OUTERMOST
+
+
+def end_where_late(error: BaseException | None = None) -> None:
+    """At exit, when all pools are closed: where a signal has killed tasks since main ended, or ``error`` is a Ctrl-C
+    that has just done so, end this process by that signal. The exit status would say that all went well.
+    """
+    is_ctrl_c = isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    number = signal.SIGINT if is_ctrl_c and not _is_of_main(sys._getframe()) else _late  # pyright: ignore[reportPrivateUsage]
+    if number:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
 
 
 def is_in_finalizer(frame: FrameType | None) -> bool:
@@ -148,9 +171,9 @@ def _let_through() -> None:
 
 def _let_go() -> None:
     """In a fork of the program, before any code of its own: the handlers are its parent's, and so may the lock be."""
-    global _lock, _pools, _n_ended, _hung_up
+    global _lock, _pools, _n_ended, _late, _hung_up
     _lock = threading.Lock()
-    _pools, _n_ended, _hung_up = 0, 0, False
+    _pools, _n_ended, _late, _hung_up = 0, 0, 0, False
     for number in _installed:
         if signal.getsignal(number) is _end_program:
             signal.signal(number, signal.SIG_DFL)
