@@ -1114,3 +1114,39 @@ def test_a_coordinator_killed_at_any_moment_leaves_no_worker(run_program: RunPro
         program.assert_no_process_is_left()
     with Coordinator(1):
         wait_until_gone(program.pid)
+
+
+@pytest.mark.parametrize("how", ["SIGCHLD is ignored", "a thread waits for any child"])
+@pytest.mark.parametrize("method", START_METHODS)
+def test_workers_whose_exit_status_the_program_has_taken_are_not_waited_for(
+    run_program: Callable[..., Program], method: str, how: str
+) -> None:
+    """They were, for 5 s each, and were said to have not ended."""
+    program = run_program(
+        f"""
+        if {how!r} == "SIGCHLD is ignored":
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        else:
+            threading.Thread(target=reap, daemon=True).start()
+        with Coordinator(4, mp_context={method!r}) as pool:
+            here = str(Path(__file__))
+            assert len([*pool.run_file_tasks(tasks.size, [here] * 20)]) == 20
+            for pid in pool.worker_pids:
+                os.kill(pid, signal.SIGKILL)
+            assert len([*pool.run_file_tasks(tasks.size, [here] * 20)]) == 20
+        say("closed")
+        """,
+        top="""
+import time
+
+def reap():
+    while True:
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            time.sleep(0.001)
+""",
+    )
+    assert program.finish() == 0, program.err
+    assert (program.out, program.err) == ("closed\n", "")
+    program.assert_nothing_is_left()

@@ -457,11 +457,14 @@ class Supervisor:
 
     def _report(self, index: int, process: BaseProcess) -> None:
         deadline = time.monotonic() + EXIT_STATUS_TIMEOUT_S
+        pid = process.pid or 0
+        is_child = self._context.get_start_method() != "forkserver"
         process.join(EXIT_STATUS_TIMEOUT_S)
-        while process.exitcode is None and time.monotonic() < deadline:
+        is_lost = False
+        while process.exitcode is None and not is_lost and time.monotonic() < deadline:
+            is_lost = is_child and _is_reaped(pid)  # asked before: another thread may be about to note it
             process.join(0.01)  # its sentinel fires early where a task has closed all descriptors
         code = process.exitcode
-        pid = process.pid or 0
         if pid and code:  # it did not end by itself, or not well
             kill_session(pid)
         if code is not None:
@@ -474,3 +477,12 @@ class Supervisor:
                 code if code is None or code >= 0 else None,
             )
         )
+
+
+def _is_reaped(pid: int) -> bool:
+    """Whether nobody will ever have the exit status of this child: the program ignores SIGCHLD, or waits for any."""
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return True
+    return False
