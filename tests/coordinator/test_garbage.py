@@ -96,3 +96,27 @@ def test_a_pool_that_is_closed_keeps_no_descriptor_and_no_mapping(has_vectors: b
             if has_vectors:
                 assert list(executor.map(abs, range(10))) == list(range(10))
     assert held() == before
+
+
+class Item:
+    """One that a map is over, and a worker gets as a number."""
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return int, (1,)
+
+
+@pytest.mark.parametrize("how_many", ["none", "one", "all"])
+def test_a_map_that_is_left_leaves_its_items_and_itself(how_many: str) -> None:
+    with RingPoolExecutor(1) as executor:
+        items = [Item() for _ in range(100)]
+        left = weakref.ref(items[50])
+        results = executor.map(str, items, chunksize=1)
+        if how_many == "one":
+            next(results)
+        elif how_many == "all":
+            list(results)
+        runs = [weakref.ref(run) for run in executor._pool.runs]
+        results.close()  # type: ignore[attr-defined]
+        del results, items
+    assert left() is None
+    assert [run() for run in runs] == [None] * len(runs)

@@ -317,6 +317,28 @@ def test_killing_the_workers_breaks_what_runs_and_what_waits(tmp_path: Path) -> 
     assert all(isinstance(future.exception(WATCHDOG_S), BrokenProcessPool) for future in futures)
 
 
+def test_workers_that_are_killed_end_a_shutdown_that_draws() -> None:
+    """What it still had to draw, without end here, would be for nobody."""
+    own = RingPoolExecutor(1)
+    has_drawn = threading.Event()
+
+    def items() -> Iterator[int]:
+        for item in itertools.count():
+            if item > 100:
+                has_drawn.set()
+            yield item
+
+    results = own.map(functions.process_id, items())
+    closing = threading.Thread(target=own.shutdown, daemon=True)
+    closing.start()
+    assert has_drawn.wait(WATCHDOG_S)
+    own.kill_workers()
+    closing.join(WATCHDOG_S)
+    assert not closing.is_alive()
+    with pytest.raises(BrokenProcessPool):
+        list(results)
+
+
 # ---- taken in part ---------------------------------------------------------------------------------------------------
 
 

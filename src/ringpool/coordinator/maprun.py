@@ -493,6 +493,10 @@ class MapRun:
         self._unbounded = True
         while not self._exhausted:
             with self._turn:
+                if self._pool.closed:  # meanwhile, by another thread that did not wait
+                    self._exhausted = True
+                    self._input_error = self._pool.pump.ended_error()
+                    break
                 self._sort()
                 if self.inbox.discards:
                     self._held.clear()
@@ -507,6 +511,8 @@ class MapRun:
         if self._closed or os.getpid() != self._pid:  # in a fork of the program, the results are its parent's
             return
         self._closed = self._exhausted = self.inbox.closed = True
+        self.inbox.refill = None  # which leads back here: without a garbage collection, all would stay
+        self._items = iter(())
         self.inbox.arrived.clear()
         self._held.clear()
         self._leave()

@@ -114,10 +114,11 @@ class MapInbox(Inbox):
         """What was there for now has been delivered."""
         super().settle()
         self._end_if_all()
-        if self.refill is not None and not self.closed and not self._is_refilling:
+        refill = self.refill  # asked once: who leaves the map takes it away
+        if refill is not None and not self.closed and not self._is_refilling:
             self._is_refilling = True  # in a pool that has ended, what is sent comes back at once
             try:
-                self.refill()
+                refill()
             finally:
                 self._is_refilling = False
 

@@ -48,7 +48,10 @@ _BLOB = int(Encoding.BLOB)
 
 
 class Pump:
-    """Owns ``end``, the coordinator's end of the ring, and feeds it from a backlog. The rest is for its ``Staff``."""
+    """Owns ``end``, the coordinator's end of the ring, and feeds it from a backlog. The rest is for its ``Staff``.
+
+    ``ended_error``: makes the error of what is not done when the pool is ended.
+    """
 
     def __init__(
         self,
@@ -57,11 +60,11 @@ class Pump:
         on_demand: bool = False,
         memory_limit_bytes: int | None = None,
         on_exit: Callable[[Death, str], None] | None = None,
-        ended: Callable[[], RingpoolError] = CoordinatorClosedError,
+        ended_error: Callable[[], RingpoolError] = CoordinatorClosedError,
     ) -> None:
         self.end = end
         self._pid = os.getpid()
-        self._ended = ended
+        self.ended_error = ended_error
         self.broken: RingpoolError | None = None
         self.aside = Aside()
         self.n_completed = self.n_failed = 0
@@ -110,7 +113,7 @@ class Pump:
         """There is something for the pump."""
         self._wake()
         if self._ending_of_thread.has_come:  # it ended between the caller's look and this: nobody would answer
-            self._fail_all(self.broken or self._ended())
+            self._fail_all(self.broken or self.ended_error())
             self.aside.finish()
 
     def nudge(self) -> None:
@@ -169,7 +172,7 @@ class Pump:
         self.staff.leaving = True
 
     def stop(self) -> bool:
-        """End the thread; what is queued or in the ring fails with the error of ``ended``. Whether it has ended.
+        """End the thread; what is queued or in the ring fails with the error of ``ended_error``. Whether it has ended.
 
         It may not, where it waits for a future's callback.
         """
@@ -299,7 +302,7 @@ class Pump:
     # ---- the thread
 
     def _run(self) -> None:
-        error: BaseException = self._ended()
+        error: BaseException = self.ended_error()
         try:
             while not self._stopping:
                 self._turn()
