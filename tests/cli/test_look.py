@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -13,7 +14,18 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tests.cli.command import TASKS, Terminal, finish, has_ended, objects, run, segments_of, start, wait_until
+from tests.cli.command import (
+    TASKS,
+    Terminal,
+    environment,
+    finish,
+    has_ended,
+    objects,
+    run,
+    segments_of,
+    start,
+    wait_until,
+)
 
 from ringpool.coordinator.ledger import Ledger
 from ringpool.shm import segment
@@ -229,6 +241,7 @@ def test_clean_writes_down_what_a_killed_run_had_done_and_removes_the_rest(here:
     segments = kill_a_run(here)
     assert [path for path in segments if path.exists()]
     assert os.listdir("out/.ringpool/staging")
+    assert "the next run or `ringpool clean` collects\n" in run("status", "out").stdout
     done = run("clean", "out")
     assert (done.returncode, done.stdout) == (0, "")
     said = "ringpool: out: 0 files found in what killed runs had left; all else of them is removed\n"
@@ -236,6 +249,7 @@ def test_clean_writes_down_what_a_killed_run_had_done_and_removes_the_rest(here:
     assert not [path for path in segments if path.exists()]
     assert not Path("out/.ringpool/staging").exists()
     assert run("clean", "out").stderr == said
+    assert "was killed; what it left is collected\n" in run("status", "out").stdout
 
 
 @pytest.mark.usefixtures("numbers")
@@ -347,3 +361,17 @@ def test_a_pattern_whose_files_the_job_has_moved_away_is_no_mistake(here: Path) 
     other = run("run", "--exec", "mv {src} {dst}", "in/*.other", "--out", "out/{relpath}")
     assert other.returncode == 2
     assert "no file that matches it as a pattern" in other.stderr
+
+
+@pytest.mark.usefixtures("mixed")
+def test_a_job_whose_list_came_from_standard_input_is_not_said_to_be_resumed(here: Path) -> None:
+    command = "run --exec 'cat {src} > {dst}; exit 3' - --out 'out/{name}'"
+    shell = f"ls in/* | {shlex.quote(sys.executable)} -m ringpool {command}"
+    done = subprocess.run(["/bin/sh", "-c", shell], env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "the same command with the same list does the failed files again" in done.stderr
+    shown = run("status", "out").stdout
+    assert "the same command with the same list" in shown
+    for text in (done.stderr, shown):
+        assert "ringpool retry" not in text
+        assert "ringpool resume" not in text

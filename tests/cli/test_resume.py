@@ -306,6 +306,7 @@ def test_a_failed_file_that_is_no_longer_an_input_is_not_retried_and_that_is_sai
     done = run("retry")
     assert sorted(done.stdout.splitlines()) == ["in/bad2.txt\twell", "in/slow1.txt\twell"]
     assert done.stderr.splitlines()[-1] == "ringpool: 1 failed file not done again: no longer among the job's inputs"
+    assert done.returncode == 1
 
 
 @pytest.mark.usefixtures("mixed")

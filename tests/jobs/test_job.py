@@ -1331,3 +1331,18 @@ print(report.progress.done, report.kinds)
 
 def test_values_of_a_megabyte_fit_a_small_shared_memory_one_after_the_other(tmp_path: Path) -> None:
     assert in_a_small_shared_memory(48 << 10, _MANY_MEGABYTES.format(str(tmp_path))) == "120 {}\n"
+
+
+def test_content_that_changes_under_the_same_size_and_time_is_seen_where_digests_are_verified(tmp_path: Path) -> None:
+    source = named(tmp_path / "in", "a", "b")
+    for path in source.iterdir():
+        path.write_text("old")
+    job = Job(functions.copy, str(source), f"{tmp_path}/out/{{name}}", checksums=True)
+    assert counts(job.run(1)) == (2, 0, 0, 0)
+    before = (source / "a").stat()
+    (source / "a").write_text("new")
+    os.utime(source / "a", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert counts(job.run(1)) == (0, 2, 0, 0)
+    assert counts(job.run(1, verify="digest")) == (1, 1, 0, 0)
+    assert (tmp_path / "out/a").read_text() == "new"
+    assert counts(job.run(1, verify="digest")) == (0, 2, 0, 0)

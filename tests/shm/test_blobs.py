@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.shm.test_segment import in_a_small_shared_memory
+from tests.shm.test_segment import in_a_small_shared_memory, with_mounted
 from tests.workers.files.child import Child, say
 
 from ringpool.errors import SegmentFormatError, SegmentMissingError
@@ -327,3 +327,23 @@ def test_a_write_that_fails_half_way_leaves_nothing(stem: str) -> None:
             blobs.write(name, Encoding.PICKLE, b"body", [scattered])
         scattered.release()
     assert not path_of(name).exists()
+
+
+def test_a_shared_memory_without_an_inode_left_is_full() -> None:
+    said = with_mounted(
+        f"mount -t tmpfs -o size=1m,nr_inodes=3 none {SHM_DIRECTORY}",
+        """
+from ringpool.errors import SharedMemoryFullError
+from ringpool.shm import blobs
+from ringpool.shm.layout import Encoding
+
+for number in range(3):
+    try:
+        blobs.write(f"rp-test-{number}", Encoding.PICKLE, b"x")
+        print("written")
+    except SharedMemoryFullError as error:
+        print(error)
+""",
+    )
+    assert said.splitlines()[:2] == ["written"] * 2
+    assert "/dev/shm has no room for another file: no inode is left" in said.splitlines()[2]

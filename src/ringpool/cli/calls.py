@@ -249,9 +249,14 @@ def require_repeatable(call: Call, directory: Path) -> None:
 
 def is_repeatable(call: Call) -> bool:
     """Whether the inputs can be read again later."""
-    lists = [word.removeprefix("@") for word in call.inputs if word == "-" or word.startswith("@")]
-    if call.manifest is not None:
-        lists.append(call.manifest)
+    return are_repeatable(call.inputs, call.manifest)
+
+
+def are_repeatable(inputs: Iterable[str], manifest: str | None) -> bool:
+    """The same, of what stands in a ledger."""
+    lists = [word.removeprefix("@") for word in inputs if word == "-" or word.startswith("@")]
+    if manifest is not None:
+        lists.append(manifest)
     return not any(path == "-" or path.startswith(_UNREPEATABLE) for path in lists)
 
 

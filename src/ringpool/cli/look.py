@@ -106,7 +106,8 @@ def _run_facts(run: RunInfo | None, running: int | None) -> dict[str, Any] | Non
     if run.ended_s is None:
         outcome = RUNNING if running in (run.pid, 0) else KILLED  # 0: a process that cannot be told
     counts = msgspec.json.decode(run.counts) if run.counts else None
-    return {"outcome": outcome, "pid": run.pid, "started_s": run.started_s, "ended_s": run.ended_s, "counts": counts}
+    facts = {"outcome": outcome, "pid": run.pid, "started_s": run.started_s, "ended_s": run.ended_s, "counts": counts}
+    return {**facts, "is_drained": bool(run.is_drained)}
 
 
 def _cause_facts(cause: Cause) -> dict[str, Any]:
@@ -156,6 +157,12 @@ def _ways_on(job: dict[str, Any], directory: str) -> Iterator[str]:
     if job["call"] is None:
         yield "go on      run the Python program again that ran it"
         return
+    from ringpool.cli.calls import are_repeatable
+
+    call = job["call"]["call"]
+    if not are_repeatable(call.get("inputs", ()), call.get("manifest")):
+        yield "go on      the same command with the same list: its inputs came from standard input"
+        return
     label = "go on"
     for line in _commands(job, directory):
         yield f"{label:<10} {line}"
@@ -181,7 +188,8 @@ def _run_in_words(run: dict[str, Any] | None) -> str:
     if run["outcome"] == RUNNING:
         return f"{began}, runs as process {run['pid']}"
     if run["outcome"] == KILLED:
-        return f"{began}, was killed; what it had done and not written down, the next run or `ringpool clean` collects"
+        rest = "what it had done and not written down, the next run or `ringpool clean` collects"
+        return f"{began}, was killed; {'what it left is collected' if run['is_drained'] else rest}"
     how = "came to its end" if run["outcome"] == "ended" else f"was stopped ({run['outcome']})"
     return f"{began}, {how} {_when(run['ended_s'])}"
 

@@ -231,7 +231,9 @@ WAYS = (
         type=click.Choice(["none", "atomic", "data", "full"]),
         help="What has reached the disk when a file counts as done. Default: full.",
     ),
-    _option("--checksum/--no-checksum", help="Know inputs by their content too, not by size and time alone."),
+    _option(
+        "--checksum/--no-checksum", help="Keep digests of inputs: one that was only touched, or copied, is the same."
+    ),
     _option("--no-digest/--digest", help="Whether to record no digests of outputs. Default: they are."),
     _option(
         "--verify",

@@ -231,7 +231,7 @@ def execute(order: Order) -> int:
     from ringpool.coordinator.jobwork import Progress
     from ringpool.errors import JobMissingError
 
-    call, job, directory, selection = order
+    call, job, _, selection = order
     progress, failures = Progress(), Failures()
     if selection is not None:
         progress.total = len(selection.keys)
@@ -254,22 +254,23 @@ def execute(order: Order) -> int:
     except BaseException as error:
         failures.say()
         if progress.seen and not call.quiet:
-            _say_summary(progress, directory, has_ledger=not isinstance(error, JobMissingError))
+            _say_summary(progress, order, has_ledger=not isinstance(error, JobMissingError))
         raise
     failures.say()
     if not call.quiet:
-        _say_summary(progress, directory)
+        _say_summary(progress, order)
         if not progress.seen and not report.stopped and selection is None:
             filters = "; what there is, --include and --exclude leave out" if call.include or call.exclude else ""
             say(f"the inputs have no file{filters}")
     return _ending(order, progress, report.stopped)
 
 
-def _say_summary(progress: Progress, directory: str, *, has_ledger: bool = True) -> None:
+def _say_summary(progress: Progress, order: Order, *, has_ledger: bool = True) -> None:
+    from ringpool.cli.calls import is_repeatable
     from ringpool.cli.screen import in_words, ways_on
 
     say(in_words(progress))
-    ways = ways_on(progress, directory) if has_ledger else ""
+    ways = ways_on(progress, order.directory, is_repeatable=is_repeatable(order.call)) if has_ledger else ""
     if ways:
         say(ways)
 
@@ -292,6 +293,7 @@ def _ending(order: Order, progress: Progress, stopped: str) -> int:
     elif order.selection is not None and progress.seen < len(order.selection.keys):
         n_gone = len(order.selection.keys) - progress.seen
         say(f"{counted(n_gone, 'failed file')} not done again: no longer among the job's inputs")
+        return EXIT_FAILED if not stopper.number else EXIT_SIGNAL_BASE + stopper.number
     if stopper.number:
         return EXIT_SIGNAL_BASE + stopper.number
     return EXIT_FAILED if stopped or progress.failed or progress.dead else 0

@@ -94,14 +94,21 @@ def _rate_in_words(rate_per_s: float) -> str:
     return f"{rate_per_s:.0f} files/s" if rate_per_s >= 10 else f"{rate_per_s:.2g} files/s"
 
 
-def ways_on(progress: Progress, directory: str) -> str:
-    """What one does about failures; empty where there are none."""
-    ways: list[str] = []
+def ways_on(progress: Progress, directory: str, *, is_repeatable: bool) -> str:
+    """What one does about failures; empty where there are none. ``is_repeatable``: whether its inputs can be read again
+    by ringpool.
+    """
+    if not (progress.failed or progress.dead):
+        return ""
+    ways = [f"`{command('status', directory)}` says what failed and why"]
+    if not is_repeatable:
+        ways.append("the same command with the same list does the failed files again")
+        return "; ".join(ways)
     if progress.failed:
         ways.append(f"`{command('retry', directory)}` does the failed files again")
     if progress.dead:
         ways.append(f"`{command('retry', directory, '--dead')}` those that are set aside too")
-    return "; ".join([f"`{command('status', directory)}` says what failed and why", *ways]) if ways else ""
+    return "; ".join(ways)
 
 
 # ---- how many there are ----------------------------------------------------------------------------------------------

@@ -142,7 +142,9 @@ class JobInfo(msgspec.Struct, frozen=True):
 
 
 class RunInfo(msgspec.Struct, frozen=True):
-    """A run of a job. ``ended_s`` is None, and ``outcome`` and ``counts`` are empty, where it has not ended."""
+    """A run of a job. ``ended_s`` is None, and ``outcome`` and ``counts`` are empty, where it has not ended; then
+    ``is_drained`` says whether what it left was collected.
+    """
 
     id: int
     segment: str
@@ -151,6 +153,7 @@ class RunInfo(msgspec.Struct, frozen=True):
     ended_s: float | None
     outcome: str
     counts: bytes
+    is_drained: bool = False
 
 
 class Counts(msgspec.Struct, frozen=True):
@@ -219,7 +222,8 @@ _JOBS = """
     ORDER BY coalesce(runs.id, 0) DESC, jobs.id DESC
 """
 _LAST_RUN = """
-    SELECT id, segment, pid, started_s, ended_s, outcome, counts FROM runs WHERE job = ? ORDER BY id DESC LIMIT 1
+    SELECT id, segment, pid, started_s, ended_s, outcome, counts, drained
+    FROM runs WHERE job = ? ORDER BY id DESC LIMIT 1
 """
 
 

@@ -52,7 +52,7 @@ def reason_to_redo(
         return "it failed before"
     if found.parameters != parameters:
         return "the function or its parameters have changed"
-    if fingerprints and not _is_same_input(found, source, checksums):
+    if fingerprints and not _is_same_input(found, source, checksums, verify):
         return "its input has changed"
     made = decode_made(found.made)
     if [one.path for one in made] != list(targets):
@@ -75,19 +75,21 @@ def keep_only_copies(found: Found | None, source: bytes) -> None:
             keep_output(one.path, f"what was made of {os.fsdecode(source)} before, perhaps the only copy of it,")
 
 
-def _is_same_input(found: Found, source: bytes, checksums: bool) -> bool:
-    """By its fingerprint; or, where content was recorded and is asked for, by its content, whatever its times are. Of
-    one that its task has moved away, or removed, nothing is to be there.
+def _is_same_input(found: Found, source: bytes, checksums: bool, verify: Level) -> bool:
+    """By its fingerprint; or, where content was recorded and is asked for, by its content, whatever its times are: also
+    where they are the same, if digests are to be verified. Of one that its task has moved away, or removed, nothing is
+    to be there.
     """
     if found.inode == CONSUMED:
         return not os.path.exists(source)
     try:
         status = os.stat(source)
-        if (status.st_size, status.st_mtime_ns, status.st_ino) == (found.size, found.mtime_ns, found.inode):
+        has_content = checksums and found.checksum != b""
+        is_same = (status.st_size, status.st_mtime_ns, status.st_ino) == (found.size, found.mtime_ns, found.inode)
+        if is_same and not (has_content and verify == "digest"):
             return True
         return (
-            checksums
-            and found.checksum != b""
+            has_content
             and status.st_size == found.size
             and fingerprint(source, with_checksum=True).checksum == found.checksum
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 from ringpool.errors.base import RingpoolError
 
@@ -56,11 +57,12 @@ class OutputCollisionError(RingpoolError):
         self.second = second
 
     def __str__(self) -> str:
-        if self.first == self.second:
+        if os.path.realpath(self.first) == os.path.realpath(self.second):
             return f"{self.first} is listed twice, or two of its outputs are the same: {self.output}"
         return (
             f"two inputs map to the output {self.output}: {self.first} and {self.second}; "
-            "use a pattern that tells them apart, such as one with {relpath}"
+            "use a pattern that tells them apart: with {relpath}; where they are called the same below several "
+            "sources, with {index}, or name the directory above these as the source"
         )
 
 

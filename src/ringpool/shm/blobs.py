@@ -100,7 +100,12 @@ def _write(name: str, encoding: Encoding, body: Buffer, buffers: Sequence[memory
     for length in lengths:
         places.append(_up(size_bytes))
         size_bytes = places[-1] + length
-    file = _create(name)
+    try:
+        file = _create(name)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise SharedMemoryFullError(name, f"{SHM_DIRECTORY} has no room for another file: no inode is left") from error
     try:
         os.posix_fallocate(file.fd, 0, size_bytes)  # ENOSPC now, not a SIGBUS below
         with mmap.mmap(file.fd, size_bytes) as mapping:
