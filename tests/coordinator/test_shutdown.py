@@ -965,6 +965,37 @@ def test_a_pool_in_a_directory_that_was_removed_is_refused_in_words(run_program:
     program.assert_nothing_is_left()
 
 
+@pytest.mark.parametrize("method", ["forkserver", "spawn", "fork"])
+def test_a_pool_whose_directory_is_removed_says_so_and_goes_on_in_another_one(
+    run_program: RunProgram, method: str
+) -> None:
+    program = run_program(
+        f"""
+        os.mkdir("gone")
+        os.chdir("gone")
+        for is_left in (True, False):
+            with Coordinator(1, mp_context={method!r}) as pool:
+                size = pool.submit_file_task(tasks.size, __file__).result()
+                os.rmdir("../gone")
+                os.kill(*pool.worker_pids, signal.SIGKILL)
+                future = pool.submit_file_task(tasks.size, __file__)
+                if is_left:
+                    os.chdir("..")
+                try:
+                    say("as before", future.result() == size)
+                except CrashLoopError as error:
+                    say("refused", error)
+            if is_left:
+                os.mkdir("gone")
+                os.chdir("gone")
+        """
+    )
+    assert program.finish() == 0, program.err
+    assert program.wait_for("as before") == "True"
+    assert "the current directory was removed, and workers begin in it; go to another" in program.wait_for("refused")
+    program.assert_nothing_is_left()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_a_pool_in_a_directory_that_its_user_may_not_enter_is_refused_in_words(run_program: RunProgram) -> None:
     """As after ``sudo -u somebody`` in root's home."""

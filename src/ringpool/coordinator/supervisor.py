@@ -38,6 +38,7 @@ import msgspec
 
 from ringpool.coordinator import serveraddress
 from ringpool.coordinator.ending import Ending
+from ringpool.errors.tasks import WorkingDirectoryError
 from ringpool.workers.descriptor import Descriptor
 from ringpool.workers.process import WorkerArguments, main
 from ringpool.workers.sessions import kill_session
@@ -404,10 +405,11 @@ class Supervisor:
 
     def _start(self, index: int) -> None:
         try:
+            _require_directory()
             _require_descriptors(self._wake_read)
             arguments, setup = self._arguments(index)
             guard = _guards.open(self._context.get_start_method() != "forkserver")
-        except OSError as error:  # EMFILE
+        except (OSError, WorkingDirectoryError) as error:  # EMFILE
             self._cannot_start(index, error)
             return
         process: BaseProcess = cast(
@@ -477,6 +479,14 @@ class Supervisor:
                 code if code is None or code >= 0 else None,
             )
         )
+
+
+def _require_directory() -> None:
+    """Raise ``WorkingDirectoryError`` where it was removed since the pool was made; another one will do."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise WorkingDirectoryError("was removed") from None
 
 
 def _is_reaped(pid: int) -> bool:
