@@ -127,29 +127,19 @@ class Pool:
         leftovers.reclaim_dead()
         self._signals_installed = False
         self._retains = retains
-        mask = umask()
-        main_file = calls.remember_main()
-        if context.get_start_method() == "fork":
-            main_file = None
-        is_served = context.get_start_method() == "forkserver"
+        arguments_of = _arguments_of_workers(context, limits)
         self._segment = segment.create(slots, n_workers, claims_max, kept=retains)
         try:
-            name = self.name = self._segment.name
-            self.token = self._segment.header.uuid.hex()[:16]  # what names of staged outputs carry
             header = self._segment.header
+            name = self.name = self._segment.name
+            self.token = header.uuid.hex()[:16]  # what names of staged outputs carry
             self.slots, self.n_workers, claims_max = header.slots, header.workers, header.claims_max  # plain integers
             self._end = CoordinatorEnd(self._segment, retains=retains)
             n_started = 1 if on_demand else self.n_workers  # it begins with a first task
             self.pump = pump = Pump(self._end, n_started, on_demand, memory_limit_bytes, on_exit, ended)
-            spins = SPINS if len(os.sched_getaffinity(0)) > 1 else 0  # on one core it keeps others from making work
             self.supervisor = Supervisor(
                 context,
-                lambda w: (
-                    WorkerArguments(
-                        name, w, claims_max, spins, *limits, mask, main_file, environment() if is_served else None
-                    ),
-                    setup(),
-                ),
+                lambda worker: (arguments_of(name, worker, claims_max), setup()),
                 n_started,
                 pump.on_death,
                 pump.on_failure,
@@ -350,6 +340,22 @@ class Pool:
                     self.pump.publisher.arena.close()
             self.closed = True
         _open.discard(self)
+
+
+def _arguments_of_workers(context: BaseContext, limits: WorkerLimits) -> Callable[[str, int, int], WorkerArguments]:
+    """What a worker is started with, by segment, index, and how many claims it may hold; the program as it is now, but
+    for its environment.
+    """
+    mask, main_file, method = umask(), calls.remember_main(), context.get_start_method()
+    spins = SPINS if len(os.sched_getaffinity(0)) > 1 else 0  # on one core it keeps others from making work
+    if method == "fork":
+        main_file = None
+
+    def arguments_of(segment: str, worker: int, claims_max: int) -> WorkerArguments:
+        variables = environment() if method == "forkserver" else None
+        return WorkerArguments(segment, worker, claims_max, spins, *limits, mask, main_file, variables)
+
+    return arguments_of
 
 
 def _close_at_the_end() -> None:
