@@ -32,14 +32,15 @@ def settings(directory: Path, command: click.Command) -> dict[str, Any]:
     Raises ``click.UsageError``, which names the file and what is wrong in it.
     """
     path, table = _read(directory)
-    options = {
-        _key(option): option
-        for option in command.params
-        if isinstance(option, click.Option) and option.name not in NO_SETTINGS
-    }
+    options = {_key(option): option for option in command.params if isinstance(option, click.Option)}
+    apart = [key for key, option in options.items() if option.name in NO_SETTINGS]
+    for key in apart:
+        del options[key]
     found: dict[str, Any] = {}
     for key, value in table.items():
         option = options.get(key)
+        if key in apart:
+            raise click.UsageError(f"{path}: {key} is no setting: what a job runs stands on its command line")
         if option is None:
             raise click.UsageError(f"{path}: there is no setting {key}{_nearest(key, options)}")
         try:

@@ -183,7 +183,10 @@ def _order_again(call: Call, own: Call, directory: str, cwd: str, selection: Sel
     try:
         os.chdir(cwd)
     except OSError as error:
-        raise click.UsageError(f"{cwd}, where the job was started, cannot be entered: {error.strerror}") from None
+        way = "put it back, or run the job's command again where its inputs are now"
+        raise click.UsageError(
+            f"{cwd}, where the job was started, cannot be entered ({error.strerror}); {way}"
+        ) from None
     job = job_of(call, own)
     require_same_place(job, place, directory)
     return Order(call, job, directory, selection)
