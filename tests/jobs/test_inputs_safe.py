@@ -39,6 +39,7 @@ def all_of(place: Path) -> dict[str, str]:
         (["in/a"], "in", "in/{relpath}.gz", {"exclude": [".git/"]}),
         (["in/x1", "in/x2"], "in", "in/x{index}", {"include": ["x*"]}),
         (["in/x1", "in/x2"], "in/*", "in/x{index}", {"include": ["x*"]}),
+        (["in/sub/x"], "in/*/", "in/{relpath}.gz", {}),
         (["in/keep/a"], "in", "in/{relpath}.gz", {"exclude": ["kept/", "/a.gz"]}),
     ],
 )

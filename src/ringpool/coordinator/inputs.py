@@ -135,12 +135,13 @@ def taking(
     walks: list[_Walk] = []
     filters = _Filters(include, exclude) if include or exclude else None
     reals = [os.path.join(os.path.realpath(place), "") for place in places]
-    for source in [os.path.abspath(source) for source in sources if _list_of(source) is None]:
+    for named in [os.fspath(source) for source in sources if _list_of(source) is None]:
+        source = os.path.abspath(named)
         is_directory = os.path.isdir(source)
         if not is_directory and (os.path.lexists(source) or not _MAGIC.search(source)):
             files.add(_in_real_directory(source))
         elif not names_only:
-            prefix, parts = (source, []) if is_directory else _split_glob(source)
+            prefix, parts = (source, []) if is_directory else _split_glob(source + "/" * named.endswith("/"))
             root = os.path.join(os.path.realpath(prefix), "")
             if any(root.startswith(real) for real in reals):  # others are not entered, or lie elsewhere
                 left_out = tuple([real for real in reals if real.startswith(root) and real != root])
