@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.coordinator.program import Program
+from tests.coordinator.program import WATCHDOG_S, Program
 
 from ringpool import Coordinator, RingPoolExecutor
 from ringpool.coordinator import pool
@@ -159,3 +163,26 @@ def wait_for(futures):
     program.signal(number, group=False)
     assert program.finish() == -number, program.err
     program.assert_no_process_is_left()
+
+
+def test_as_the_first_process_of_a_container_it_does_not_either(tmp_path: Path) -> None:
+    """Which the kernel spares the default action of a signal."""
+    unshare = [shutil.which("unshare") or "unshare", "--user", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("no process of this user may be the first one of a container")
+    (tmp_path / "program.py").write_text(
+        """
+import os, signal, threading, time
+from ringpool import RingPoolExecutor
+
+if __name__ == "__main__":
+    executor = RingPoolExecutor(1)
+    future = executor.submit(time.sleep, 60)
+    while not future.running():
+        time.sleep(0.01)
+    threading._register_atexit(signal.raise_signal, signal.SIGTERM)
+"""
+    )
+    command = [*unshare, sys.executable, str(tmp_path / "program.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * WATCHDOG_S, check=False)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr

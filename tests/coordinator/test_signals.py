@@ -148,13 +148,30 @@ def test_a_fork_of_a_program_with_a_pool_ends_by_the_sigterm_that_comes_first_of
     assert program.err == ""
 
 
-@pytest.mark.parametrize("hook", ["before", "after_in_parent"])
+OTHERS = "os.register_at_fork({}=strike)"
+OURS = "from ringpool.coordinator import signals; signals.around_forks({})"
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        OTHERS.format("before"),
+        OTHERS.format("after_in_parent"),
+        OURS.format("strike, int, int"),
+        OURS.format("int, strike, int"),
+    ],
+)
 def test_a_sigterm_that_comes_while_a_program_with_a_pool_forks_ends_it(tmp_path: Path, hook: str) -> None:
     (tmp_path / "program.py").write_text(
         f"""
 import os, signal, time
-os.register_at_fork({hook}=lambda: is_due and os.kill(os.getpid(), signal.SIGTERM))
 is_due = False
+
+def strike():
+    if is_due:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+{hook}
 from ringpool import RingPoolExecutor
 
 if __name__ == "__main__":

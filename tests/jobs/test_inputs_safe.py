@@ -76,6 +76,20 @@ def test_outputs_beside_inputs_that_no_walk_finds_are_made_once(
         assert (place / name).read_text() == f"content of {name}"
 
 
+@pytest.mark.parametrize(
+    ("inputs", "filters"),
+    [("in/link*/*.txt", {}), ("in", {"include": ["*.txt"]}), ("elsewhere", {"include": ["*.txt"]})],
+)
+def test_an_output_that_a_walk_finds_through_a_link_is_refused(
+    place: Path, inputs: str, filters: dict[str, list[str]]
+) -> None:
+    make(place, "elsewhere/x.txt", "in/y.txt")
+    (place / "in/link").symlink_to("../elsewhere")
+    output = "in/link/{relpath}.txt" if inputs == "elsewhere" else "in/{relpath}.txt"
+    with pytest.raises(OutputPatternError, match="an input too"):
+        Job(command=UPPER, inputs=inputs, output=output, **filters).run(1)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("inputs", ["in", "in/*", ["in/a", "in/b"]])
 def test_a_link_from_an_output_to_another_input_is_replaced(place: Path, inputs: str | list[str]) -> None:
     """As by a tool that looks for duplicates, and makes links of them."""

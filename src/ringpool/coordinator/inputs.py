@@ -134,7 +134,6 @@ def taking(
     files: set[str] = set()
     walks: list[_Walk] = []
     filters = _Filters(include, exclude) if include or exclude else None
-    reals = [os.path.join(os.path.realpath(place), "") for place in places]
     for named in [os.fspath(source) for source in sources if _list_of(source) is None]:
         source = os.path.abspath(named)
         is_directory = os.path.isdir(source)
@@ -142,22 +141,24 @@ def taking(
             files.add(_in_real_directory(source))
         elif not names_only:
             prefix, parts = (source, []) if is_directory else _split_glob(source + "/" * named.endswith("/"))
-            root = os.path.join(os.path.realpath(prefix), "")
-            if any(root.startswith(real) for real in reals):  # others are not entered, or lie elsewhere
-                left_out = tuple([real for real in reals if real.startswith(root) and real != root])
-                walks.append(_Walk(root, left_out, _Glob(parts, takes_dots=False) if parts else None, filters))
+            glob = _Glob(parts, takes_dots=False) if parts else None
+            for spelled in (os.path.realpath, os.path.abspath):  # a walk follows links, and so may an output
+                root, *bases = [os.path.join(spelled(place), "") for place in (prefix, *places)]
+                if any(root.startswith(base) for base in bases):  # others are not entered, or lie elsewhere
+                    left_out = tuple([base for base in bases if base.startswith(root) and base != root])
+                    walks.append(_Walk(root, left_out, glob, filters))
     if not files and not walks:
         return None
 
     def takes(path: str) -> bool:
-        path = _in_real_directory(path)
-        return path in files or any(walk.finds(path) for walk in walks)
+        real = _in_real_directory(path)
+        return real in files or any(walk.finds(real) or walk.finds(path) for walk in walks)
 
     return takes
 
 
 class _Walk(NamedTuple):
-    """A walk below ``root``, which is a real path and ends in a slash; it does not enter ``left_out``, the same."""
+    """A walk below ``root``, which is absolute and ends in a slash; it does not enter ``left_out``, the same."""
 
     root: str
     left_out: tuple[str, ...]
@@ -173,16 +174,20 @@ class _Walk(NamedTuple):
         return self.filters is None or self.filters.take(path[len(self.root) :])
 
 
-def roots_of(sources: Iterable[str | Path]) -> set[str]:
+def roots_of(sources: Iterable[str | Path]) -> list[str]:
     """The directories that the walks of ``sources`` begin in, and those of files that they name; none of lists. Without
-    links, each ending in a slash.
+    links, each ending in a slash, none below another.
     """
-    roots: set[str] = set()
+    directories: set[str] = set()
     for source in [os.path.abspath(source) for source in sources if _list_of(source) is None]:
         if not os.path.isdir(source):
             is_glob = not os.path.lexists(source) and _MAGIC.search(source)
             source = _split_glob(source)[0] if is_glob else os.path.dirname(source)
-        roots.add(os.path.join(os.path.realpath(source), ""))
+        directories.add(source)
+    roots: list[str] = []
+    for root in sorted(os.path.join(os.path.realpath(directory), "") for directory in directories):
+        if not roots or not root.startswith(roots[-1]):
+            roots.append(root)
     return roots
 
 

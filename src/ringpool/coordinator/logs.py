@@ -28,6 +28,7 @@ import threading
 import time
 import traceback
 
+from ringpool.coordinator import signals
 from ringpool.coordinator.ending import Ending
 from ringpool.workers import logs
 from ringpool.workers.descriptor import Descriptor
@@ -210,4 +211,4 @@ def _forget_all() -> None:
         inbox.forget()
 
 
-os.register_at_fork(before=_pause_all, after_in_parent=_go_on_all, after_in_child=_forget_all)
+signals.around_forks(_pause_all, _go_on_all, _forget_all)

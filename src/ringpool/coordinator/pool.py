@@ -375,6 +375,7 @@ def _close_after_main() -> None:
     what tasks need. Where other threads of it go on, they may use their pools, and it is done at exit. Those of thread
     pools end now: as they would in a moment.
     """
+    signals.main_has_ended()
     thread_pools = sys.modules.get("concurrent.futures.thread")
     if thread_pools is not None and _open:
         thread_pools._python_exit()

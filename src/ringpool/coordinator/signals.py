@@ -43,16 +43,17 @@ _installed: list[signal.Signals] = []
 _forking: dict[int, set[signal.Signals | int]] = {}  # threads that are about it, with the masks that they had
 _n_ended = 0
 _late = 0  # the number of one that came after main had ended
+_has_main_ended = False
+_hooks: list[tuple[Callable[[], None], Callable[[], None], Callable[[], None]]] = []
 _hung_up = False
 
 
 def _end_program(number: int, frame: FrameType | None) -> None:
     global _n_ended, _hung_up, _late
-    mask = _forking.pop(threading.get_ident(), None)  # or it stays so, should the hook not come to that
-    if mask is not None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        _thread.start_new_thread(_send_again, (number,))
-        return
+    if _is_forking(frame):
+        with contextlib.suppress(RuntimeError):  # no more threads: lost, as it was
+            _thread.start_new_thread(_send_again, (number,))
+            return
     if number == signal.SIGHUP and _hung_up:
         return
     if not _pools:
@@ -61,7 +62,7 @@ def _end_program(number: int, frame: FrameType | None) -> None:
         return
     _n_ended += 1
     _hung_up = _hung_up or number == signal.SIGHUP
-    if not _is_of_main(frame):
+    if _has_main_ended or _outermost(frame) == ("_shutdown", "threading"):
         _late = number
     raise SystemExit(128 + number)
 
@@ -79,17 +80,21 @@ def is_caught() -> bool:
     if threading.current_thread() is not threading.main_thread() or sys.exc_info()[1] is not None:
         return False
     frame = sys._getframe()  # pyright: ignore[reportPrivateUsage]  (nothing else tells who has called this)
-    return not is_in_finalizer(frame) and _is_of_main(frame)
+    return not is_in_finalizer(frame) and _outermost(frame)[0] in _OUTERMOST
 
 
-def _is_of_main(frame: FrameType | None) -> bool:
-    """Whether ``frame`` is of code that the main module has called. What is called at exit is not: what is raised there
-    is printed and lost, and does not become the exit status.
-    """
-    name = ""
+def _outermost(frame: FrameType | None) -> tuple[str, str]:
+    """The names of the function that nothing had called, and of its module."""
+    name = module = ""
     while frame is not None:
-        name, frame = frame.f_code.co_name, frame.f_back
-    return name in _OUTERMOST
+        name, module, frame = frame.f_code.co_name, frame.f_globals.get("__name__", ""), frame.f_back
+    return name, module
+
+
+def main_has_ended() -> None:
+    """From now on, what a signal's handler raises is printed and lost, and does not become the exit status."""
+    global _has_main_ended
+    _has_main_ended = True
 
 
 def end_where_late(error: BaseException | None = None) -> None:
@@ -97,13 +102,15 @@ def end_where_late(error: BaseException | None = None) -> None:
     that has just done so, end this process by that signal. The exit status would say that all went well.
     """
     is_ctrl_c = isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    number = signal.SIGINT if is_ctrl_c and not _is_of_main(sys._getframe()) else _late  # pyright: ignore[reportPrivateUsage]
+    number = signal.SIGINT if is_ctrl_c and _has_main_ended else _late
     if number:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
         signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
         signal.raise_signal(number)
+        os._exit(128 + number)  # process 1 of a container: the kernel spares it
 
 
 def is_in_finalizer(frame: FrameType | None) -> bool:
@@ -148,6 +155,24 @@ def restore() -> None:
                 signal.signal(number, signal.SIG_DFL)
 
 
+def around_forks(before: Callable[[], None], in_parent: Callable[[], None], in_child: Callable[[], None]) -> None:
+    """As ``os.register_at_fork``, for what a signal is not to interrupt. None of them may raise."""
+    _hooks.append((before, in_parent, in_child))
+
+
+def _is_forking(frame: FrameType | None) -> bool:
+    """Whether this thread is in a hook of a fork, ours or another's."""
+    mask = _forking.pop(threading.get_ident(), None)
+    if mask is not None:  # a hook's, which has not come to it yet; or never did, where it was interrupted
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return True
+    while frame is not None:
+        if frame.f_code in _CODE_OF_HOOKS:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _send_again(number: int) -> None:
     time.sleep(RESEND_S)
     os.kill(os.getpid(), number)
@@ -155,14 +180,22 @@ def _send_again(number: int) -> None:
 
 def _hold_back() -> None:
     """A thread is about to fork."""
-    if _installed:
-        me = threading.get_ident()
+    me = threading.get_ident()
+    if _installed and me not in _forking:  # it may be, where a handler forks amid a fork
         _forking[me] = signal.pthread_sigmask(signal.SIG_BLOCK, ())  # asked first: the next call may be interrupted
         signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+    for before, _, _ in reversed(_hooks):
+        before()
 
 
 def _let_through() -> None:
     """It has. What is pending comes here, and finds that it is too early."""
+    for _, in_parent, _ in _hooks:
+        in_parent()
+    _unmask()
+
+
+def _unmask() -> None:
     me = threading.get_ident()
     if (mask := _forking.get(me)) is not None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -171,17 +204,20 @@ def _let_through() -> None:
 
 def _let_go() -> None:
     """In a fork of the program, before any code of its own: the handlers are its parent's, and so may the lock be."""
-    global _lock, _pools, _n_ended, _late, _hung_up
+    global _lock, _pools, _n_ended, _late, _hung_up, _has_main_ended
     _lock = threading.Lock()
-    _pools, _n_ended, _late, _hung_up = 0, 0, 0, False
+    _pools, _n_ended, _late, _hung_up, _has_main_ended = 0, 0, 0, False, False
     for number in _installed:
         if signal.getsignal(number) is _end_program:
             signal.signal(number, signal.SIG_DFL)
     _installed.clear()
-    _let_through()
+    for _, _, in_child in _hooks:
+        in_child()
+    _unmask()
     _forking.clear()
 
 
+_CODE_OF_HOOKS = {hook.__code__ for hook in (_hold_back, _let_through, _let_go)}
 os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=_let_go)
 
 

@@ -167,7 +167,7 @@ class Works:
             return ()
         paths = [one.path if isinstance(one, InputFile) else one for one in sources]
         named = [one if isinstance(one, str) else Path(os.fsdecode(one)) for one in paths]
-        return tuple(map(os.fsencode, sorted(roots_of(named))))
+        return tuple(map(os.fsencode, roots_of(named)))
 
     def _files(self) -> tuple[Iterator[InputFile], bool, Callable[[str], bool] | None]:
         """The files; whether no two have one relpath; what says that an output is among the inputs."""
