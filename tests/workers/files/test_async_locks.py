@@ -15,7 +15,7 @@ from tests.workers.files.child_locks import hold, is_free, left_marked, lock_fil
 from ringpool.errors import LockTimeoutError, LockUpgradeError
 from ringpool.workers.files import journal
 from ringpool.workers.files.asynclocks import AsyncPathLock, in_thread
-from ringpool.workers.files.locks import PathLock
+from ringpool.workers.files.locks import PathLock, in_order
 
 
 async def use(directory: Path) -> None:
@@ -240,3 +240,38 @@ def test_at_the_end_of_asyncio_run_work_in_a_thread_is_waited_for() -> None:
 
     asyncio.run(main())  # cancels the task
     assert seen == [True]
+
+
+def test_what_is_acquired_is_released_where_no_loop_runs(tmp_path: Path) -> None:
+    lock = AsyncPathLock(tmp_path / "a")
+    asyncio.run(lock.acquire())
+    lock.release()
+    assert is_free(lock_file(tmp_path, lock))
+
+
+def test_a_block_that_is_left_when_its_loop_is_closed_leaves_no_lock(tmp_path: Path) -> None:
+    lock = AsyncPathLock(tmp_path / "a")
+
+    async def stay() -> None:
+        async with lock:
+            loop.stop()
+            await asyncio.sleep(60)
+
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(stay())
+    loop.run_forever()
+    loop.close()
+    coroutine = task.get_coro()
+    assert coroutine is not None
+    coroutine.close()
+    assert is_free(lock_file(tmp_path, lock))
+
+
+def test_locks_of_several_bases_are_taken_in_one_order_by_all(tmp_path: Path) -> None:
+    for name in "abcd":
+        (tmp_path / name / ".ringpool").mkdir(parents=True)
+    locks = [AsyncPathLock(tmp_path / name / str(number)) for name in "abcd" for number in range(8)]
+    paths = [lock.path for lock in in_order(reversed(locks))]
+    assert paths == [lock.path for lock in in_order(PathLock(path) for path in sorted(paths))]
+    inodes = [(tmp_path / os.fsdecode(path)).parent.stat().st_ino for path in paths]
+    assert inodes == sorted(inodes)

@@ -1058,3 +1058,14 @@ def test_a_parent_after_a_symlink_in_the_base_is_what_the_system_says_it_is(tmp_
     (tmp_path / "link").symlink_to(tmp_path / "other/dir")
     FileStore(f"{tmp_path}/link/..", durability="atomic").write("f", b"here")
     assert (tmp_path / "other/f").read_bytes() == b"here"
+
+
+@pytest.mark.parametrize("n", [999, 1000, 1001, 2500])
+def test_tasks_find_every_file_however_many_there_are(tmp_path: Path, n: int) -> None:
+    for number in range(n):
+        (tmp_path / f"{number}.txt").touch()
+
+    async def all_found() -> list[str]:
+        return [path async for path in AsyncFileStore(tmp_path).find("*.txt")]
+
+    assert sorted(asyncio.run(all_found())) == sorted(f"{number}.txt" for number in range(n))

@@ -557,6 +557,27 @@ def test_another_users_file_in_a_sticky_directory_is_refused_before_the_commit(
         assert (tmp_path / "a").read_text() == ("theirs" if is_refused else "ours")
 
 
+@as_root
+def test_a_base_whose_locks_do_not_serve_what_lies_deeper_is_refused_before_the_commit(tmp_path: Path) -> None:
+    """Its lock files are not those that others would wait for."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".ringpool").mkdir()
+    os.chown(tmp_path / ".ringpool", 12345, 12345)
+    os.chmod(tmp_path, 0o1777)
+    refused = FileTransaction(tmp_path)
+    refused.write("sub/a", "half")
+    refused.write("b", "half")
+    with pytest.raises(TransactionError, match="does not serve this directory"):
+        refused.commit()
+    assert not (tmp_path / "sub/a").exists()
+    assert not (tmp_path / "b").exists()
+    with FileTransaction(tmp_path) as transaction:
+        transaction.write("b", "whole")
+    with FileTransaction(tmp_path / "sub") as transaction:
+        transaction.write("a", "whole")
+    assert (tmp_path / "b").read_text() == (tmp_path / "sub/a").read_text() == "whole"
+
+
 def test_an_unlock_that_fails_after_the_commit_says_that_it_stands(tmp_path: Path) -> None:
     def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name == "unlock_descriptor":

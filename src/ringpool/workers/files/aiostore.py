@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from itertools import islice
 from typing import BinaryIO, ParamSpec, TypeVar
 
 from ringpool.workers.files.asynclocks import AsyncPathLock, in_thread
 from ringpool.workers.files.durability import Durability
-from ringpool.workers.files.locks import Mode
+from ringpool.workers.files.locks import Mode, in_order
 from ringpool.workers.files.naming import FilePath
 from ringpool.workers.files.objects import ContentAddress, Source, VerifyReport
 from ringpool.workers.files.replacement import octets
@@ -65,7 +68,7 @@ class AsyncFileStore:
         found = self.store.find(pattern, sort=sort)
 
         def some() -> list[str]:
-            return [path for path, _ in zip(found, range(NAMES_AT_ONCE), strict=False)]
+            return [*islice(found, NAMES_AT_ONCE)]
 
         while paths := await in_thread(some):
             for path in paths:
@@ -114,8 +117,11 @@ class AsyncFileStore:
     ) -> None:
         """See ``FileStore.rename``."""
         both = [await self._lock(old, create=False), await self._lock(new)]
-        locks = sorted(both, key=lambda lock: lock.stripe)
-        async with locks[0], locks[1]:
+        deadline_s = None if self.store.timeout_s is None else time.monotonic() + self.store.timeout_s
+        async with AsyncExitStack() as held:
+            for lock in await in_thread(in_order, both):
+                lock.timeout_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+                await held.enter_async_context(lock)
             level = self.store.level(durability)
             await in_thread(self.store.unlocked.rename, old, new, level, replace=replace)
 

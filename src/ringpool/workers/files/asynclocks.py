@@ -76,14 +76,19 @@ class AsyncPathLock(LockBase):
             return
 
     def _is_nobodys(self, turn: Turn) -> bool:
-        """Or its task has ended: ``asyncio.wait_for``, before Python 3.12, acquires in a task of its own."""
-        return super()._is_nobodys(turn) or (
-            isinstance(turn.owner, asyncio.Task) and cast("asyncio.Task[object]", turn.owner).done()
-        )
+        """Or its task has ended: ``asyncio.wait_for``, before Python 3.12, acquires in a task of its own. Or it never
+        will, its loop being closed.
+        """
+        if super()._is_nobodys(turn):
+            return True
+        if not isinstance(turn.owner, asyncio.Task):
+            return False
+        task = cast("asyncio.Task[object]", turn.owner)
+        return task.done() or task.get_loop().is_closed()
 
     def release(self) -> None:
         """Release it once. Raises ``RuntimeError`` where this task does not hold it, else as ``PathLock.release``."""
-        self._release(asyncio.current_task, "task")
+        self._release(_current_task, "task")
 
     async def __aenter__(self) -> AsyncPathLock:
         await self.acquire()
@@ -93,6 +98,14 @@ class AsyncPathLock(LockBase):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def _current_task() -> asyncio.Task[object] | None:
+    """None also where no loop runs."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
 
 
 async def _sleep(turn: Turn, woken: asyncio.Event, pause_s: float) -> bool:

@@ -73,6 +73,7 @@ IDLE_S = 0.05
 Mode = Literal["exclusive", "shared"]
 
 _T = TypeVar("_T")
+_Lock = TypeVar("_Lock", bound="LockBase")
 
 
 def _absolute(path: bytes) -> bytes:
@@ -321,7 +322,7 @@ class LockSet:
             raise RuntimeError("a set of locks is not re-entrant; make another one")
         deadline_s = None if self.timeout_s is None else time.monotonic() + self.timeout_s
         try:
-            for lock in self._in_order():
+            for lock in in_order(self._wanted):
                 lock.timeout_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
                 self.held.append(lock)
                 lock.acquire()
@@ -329,18 +330,6 @@ class LockSet:
             with suppress(FileOperationError):
                 self._let_go_surely()
             raise
-
-    def _in_order(self) -> list[PathLock]:
-        """One lock for each stripe, in the order in which everybody takes them."""
-        ordered: dict[tuple[int, int, int], PathLock] = {}
-        for lock in self._wanted:
-            try:
-                place = lockfiles.find(lock.path, lock.base)
-                found = calls.stat(place.root)
-            except OSError as error:
-                raise operation_error(lock.path, "lock", error) from error
-            ordered.setdefault((found.st_dev, found.st_ino, place.stripe), lock)
-        return [lock for _, lock in sorted(ordered.items())]
 
     def release(self) -> None:
         """Release all of them. Raises as ``PathLock.release`` does; after a ``FileOperationError`` all are free."""
@@ -402,6 +391,19 @@ class LockSet:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def in_order(locks: Iterable[_Lock]) -> list[_Lock]:
+    """One of ``locks`` for each lock file's stripe, in the order in which everybody takes several."""
+    ordered: dict[tuple[int, int, int], _Lock] = {}
+    for lock in locks:
+        try:
+            place = lockfiles.find(lock.path, lock.base)
+            found = calls.stat(place.root)
+        except OSError as error:
+            raise operation_error(lock.path, "lock", error) from error
+        ordered.setdefault((found.st_dev, found.st_ino, place.stripe), lock)
+    return [lock for _, lock in sorted(ordered.items())]
 
 
 def operation_error(path: bytes, operation: str, error: OSError) -> FileOperationError:

@@ -46,6 +46,7 @@ def resource_stats() -> ResourceStats:
         memory_available_bytes = psutil.virtual_memory().available
     except (OSError, psutil.Error):
         rss_bytes = memory_available_bytes = None
+    rss_peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10  # which the kernel is late with
     try:
         shm = os.statvfs(_SHM)
         shm_free_bytes, shm_bytes = shm.f_bavail * shm.f_frsize, shm.f_blocks * shm.f_frsize
@@ -58,7 +59,7 @@ def resource_stats() -> ResourceStats:
         lock_files_max=turns.descriptors_max(),
         threads=threading.active_count(),
         rss_bytes=rss_bytes,
-        rss_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+        rss_peak_bytes=max(rss_peak_bytes, rss_bytes or 0),
         memory_available_bytes=memory_available_bytes,
         shm_free_bytes=shm_free_bytes,
         shm_bytes=shm_bytes,

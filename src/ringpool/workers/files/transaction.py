@@ -245,6 +245,8 @@ class FileTransaction:
             try:
                 locks.acquire()
                 is_right = self._root() == root  # else somebody made a .ringpool further out meanwhile
+                if is_right:
+                    self._require_lockable(paths, root)
                 if is_right and (files := self._outcome()):
                     commit = Commit(self.base, root, locks, files, durable=self.durability is Durability.FULL)
                     commit.run()
@@ -287,6 +289,22 @@ class FileTransaction:
             return root_of(self.base)
         except OSError as error:
             raise self._failed(b"", "look for its .ringpool", error) from error
+
+    def _require_lockable(self, paths: list[bytes], root: bytes) -> None:
+        """Raise where others would not meet the transaction's locks: the ``.ringpool`` of a sticky directory, as /tmp
+        is, may serve only the files right in it, and what lies deeper is locked elsewhere.
+        """
+        for directory in dict.fromkeys(map(os.path.dirname, paths)):
+            try:
+                is_served = root_of(directory) == root
+            except OSError:  # it is not there: its file is looked for next
+                continue
+            if not is_served:
+                reason = (
+                    f"the .ringpool in {os.fsdecode(root)}, where anybody may make one, does not serve this directory; "
+                    "take it, or one between, as the base"
+                )
+                raise TransactionError(os.fsdecode(directory), "lock", errno.EPERM, reason)
 
     # -- words
 
