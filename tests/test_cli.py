@@ -146,8 +146,8 @@ def test_names_that_are_not_utf8_are_printed_byte_for_byte(tmp_path: Path) -> No
     assert run("run", f"{TASKS}:size", tmp_path).stdout == f"{tmp_path}/{name}\t1\n"
     words = ("--json", "--param", "times=1")
     assert json.loads(run("run", f"{TASKS}:touch", tmp_path, *words).stdout)["path"] == f"{tmp_path}/{name}"
-    pattern = f"{tmp_path}/{{name}}/{{name}}"  # the file is in its way
-    done = run("run", f"{TASKS}:copy", tmp_path, "--include", "caf*", "--out", pattern)
+    (tmp_path / "out" / name).mkdir(parents=True)  # in its way
+    done = run("run", f"{TASKS}:copy", tmp_path, "--include", "caf*", "--out", f"{tmp_path}/out/{{name}}")
     assert done.returncode == 1
     assert f"failed: {tmp_path}/{name}: " in done.stderr
 

@@ -627,3 +627,26 @@ def test_who_waits_looks_again_where_a_handler_has_taken_what_had_arrived() -> N
     threading.Timer(0.1, inbox.tell_taken).start()
     assert inbox.wait(WATCHDOG_S)
     assert not inbox.wait(0.01)
+
+
+def test_a_map_that_nobody_takes_ends_without_a_word_where_the_workers_are_killed(run_program: RunProgram) -> None:
+    program = run_program(
+        """
+        own = RingPoolExecutor(1)
+        has_drawn = threading.Event()
+
+        def items():
+            for item in itertools.count():
+                if item > 100:
+                    has_drawn.set()
+                yield item
+
+        own.map(abs, items())
+        has_drawn.wait()
+        own.kill_workers()
+        """,
+        top=TOP,
+    )
+    assert program.finish() == 0, program.err
+    assert program.err == ""
+    program.assert_nothing_is_left()

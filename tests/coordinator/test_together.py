@@ -527,7 +527,8 @@ def test_what_was_not_begun_has_not_failed(files: MakeFiles) -> None:
 def test_files_behind_the_one_that_runs_are_not_begun_where_the_pool_cancels(many: list[Path], tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     own = Coordinator(1)
-    run = own.run_file_tasks(tasks.odd, many, params={"act": "wait", "more": {"gate": str(gate)}})
+    more = many[:ODD] * 8  # than are drawn ahead
+    run = own.run_file_tasks(tasks.odd, many + more, params={"act": "wait", "more": {"gate": str(gate)}})
     assert all(result.ok for result in itertools.islice(run, ODD))
     closing = threading.Thread(target=own.close, kwargs={"cancel": True})
     try:

@@ -641,8 +641,9 @@ def test_what_runs_has_its_grace_and_no_more(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_made_anew", [False, True])
 def test_a_run_whose_directory_was_renamed_ends_and_goes_on_when_it_is_back(tmp_path: Path, is_made_anew: bool) -> None:
-    source = named(tmp_path / "in", *(f"{i:04}" for i in range(400)))
-    job = Job(functions.slowly, str(source), f"{tmp_path}/out/{{name}}", params={"seconds": 0.02})
+    n = 4000  # several batches, however quickly they fail
+    source = named(tmp_path / "in", *(f"{i:04}" for i in range(n)))
+    job = Job(functions.slowly, str(source), f"{tmp_path}/out/{{name}}", params={"seconds": 0.0001})
 
     def rename(*_: Any) -> None:
         if not (tmp_path / "moved").exists():
@@ -653,7 +654,7 @@ def test_a_run_whose_directory_was_renamed_ends_and_goes_on_when_it_is_back(tmp_
     progress = Progress()
     with pytest.raises(JobMissingError, match=r"no job in .*/out: it was removed or renamed while the job ran"):
         job.run(2, on_row=rename, progress=progress)
-    assert progress.seen < 400
+    assert progress.seen < n
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     (tmp_path / "moved").rename(tmp_path / "out")
     report = job.run(2)

@@ -146,13 +146,14 @@ def taking(
                 root, *bases = [os.path.join(spelled(place), "") for place in (prefix, *places)]
                 if any(root.startswith(base) for base in bases):  # others are not entered, or lie elsewhere
                     left_out = tuple([base for base in bases if base.startswith(root) and base != root])
-                    walks.append(_Walk(root, left_out, glob, filters))
+                    walk = _Walk(root, left_out, glob, filters)
+                    walks += [walk] if walk not in walks else []
     if not files and not walks:
         return None
 
     def takes(path: str) -> bool:
         real = _in_real_directory(path)
-        return real in files or any(walk.finds(real) or walk.finds(path) for walk in walks)
+        return real in files or any(walk.finds(each) for each in {real, path} for walk in walks)
 
     return takes
 

@@ -28,6 +28,7 @@ from ringpool.coordinator.pieces import Failure, MapInbox, Piece
 from ringpool.coordinator.pool import Pool
 from ringpool.coordinator.sizer import REFILL_AT, VECTOR_ITEMS_MAX, Sizer
 from ringpool.coordinator.tickets import Part, Ticket
+from ringpool.errors import CoordinatorClosedError
 from ringpool.shm import vectors
 from ringpool.shm.dispatch import Task
 from ringpool.shm.layout import Form
@@ -440,7 +441,7 @@ class MapRun:
     def _report(self) -> None:
         """Nobody will take the results, and with them the error of the input."""
         error, self._input_error = self._input_error, None
-        if error is not None and not isinstance(error, CancelledError):  # the latter: by us
+        if error is not None and not isinstance(error, CancelledError | CoordinatorClosedError):  # these: by us
             text = "".join(traceback.format_exception(error))
             reason = (
                 "ringpool: drawing the items of a map whose results nobody takes; what was left of them was not run"
