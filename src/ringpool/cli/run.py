@@ -285,6 +285,7 @@ def _ending(order: Order, progress: Progress, stopped: str) -> int:
     if n_left and not order.call.quiet:
         which = f"{counted(n_left, 'file')} not asked for {'is' if n_left == 1 else 'are'} not done either"
         say(f"{which}; `{command('status', order.directory)}` says why")
+    is_left = False
     if stopped:
         how = f"by {signal.Signals(stopper.number).name}" if stopper.number else f"({stopped})"
         on = f"`{command('resume', order.directory)}` goes on"
@@ -296,10 +297,10 @@ def _ending(order: Order, progress: Progress, stopped: str) -> int:
     elif order.selection is not None and progress.seen < len(order.selection.keys):
         n_gone = len(order.selection.keys) - progress.seen
         say(f"{counted(n_gone, 'failed file')} not done again: no longer among the job's inputs")
-        return EXIT_FAILED if not stopper.number else EXIT_SIGNAL_BASE + stopper.number
+        is_left = True
     if stopper.number:
         return EXIT_SIGNAL_BASE + stopper.number
-    return EXIT_FAILED if stopped or progress.failed or progress.dead else 0
+    return EXIT_FAILED if stopped or progress.failed or progress.dead or is_left else 0
 
 
 def _writer(order: Order, failures: Failures) -> Callable[[Work, tuple[Any, ...], Any], None]:

@@ -18,7 +18,7 @@ from typing import cast
 
 from ringpool import startup
 from ringpool.coordinator import serveraddress
-from ringpool.coordinator.supervisor import WORKER_NAME
+from ringpool.coordinator.supervisor import WORKER_NAME, current_directory
 from ringpool.errors import DaemonicProcessError, MainModuleError, MonkeyPatchedError, WorkingDirectoryError
 from ringpool.workers.process import EXIT_UNGUARDED, flush
 
@@ -60,10 +60,7 @@ def require_unpatched() -> None:
 
 def require_directory(context: BaseContext) -> None:
     """Raise ``WorkingDirectoryError`` where workers could not go to the directory in which this process is."""
-    try:
-        here = os.getcwd()
-    except FileNotFoundError:
-        raise WorkingDirectoryError("was removed") from None
+    here = current_directory()
     if context.get_start_method() != "fork" and not os.access(here, os.X_OK, effective_ids=True):
         raise WorkingDirectoryError(f"{here} may not be entered by user {os.geteuid()}")
 

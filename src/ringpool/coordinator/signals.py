@@ -174,7 +174,7 @@ def _is_forking(frame: FrameType | None) -> bool:
 
 
 def _send_again(number: int) -> None:
-    time.sleep(RESEND_S)
+    time.sleep(RESEND_S)  # nobody tells when a fork is through
     os.kill(os.getpid(), number)
 
 

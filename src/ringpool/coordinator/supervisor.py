@@ -405,7 +405,7 @@ class Supervisor:
 
     def _start(self, index: int) -> None:
         try:
-            _require_directory()
+            current_directory()
             _require_descriptors(self._wake_read)
             arguments, setup = self._arguments(index)
             guard = _guards.open(self._context.get_start_method() != "forkserver")
@@ -481,10 +481,12 @@ class Supervisor:
         )
 
 
-def _require_directory() -> None:
-    """Raise ``WorkingDirectoryError`` where it was removed since the pool was made; another one will do."""
+def current_directory() -> str:
+    """The directory that workers begin in. Raises ``WorkingDirectoryError`` where it was removed, perhaps since the
+    pool was made; another one will do.
+    """
     try:
-        os.getcwd()
+        return os.getcwd()
     except FileNotFoundError:
         raise WorkingDirectoryError("was removed") from None
 
