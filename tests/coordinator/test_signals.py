@@ -188,4 +188,5 @@ if __name__ == "__main__":
     )
     command = [sys.executable, str(tmp_path / "program.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=2 * WATCHDOG_S, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (143, "ended\n", "")
+    said = [line for line in done.stderr.splitlines() if "fork()" not in line]  # CPython 3.12 and later warn of it
+    assert (done.returncode, done.stdout, said) == (143, "ended\n", [])

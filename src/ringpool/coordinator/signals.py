@@ -161,16 +161,25 @@ def around_forks(before: Callable[[], None], in_parent: Callable[[], None], in_c
 
 
 def _is_forking(frame: FrameType | None) -> bool:
-    """Whether this thread is in a hook of a fork, ours or another's."""
+    """Whether this thread is in a hook of a fork, ours or another's; or shows the warning with which CPython 3.12 and
+    later end one, and loses what is raised meanwhile.
+    """
     mask = _forking.pop(threading.get_ident(), None)
     if mask is not None:  # a hook's, which has not come to it yet; or never did, where it was interrupted
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return True
     while frame is not None:
-        if frame.f_code in _CODE_OF_HOOKS:
+        if frame.f_code in _CODE_OF_HOOKS or _warns_of_fork(frame):
             return True
         frame = frame.f_back
     return False
+
+
+def _warns_of_fork(frame: FrameType) -> bool:
+    if frame.f_code.co_name != "_showwarnmsg" or frame.f_globals.get("__name__") != "warnings":
+        return False
+    shown = frame.f_locals.get("msg")
+    return "fork()" in str(getattr(shown, "message", ""))
 
 
 def _send_again(number: int) -> None:
