@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import multiprocessing
 import operator
@@ -203,6 +204,16 @@ def test_only_what_every_process_finds_under_its_name_goes_by_it() -> None:
     ]
     assert [function for function in by_name if not calls.is_by_name(function)] == []
     assert [function for function in others if calls.is_by_name(function)] == []
+
+
+def test_code_that_goes_by_value_keeps_the_name_of_its_file() -> None:
+    def outer() -> Callable[..., Any]:
+        return lambda: 1
+
+    made = calls.rebuild(calls.pickle_callable(outer))
+    assert [made.__code__.co_filename, made().__code__.co_filename] == [__file__, __file__]
+    assert inspect.getsource(made) == inspect.getsource(outer)
+    assert made.__code__ == outer.__code__
 
 
 def test_a_function_whose_name_is_anothers_goes_by_value() -> None:

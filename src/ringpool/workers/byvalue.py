@@ -7,6 +7,8 @@ singledispatch           its functions
 singledispatchmethod     its functions; what some releases of Python 3.13 cache there stays here
 a class method           by its name in its class, as pickle sends it: cloudpickle would send its function by value,
                          with globals of its own
+code                     the name of its file with it, which tracebacks and ``inspect.getsource`` need; cloudpickle
+                         3.1.3 leaves it out
 a memoryview             refused, as by pickle
 """
 
@@ -19,7 +21,7 @@ import pickle
 import sys
 from collections import ChainMap
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any, Protocol, cast
 
 import cloudpickle
@@ -28,6 +30,7 @@ from ringpool.workers import calls, reducers
 
 _STATE_SETTER = 5  # where a reducer's tuple has it, see ``object.__reduce__``
 _CLASS_KEYWORDS = 3  # where cloudpickle's arguments for a class have what its namespace begins with
+_FILENAME = 10  # where a code object's arguments have it
 _METACLASSES = {type, abc.ABCMeta, type(Protocol)}  # others may make slots of their own, and so does NamedTuple
 _Cached: type[Any] = type(functools.lru_cache(len))
 _CachedProperty: type[Any] = functools.cached_property
@@ -69,6 +72,8 @@ class _Pickler(_Base):
             raise TypeError("cannot pickle 'memoryview' object; send bytes of it, or the array that it shows")
         if type(obj) is MethodType and _is_named(obj.__self__) and getattr(obj.__self__, obj.__name__, None) == obj:
             return getattr, (obj.__self__, obj.__name__)
+        if type(obj) is CodeType:
+            return _reduce_code(obj)
         if type(obj) is _Cached and not _is_found(obj):
             return _reduce_cached(obj)
         if type(obj) is _CachedProperty:
@@ -99,6 +104,11 @@ def _is_found(obj: Any) -> bool:
 def _is_named(owner: object) -> bool:
     """Whether it is a class of a module other than the main one, which another process finds by its name."""
     return isinstance(owner, type) and owner.__module__ != "__main__" and _is_found(owner)
+
+
+def _reduce_code(code: CodeType) -> Any:
+    make, arguments = cast("Any", _Base.dispatch_table)[CodeType](code)
+    return make, (*arguments[:_FILENAME], code.co_filename, *arguments[_FILENAME + 1 :])
 
 
 # ---- classes ---------------------------------------------------------------------------------------------------------
