@@ -4,10 +4,14 @@ While ``msgspec`` sets itself up, it takes any exception for an optional feature
 ``KeyboardInterrupt`` that comes then is lost, and the next decoder that is made is a segmentation fault (seen with
 msgspec 0.22: 5 of 1,000 programs that were interrupted in their first half second). So the signals wait these few
 milliseconds.
+
+A signal that comes while a process is forked is handled by the first hook that CPython runs after that in the parent,
+and what its handler raises is lost. The first one here does nothing that could be left undone.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -21,6 +25,13 @@ try:
     import msgspec as msgspec
 finally:
     signal.pthread_sigmask(signal.SIG_SETMASK, _mask_before)
+
+
+def after_fork() -> None:
+    """In the parent."""
+
+
+os.register_at_fork(after_in_parent=after_fork)
 
 in_fork_server = False
 imports_main_ahead = False  # in a fork server, for the workers

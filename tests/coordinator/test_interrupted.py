@@ -165,6 +165,49 @@ def wait_for(futures):
     program.assert_no_process_is_left()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("others", ["none", "a thread"])
+def test_before_it_ends_by_that_it_does_what_a_program_does_at_exit(
+    run_program: Callable[..., Program], tmp_path: Path, number: signal.Signals, others: str
+) -> None:
+    if (number, others) == (signal.SIGINT, "a thread"):
+        pytest.skip("Python swallows a Ctrl-C while it waits for a thread at its end; the tasks are run")
+    program = run_program(
+        f"""
+        atexit.register(say, "called at exit")
+        target = logging.FileHandler({str(tmp_path / "log")!r})
+        logging.getLogger().addHandler(logging.handlers.MemoryHandler(1000, target=target))
+        logging.warning("kept in memory")
+        written = open({str(tmp_path / "written")!r}, "w")
+        written.write("in a buffer")
+        daemon = multiprocessing.Process(target=time.sleep, args=(60,), daemon=True)
+        daemon.start()
+        executor = RingPoolExecutor(1)
+        future = executor.submit(time.sleep, 60)
+        while not future.running():
+            time.sleep(0.01)
+        if {others!r} == "a thread":
+            threading.Thread(target=wait_for, args=(future,)).start()
+        threading._register_atexit(say, "main has ended")
+        """,
+        top="""
+import concurrent.futures, time
+import atexit, logging.handlers, multiprocessing
+from ringpool import RingPoolExecutor
+
+def wait_for(future):
+    concurrent.futures.wait([future])
+""",
+    )
+    program.wait_for("main has ended")
+    program.signal(number, group=False)
+    assert program.finish() == -number, program.err
+    assert program.out.splitlines() == ["main has ended", "called at exit"]
+    assert (tmp_path / "log").read_text() == "kept in memory\n"
+    assert (tmp_path / "written").read_text() == "in a buffer"
+    program.assert_no_process_is_left()
+
+
 def test_as_the_first_process_of_a_container_it_does_not_either(tmp_path: Path) -> None:
     """Which the kernel spares the default action of a signal."""
     unshare = [shutil.which("unshare") or "unshare", "--user", "--pid", "--fork", "--mount-proc"]

@@ -148,6 +148,106 @@ def test_a_fork_of_a_program_with_a_pool_ends_by_the_sigterm_that_comes_first_of
     assert program.err == ""
 
 
+def test_a_handler_that_raises_amid_a_fork_leaves_no_signal_held_back(tmp_path: Path) -> None:
+    """Without ``filelock``, whose own hooks such a handler leaves undone: no fork is allowed after that."""
+    (tmp_path / "program.py").write_text(
+        """
+import os, random, signal, sys, time, warnings
+from ringpool import RingPoolExecutor
+
+class Late(Exception):
+    pass
+
+def raise_late(*_):
+    raise Late
+
+def held_back():
+    return signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", DeprecationWarning)  # of CPython 3.12 and later: it forks, and has threads
+    signal.signal(signal.SIGALRM, raise_late)
+    sys.unraisablehook = lambda _: None  # what was lost in a hook
+    with RingPoolExecutor(1) as pool:
+        pool.submit(int).result()
+        masks, n_lost = set(), 0
+        for i in range(300):
+            pid = None
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.random() * 0.0012 + 1e-6)
+                pid = os.fork()
+                if pid:
+                    os.waitpid(pid, 0)
+                    time.sleep(0.003)
+                    n_lost += 1
+            except Late:
+                pass
+            if pid == 0:
+                os._exit(bool(held_back()))
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            masks.add(frozenset(held_back()))
+        print("held back", masks, n_lost > 0, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+"""
+    )
+    command = [sys.executable, str(tmp_path / "program.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * WATCHDOG_S, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "held back {frozenset()} True\n", "")
+
+
+@pytest.mark.parametrize(
+    "finalizer",
+    [
+        "Temporary()",
+        "weakref.finalize(set(), slow)",
+        "multiprocessing.util.Finalize(set(), slow)",
+    ],
+)
+def test_a_sigterm_that_comes_in_a_finalizer_is_not_lost(run_program: Callable[..., Program], finalizer: str) -> None:
+    program = run_program(
+        f"""
+        with RingPoolExecutor(1) as pool:
+            pool.submit(int).result()
+            for i in range(100):
+                times.append(i)
+                {finalizer}
+                time.sleep(0.01)
+        """,
+        top=f"""{TOP}
+import multiprocessing.util, weakref
+times = []
+
+def slow(*_):
+    if len(times) == 10:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.02)
+
+class Temporary:
+    def __del__(self):
+        slow()
+""",
+    )
+    assert program.finish() == 143, program.err
+    assert program.err == ""
+
+
+def test_a_finalizer_that_does_not_end_keeps_no_sigterm_out(run_program: Callable[..., Program]) -> None:
+    program = run_program(
+        """
+        finalizer = weakref.finalize(set, time.sleep, 60)
+        with RingPoolExecutor(1) as pool:
+            pool.submit(int).result()
+            say("about to wait")
+            finalizer()
+        """,
+        top=f"{TOP}\nimport weakref",
+    )
+    program.wait_for("about to wait")
+    program.signal(signal.SIGTERM, group=False)
+    assert program.finish() == 143, program.err
+
+
 OTHERS = "os.register_at_fork({}=strike)"
 OURS = "from ringpool.coordinator import signals; signals.around_forks({})"
 

@@ -20,7 +20,7 @@ import sys
 import threading
 from collections.abc import Callable
 from multiprocessing.context import BaseContext
-from multiprocessing.process import BaseProcess
+from multiprocessing.process import BaseProcess, parent_process
 from multiprocessing.util import Finalize
 from types import ModuleType, NoneType
 from typing import NamedTuple, Protocol
@@ -367,7 +367,7 @@ def _close_at_the_end() -> None:
     atexit.register(_close_all)
     if _finalizer is not None:
         _finalizer.cancel()
-    _finalizer = Finalize(None, _close_all, exitpriority=_BEFORE_OTHERS)
+    _finalizer = Finalize(None, _close_at_the_end_of_process, exitpriority=_BEFORE_OTHERS)
 
 
 def _close_after_main() -> None:
@@ -396,9 +396,15 @@ def _close_all() -> None:
     except BaseException as error:  # from a signal
         for pool in list(_open):
             pool.abort()
-        signals.end_where_late(error)
-        raise
-    signals.end_where_late()
+        if not signals.is_late(error):
+            raise
+
+
+def _close_at_the_end_of_process() -> None:
+    """In a process of ``multiprocessing``: the last that is sure to be done there."""
+    _close_all()
+    if parent_process() is not None:
+        signals.end_where_late()
 
 
 def _has_failed() -> bool:

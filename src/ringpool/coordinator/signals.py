@@ -10,8 +10,9 @@ had occasion to ends the program as if it had been.
 
 A fork of the program has no pool, and the default action, from its first instruction on: a pool of ``multiprocessing``
 sends SIGTERM to processes that have just begun. CPython forgets what comes before the first bytecode of a fork, and an
-exception in a hook of ``os.fork`` is lost. So signals are held back from before the fork until the child has the
-default action, and until the parent is through.
+exception in a hook of ``os.fork`` is lost. So signals, all of them, are held back from before the fork until the child
+has the default action, and until the parent is through. What another thread is given comes to the parent's main thread
+all the same: an exception that is raised then, by Ctrl-C or a handler of the program, is lost, and nothing else.
 
 A terminal that goes away says so several times: the kernel to the job in the foreground, the shell to all its jobs. So
 once a program ends because of SIGHUP, another one does not interrupt that.
@@ -22,8 +23,12 @@ that the kernel gave to another thread, does not wake it: so nobody here sleeps 
 
 from __future__ import annotations
 
+import _signal  # pyright: ignore[reportMissingModuleSource]
 import _thread
+import atexit
 import contextlib
+import gc
+import io
 import math
 import os
 import signal
@@ -32,25 +37,33 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from types import FrameType
+from typing import Any, cast
+
+from ringpool import startup
 
 SLEEP_MAX_S = 1.0
 RESEND_S = 0.001
+UNHEARD_MAX_S = 1.0
 _HANDLED = (signal.SIGTERM, signal.SIGHUP)
+_FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}  # held back, they could not be reported
+_HELD_BACK = tuple(signal.valid_signals() - _FAULTS)
 _OUTERMOST = ("<module>", "_run_module_as_main")  # of a main module; what is called at exit has none
+_set_mask = cast("Any", _signal).pthread_sigmask  # without Python code, amid which it might be interrupted
 _lock = threading.Lock()
 _pools = 0
 _installed: list[signal.Signals] = []
-_forking: dict[int, set[signal.Signals | int]] = {}  # threads that are about it, with the masks that they had
+_forking: dict[int, set[int]] = {}  # threads that are about it, with the masks that they had
 _n_ended = 0
 _late = 0  # the number of one that came after main had ended
 _has_main_ended = False
 _hooks: list[tuple[Callable[[], None], Callable[[], None], Callable[[], None]]] = []
 _hung_up = False
+_unheard_s = 0.0  # since when the end of a finalizer is waited for
 
 
 def _end_program(number: int, frame: FrameType | None) -> None:
-    global _n_ended, _hung_up, _late
-    if _is_forking(frame):
+    global _n_ended, _hung_up, _late, _unheard_s
+    if _is_forking(frame) or (is_in_finalizer(frame) and _may_wait()):
         with contextlib.suppress(RuntimeError):  # no more threads: lost, as it was
             _thread.start_new_thread(_send_again, (number,))
             return
@@ -60,6 +73,7 @@ def _end_program(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
         return
+    _unheard_s = 0.0
     _n_ended += 1
     _hung_up = _hung_up or number == signal.SIGHUP
     if _has_main_ended or _outermost(frame) == ("_shutdown", "threading"):
@@ -97,29 +111,61 @@ def main_has_ended() -> None:
     _has_main_ended = True
 
 
-def end_where_late(error: BaseException | None = None) -> None:
-    """At exit, when all pools are closed: where a signal has killed tasks since main ended, or ``error`` is a Ctrl-C
-    that has just done so, end this process by that signal. The exit status would say that all went well.
+def is_late(error: BaseException) -> bool:
+    """Whether ``error`` is a Ctrl-C since main ended: then this process ends by that, at last."""
+    global _late
+    if not (isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+        return False
+    if _has_main_ended:
+        _late = signal.SIGINT
+    return _has_main_ended
+
+
+def end_where_late() -> None:
+    """At exit, as the last of all: where a signal has killed tasks since main ended, end this process by that signal.
+    The exit status would say that all went well. What the interpreter would do after this is done before.
     """
-    is_ctrl_c = isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    number = signal.SIGINT if is_ctrl_c and _has_main_ended else _late
-    if number:
-        for stream in (sys.stdout, sys.stderr):
+    if not _late:
+        return
+    for module, function in (("multiprocessing.util", "_exit_function"), ("logging", "shutdown")):
+        if module in sys.modules:
             with contextlib.suppress(Exception):
-                stream.flush()
-        signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
-        signal.raise_signal(number)
-        os._exit(128 + number)  # process 1 of a container: the kernel spares it
+                getattr(sys.modules[module], function)()  # which ends daemons, and flushes handlers
+    for stream in (sys.stdout, sys.stderr, *filter(_is_buffered, gc.get_objects())):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    signal.signal(_late, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {_late})
+    signal.raise_signal(_late)
+    os._exit(128 + _late)  # process 1 of a container: the kernel spares it
+
+
+def _is_buffered(each: object) -> bool:
+    return issubclass(type(each), io.TextIOWrapper | io.BufferedWriter | io.BufferedRandom)
+
+
+atexit.register(end_where_late)  # before others are: they come first
 
 
 def is_in_finalizer(frame: FrameType | None) -> bool:
     """Whether ``frame`` is a finalizer's, or was called by one: what is raised there is printed and lost."""
     while frame is not None:
-        if frame.f_code.co_name == "__del__" or frame.f_globals.get("__name__") in ("weakref", "_weakrefset"):
+        name, module = frame.f_code.co_name, frame.f_globals.get("__name__")
+        if name == "__del__" or module in ("weakref", "_weakrefset"):
+            return True
+        if module == "multiprocessing.util" and name == "__call__" and frame.f_locals.get("wr") is not None:
             return True
         frame = frame.f_back
     return False
+
+
+def _may_wait() -> bool:
+    """Whether a finalizer may still come to its end first; one that hangs is not to keep signals out."""
+    global _unheard_s
+    if _has_main_ended:  # all is lost by now that is raised
+        return False
+    _unheard_s = _unheard_s or time.monotonic()
+    return time.monotonic() - _unheard_s < UNHEARD_MAX_S
 
 
 def install() -> None:
@@ -156,7 +202,9 @@ def restore() -> None:
 
 
 def around_forks(before: Callable[[], None], in_parent: Callable[[], None], in_child: Callable[[], None]) -> None:
-    """As ``os.register_at_fork``, for what a signal is not to interrupt. None of them may raise."""
+    """As ``os.register_at_fork``, for what a signal is not to interrupt. None of them may raise; ``in_parent`` may be
+    called again, where it was interrupted all the same.
+    """
     _hooks.append((before, in_parent, in_child))
 
 
@@ -164,15 +212,14 @@ def _is_forking(frame: FrameType | None) -> bool:
     """Whether this thread is in a hook of a fork, ours or another's; or shows the warning with which CPython 3.12 and
     later end one, and loses what is raised meanwhile.
     """
-    mask = _forking.pop(threading.get_ident(), None)
-    if mask is not None:  # a hook's, which has not come to it yet; or never did, where it was interrupted
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        return True
     while frame is not None:
         if frame.f_code in _CODE_OF_HOOKS or _warns_of_fork(frame):
             return True
         frame = frame.f_back
-    return False
+    mask = _forking.pop(threading.get_ident(), None)
+    if mask is not None:  # another's hook, between ours; or ours were interrupted, each of them
+        _set_mask(signal.SIG_SETMASK, mask)
+    return mask is not None
 
 
 def _warns_of_fork(frame: FrameType) -> bool:
@@ -191,31 +238,40 @@ def _hold_back() -> None:
     """A thread is about to fork."""
     me = threading.get_ident()
     if _installed and me not in _forking:  # it may be, where a handler forks amid a fork
-        _forking[me] = signal.pthread_sigmask(signal.SIG_BLOCK, ())  # asked first: the next call may be interrupted
-        signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+        _forking[me] = _set_mask(signal.SIG_BLOCK, ())  # asked first: the next call may be interrupted
+        _set_mask(signal.SIG_BLOCK, _HELD_BACK)
     for before, _, _ in reversed(_hooks):
         before()
 
 
 def _let_through() -> None:
     """It has. What is pending comes here, and finds that it is too early."""
+    try:
+        _go_on()
+    except BaseException:  # of another signal's handler; it is lost, and nothing else
+        _go_on()
+        raise
+    finally:
+        _unmask()
+
+
+def _go_on() -> None:
     for _, in_parent, _ in _hooks:
         in_parent()
-    _unmask()
 
 
 def _unmask() -> None:
     me = threading.get_ident()
     if (mask := _forking.get(me)) is not None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        _set_mask(signal.SIG_SETMASK, mask)
         _forking.pop(me, None)
 
 
 def _let_go() -> None:
     """In a fork of the program, before any code of its own: the handlers are its parent's, and so may the lock be."""
-    global _lock, _pools, _n_ended, _late, _hung_up, _has_main_ended
+    global _lock, _pools, _n_ended, _late, _hung_up, _has_main_ended, _unheard_s
     _lock = threading.Lock()
-    _pools, _n_ended, _late, _hung_up, _has_main_ended = 0, 0, 0, False, False
+    _pools, _n_ended, _late, _hung_up, _has_main_ended, _unheard_s = 0, 0, 0, False, False, 0.0
     for number in _installed:
         if signal.getsignal(number) is _end_program:
             signal.signal(number, signal.SIG_DFL)
@@ -226,8 +282,9 @@ def _let_go() -> None:
     _forking.clear()
 
 
-_CODE_OF_HOOKS = {hook.__code__ for hook in (_hold_back, _let_through, _let_go)}
+_CODE_OF_HOOKS = {hook.__code__ for hook in (startup.after_fork, _hold_back, _let_through, _unmask, _let_go)}
 os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=_let_go)
+os.register_at_fork(after_in_parent=_unmask)  # once more: the first may have been interrupted before its first step
 
 
 def acquire(lock: threading.Lock, timeout_s: float = -1) -> bool:
