@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ringpool import Job
+from ringpool import InputFile, Job
 from ringpool.errors import OutputPatternError
 
 UPPER = "tr a-z A-Z < {src} > {dst}"
@@ -100,3 +100,69 @@ def test_a_link_from_an_output_to_another_input_is_replaced(place: Path, inputs:
     assert not (place / "out/a").is_symlink()
     assert (place / "out/a").read_text() == "CONTENT OF IN/A"
     assert (place / "in/b").read_text() == "content of in/b"
+
+
+@pytest.mark.parametrize("inputs", ["src", "src/**/x.txt"])
+@pytest.mark.parametrize("link", ["src/old", "src/b/old"])
+def test_an_output_that_a_walk_finds_through_a_link_in_it_is_refused(place: Path, inputs: str, link: str) -> None:
+    make(place, "src/data/x.txt", "src/b/c/x.txt", "store/data/x.txt")
+    (place / link).symlink_to(place / "store/data")
+    before = all_of(place)
+    with pytest.raises(OutputPatternError, match="an input too"):
+        Job(command=UPPER, inputs=inputs, output="store/{relpath}").run(1)
+    assert all_of(place).items() >= before.items()
+
+
+@pytest.mark.parametrize(
+    ("link", "to", "filters"),
+    [
+        ("src/out", "out", {}),  # the place of the outputs, which no walk enters
+        ("src/old", "out/made", {"exclude": ["old/"]}),
+        ("src/old", "out/made", {"include": ["x.txt"]}),
+        ("src/old", "out/others", {}),  # where no output comes to
+        ("src/self", "src", {}),
+    ],
+)
+def test_a_link_that_leads_to_no_output_is_followed_or_left_out_as_ever(
+    place: Path, link: str, to: str, filters: dict[str, list[str]]
+) -> None:
+    make(place, "src/made/x.txt", "out/made/z.txt", "out/others/x.txt")
+    (place / link).symlink_to(place / to)
+    n = 1 + (to == "out/others")
+    for n_done in (n, 0):
+        report = Job(command=UPPER, inputs="src", output="out/{relpath}.gz", **filters).run(1)  # type: ignore[arg-type]
+        assert (report.ok, report.progress.done) == (True, n_done)
+
+
+def test_a_directory_of_outputs_among_the_inputs_may_be_a_link(place: Path) -> None:
+    make(place, "photos/a.jpg", "disk/x")
+    (place / "photos/thumbs").symlink_to("../disk")
+    outputs = {"meta": "photos/{relpath}.json", "thumb": "photos/thumbs/{relpath}"}
+    for n_done in (1, 0):
+        job = Job(
+            command="cp {src} {dst.meta}; cp {src} {dst.thumb}", inputs="photos", output=outputs, include=["*.jpg"]
+        )
+        report = job.run(1)
+        assert (report.ok, report.progress.done) == (True, n_done)
+
+
+def test_links_are_as_they_are_now_and_not_as_an_earlier_job_has_found_them(place: Path) -> None:
+    make(place, "v1/a.txt", "v1/a.csv", "v2/a.txt", "v2/a.csv")
+    for version in ("v1", "v2"):
+        (place / "current").unlink(missing_ok=True)
+        (place / "current").symlink_to(version)
+        files = [InputFile(f"{version}/a.txt", "a.txt"), InputFile(f"{version}/a.csv", "z.csv")]
+        with pytest.raises(OutputPatternError, match="an input too"):
+            Job(command=UPPER, inputs=files, output="current/{stem}.csv").run(1)
+        assert (place / version / "a.csv").read_text() == f"content of {version}/a.csv"
+
+
+def test_a_pattern_that_leads_up_and_through_a_link_knows_what_was_moved_away(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(place, "real/a.txt", "sub/x")
+    (place / "sub/in").symlink_to("../real")
+    monkeypatch.chdir(place / "sub")
+    for n_done in (1, 0):
+        report = Job(command="mv {src} {dst}", inputs="../sub/in/*.txt", output="../o/{relpath}").run(1)
+        assert (report.ok, report.progress.done) == (True, n_done)

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import translate
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from ringpool.coordinator.lists import STANDARD_INPUT, InputFile as InputFile, read_list
 from ringpool.errors import InputMissingError, ListError
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 OWN_DIRECTORY = ".ringpool"
 SCRATCH_CACHE_KIB = 16_384
+FILTERED_KNOWN_MAX = 4096
 _MAGIC = re.compile(r"[*?[]")
 
 
@@ -68,8 +69,9 @@ class _Limits(NamedTuple):
     """Where a walk does not go, what it leaves out, and why it could not read what it could not."""
 
     exclude_under: tuple[Path, ...]
-    filters: _Filters | None
+    filters: Filters | None
     refused: list[OSError]
+    on_link: Callable[[str, str, Glob | None], None]
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
@@ -83,12 +85,15 @@ def list_inputs(
     exclude: Sequence[str] = (),
     is_known: Callable[[str], bool] = lambda _source: False,
     have_matched: Callable[[Callable[[str], bool]], bool] = lambda _matches: False,
+    on_link: Callable[[str, str, Glob | None], None] = lambda _path, _relpath, _glob: None,
 ) -> Iterator[InputFile]:
     """The files that ``sources`` (files, directories, globs, lists) stand for, each found when it is asked for.
 
     What a source names is taken in any case. A walk does not enter the directories ``exclude_under``, the places of the
     outputs, which need not exist yet. ``include`` and ``exclude`` are filters. A ``Path`` is never a list:
-    ``Path("-")`` is the file of that name, which as text is ``./-``.
+    ``Path("-")`` is the file of that name, which as text is ``./-``. ``on_link`` is told of each directory that a walk
+    is to enter by a link, before a file of the directory that has the link is given out: its path, its relpath with a
+    slash at the end, and the walk's glob.
 
     Raises at once ``InputMissingError`` where a source is not there, unless it ``is_known`` to be a file all the same
     (its task may have moved it away), or a glob matches nothing, unless files that were moved away ``have_matched``
@@ -98,9 +103,9 @@ def list_inputs(
     success.
     """
     named = list(sources)
-    if sum(_list_of(source) == STANDARD_INPUT for source in named) > 1:
+    if sum(list_of(source) == STANDARD_INPUT for source in named) > 1:
         raise ListError(STANDARD_INPUT, 0, "it is named twice, and can be read once")
-    limits = _Limits(tuple(exclude_under), _Filters(include, exclude) if include or exclude else None, [])
+    limits = _Limits(tuple(exclude_under), Filters(include, exclude) if include or exclude else None, [], on_link)
     gone = _Gone(is_known, have_matched)
     return chain.from_iterable([*(_open_source(source, limits, gone) for source in named), _refusal(limits)])
 
@@ -114,102 +119,20 @@ def _refusal(limits: _Limits) -> Iterator[InputFile]:
 
 def relpaths_are_unique(sources: Sequence[str | Path]) -> bool:
     """Whether ``list_inputs`` gives no relpath twice: one file, directory or glob. A list may name a file twice."""
-    return len(sources) == 1 and _list_of(sources[0]) is None
+    return len(sources) == 1 and list_of(sources[0]) is None
 
 
-def taking(
-    sources: Iterable[str | Path],
-    places: Sequence[Path],
-    *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    names_only: bool = False,
-) -> Callable[[str], bool] | None:
-    """What says whether an absolute path is named by one of ``sources``, whatever links lead to its directory, or would
-    be found by its walk or glob: then it is an input, or the next run would take it for one; None: none could be.
-
-    ``places``: of the outputs, below which those paths are; no walk enters one below its root. ``names_only``: no
-    source is walked. What lists hold is not looked at.
-    """
-    files: set[str] = set()
-    walks: list[_Walk] = []
-    filters = _Filters(include, exclude) if include or exclude else None
-    for named in [os.fspath(source) for source in sources if _list_of(source) is None]:
-        source = os.path.abspath(named)
-        is_directory = os.path.isdir(source)
-        if not is_directory and (os.path.lexists(source) or not _MAGIC.search(source)):
-            files.add(_in_real_directory(source))
-        elif not names_only:
-            prefix, parts = (source, []) if is_directory else _split_glob(source + "/" * named.endswith("/"))
-            glob = _Glob(parts, takes_dots=False) if parts else None
-            for spelled in (os.path.realpath, os.path.abspath):  # a walk follows links, and so may an output
-                root, *bases = [os.path.join(spelled(place), "") for place in (prefix, *places)]
-                if any(root.startswith(base) for base in bases):  # others are not entered, or lie elsewhere
-                    left_out = tuple([base for base in bases if base.startswith(root) and base != root])
-                    walk = _Walk(root, left_out, glob, filters)
-                    walks += [walk] if walk not in walks else []
-    if not files and not walks:
-        return None
-
-    def takes(path: str) -> bool:
-        real = _in_real_directory(path)
-        return real in files or any(walk.finds(each) for each in {real, path} for walk in walks)
-
-    return takes
+def place_of(directory: str) -> str:
+    """``directory`` from the root; links in it stay, but where a ``..`` follows."""
+    return os.fsdecode(naming.absolute(naming.encoded(directory)))
 
 
-class _Walk(NamedTuple):
-    """A walk below ``root``, which is absolute and ends in a slash; it does not enter ``left_out``, the same."""
-
-    root: str
-    left_out: tuple[str, ...]
-    glob: _Glob | None
-    filters: _Filters | None
-
-    def finds(self, path: str) -> bool:
-        """Whether it finds a file at ``path``, should there be one."""
-        if not path.startswith(self.root) or path.startswith(self.left_out) or f"/{OWN_DIRECTORY}/" in path:
-            return False
-        if self.glob is not None and not _matches(path, self.root, self.glob):
-            return False
-        return self.filters is None or self.filters.take(path[len(self.root) :])
+def is_glob(source: str) -> bool:
+    """Whether ``source`` is one: nothing has its name."""
+    return not os.path.lexists(source) and _MAGIC.search(source) is not None
 
 
-def roots_of(sources: Iterable[str | Path]) -> list[str]:
-    """The directories that the walks of ``sources`` begin in, and those of files that they name; none of lists. Without
-    links, each ending in a slash, none below another.
-    """
-    directories: set[str] = set()
-    for source in [os.path.abspath(source) for source in sources if _list_of(source) is None]:
-        if not os.path.isdir(source):
-            is_glob = not os.path.lexists(source) and _MAGIC.search(source)
-            source = _split_glob(source)[0] if is_glob else os.path.dirname(source)
-        directories.add(source)
-    roots: list[str] = []
-    for root in sorted(os.path.join(os.path.realpath(directory), "") for directory in directories):
-        if not roots or not root.startswith(roots[-1]):
-            roots.append(root)
-    return roots
-
-
-def _in_real_directory(path: str) -> str:
-    directory, slash, name = path.rpartition("/")
-    return _real_directory(directory) + slash + name
-
-
-@functools.lru_cache(maxsize=1024)
-def _real_directory(path: str) -> str:
-    return os.path.realpath(path)
-
-
-def _matches(path: str, prefix: str, glob: _Glob) -> bool:
-    if not path.startswith(prefix):
-        return False
-    *directories, name = path[len(prefix) :].split("/")
-    return glob.accepts(functools.reduce(glob.states_below, directories, glob.start), name)
-
-
-def _list_of(source: str | Path) -> str | None:
+def list_of(source: str | Path) -> str | None:
     """The path of the list that ``source`` stands for, None where it is no list."""
     if isinstance(source, Path):
         return None
@@ -217,7 +140,7 @@ def _list_of(source: str | Path) -> str | None:
 
 
 def _open_source(source: str | Path, limits: _Limits, gone: _Gone) -> Iterable[InputFile]:
-    listed = _list_of(source)
+    listed = list_of(source)
     if listed is not None:
         return read_list(listed)
     source = os.fspath(source)
@@ -238,14 +161,16 @@ def _open_source(source: str | Path, limits: _Limits, gone: _Gone) -> Iterable[I
 
 
 def _open_glob(source: str, limits: _Limits, gone: _Gone) -> Iterator[InputFile]:
-    prefix, parts = _split_glob(source)
-    glob = _Glob(parts, takes_dots=False)
+    prefix, parts = split_glob(source)
+    glob = Glob(parts, takes_dots=False)
     root = _Directory(prefix, "", frozenset(), glob.start)
     matches = _walk(root, limits._replace(filters=None), glob)
     first = next(matches, None)
     if first is None:
-        place = os.path.join(os.path.abspath(prefix), "")
-        if not limits.refused and gone.have_matched(lambda path: _matches(path, place, glob)):
+        place = os.path.join(place_of(prefix or "."), "")
+        if not limits.refused and gone.have_matched(
+            lambda path: path.startswith(place) and glob.matches(path[len(place) :])
+        ):
             return matches
         raise limits.refused[0] if limits.refused else InputMissingError(source)
     if limits.filters is None:
@@ -259,7 +184,7 @@ def _as_prefix(directory: str) -> str:
     return "" if bare == "." else bare + "/"
 
 
-def _walk(root: _Directory, limits: _Limits, glob: _Glob | None) -> Iterator[InputFile]:
+def _walk(root: _Directory, limits: _Limits, glob: Glob | None) -> Iterator[InputFile]:
     waiting = [root]
     while waiting:
         directory = waiting.pop()
@@ -269,7 +194,7 @@ def _walk(root: _Directory, limits: _Limits, glob: _Glob | None) -> Iterator[Inp
                 continue
             if directory is not root and any(identity == _identity(place) for place in limits.exclude_under):
                 continue
-            files, subdirectories = _list(directory, glob)
+            files, subdirectories, links = _list(directory, glob)
         except OSError as error:  # the others are walked all the same, and then it is said
             if error.errno == errno.EACCES:
                 error.strerror = (
@@ -279,14 +204,18 @@ def _walk(root: _Directory, limits: _Limits, glob: _Glob | None) -> Iterator[Inp
             continue
         if limits.filters is not None:
             files, subdirectories = limits.filters.keep(directory.relpath, files, subdirectories)
-        for name in files:
-            yield InputFile(directory.path + name, directory.relpath + name)
         ancestors = directory.ancestors | {identity}
+        below: list[_Directory] = []
         for name in reversed(subdirectories):  # what is put in last is walked first
             states = glob.states_below(directory.states, name) if glob else directory.states
             if states or glob is None:
                 path, relpath = f"{directory.path}{name}/", f"{directory.relpath}{name}/"
-                waiting.append(_Directory(path, relpath, ancestors, states))
+                below.append(_Directory(path, relpath, ancestors, states))
+                if name in links and _identity(path) not in ancestors:
+                    limits.on_link(path, relpath, glob)
+        for name in files:
+            yield InputFile(directory.path + name, directory.relpath + name)
+        waiting += below
 
 
 def _identity(directory: str | Path) -> tuple[int, int] | None:
@@ -297,10 +226,13 @@ def _identity(directory: str | Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def _list(directory: _Directory, glob: _Glob | None) -> tuple[list[str], list[str]]:
-    """The names of ``directory``'s files, those that the glob matches, and of its subdirectories; both sorted."""
+def _list(directory: _Directory, glob: Glob | None) -> tuple[list[str], list[str], set[str]]:
+    """The names of ``directory``'s files, those that the glob matches, and of its subdirectories; both sorted. And
+    which of these are links.
+    """
     files: list[str] = []
     subdirectories: list[str] = []
+    links: set[str] = set()
     try:
         with os.scandir(directory.path or ".") as entries:
             for entry in entries:
@@ -308,15 +240,17 @@ def _list(directory: _Directory, glob: _Glob | None) -> tuple[list[str], list[st
                 if is_directory:
                     if entry.name != OWN_DIRECTORY:
                         subdirectories.append(entry.name)
+                        if entry.is_symlink():
+                            links.add(entry.name)
                 elif not is_file or (entry.name.startswith(".") and naming.is_staging_name(os.fsencode(entry.name))):
                     continue
                 elif glob is None or glob.accepts(directory.states, entry.name):
                     files.append(entry.name)
     except (FileNotFoundError, NotADirectoryError):  # it vanished after its parent was read
-        return [], []
+        return [], [], set()
     files.sort()
     subdirectories.sort()
-    return files, subdirectories
+    return files, subdirectories, links
 
 
 def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
@@ -332,7 +266,7 @@ def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
 # ---- globs -----------------------------------------------------------------------------------------------------------
 
 
-class _Glob:
+class Glob:
     """A glob, as a machine that reads a path name by name.
 
     State i says that the names so far fit the first i parts of the pattern; a ``**`` may stay in its state. As in a
@@ -364,6 +298,11 @@ class _Glob:
         matches = self._parts[-1] if self._end - 1 in states else None
         return matches is not None and bool(matches(name))
 
+    def matches(self, relpath: str) -> bool:
+        """Whether the pattern is matched by the file ``relpath``."""
+        *directories, name = relpath.split("/")
+        return self.accepts(functools.reduce(self.states_below, directories, self.start), name)
+
     def _skipping(self, states: set[int]) -> frozenset[int]:
         """``states`` and those which they lead to where a ``**`` stands for nothing."""
         reached = set(states)
@@ -374,7 +313,7 @@ class _Glob:
         return frozenset(reached)
 
 
-def _split_glob(source: str) -> tuple[str, list[str]]:
+def split_glob(source: str) -> tuple[str, list[str]]:
     """Where the walk of a glob begins, and the parts of what is to match below that.
 
     One that ends in a slash stands for all that is in the directories which it matches.
@@ -398,7 +337,10 @@ def _matcher(part: str, takes_dots: bool) -> Callable[[str], object] | None:
 # ---- filters ---------------------------------------------------------------------------------------------------------
 
 
-class _Filters:
+_Readers: TypeAlias = tuple[Callable[[str], bool], Callable[[str], bool], Callable[[str], bool]]
+
+
+class Filters:
     """What is taken of a directory's names: those that match an ``include``, if there are any, and no ``exclude``."""
 
     def __init__(self, include: Sequence[str], exclude: Sequence[str]) -> None:
@@ -406,40 +348,56 @@ class _Filters:
         self._include = [_filter(pattern, below=True) for pattern in include]
         self._exclude = [_filter(pattern) for pattern in exclude if not pattern.endswith("/")]
         self._exclude_directories = [*self._exclude, *(_filter(each) for each in exclude if each.endswith("/"))]
+        self._entered: dict[str, bool] = {}
+        self._last: tuple[str, _Readers] | None = None  # of the directory that was asked for last
 
     def take(self, relpath: str) -> bool:
         """Whether a walk finds the file ``relpath``."""
-        *parents, name = relpath.split("/")
-        at = ""
-        for parent in parents:
-            if not self.keep(at, [], [parent])[1]:
-                return False
-            at += parent + "/"
-        return bool(self.keep(at, [name], [])[0])
+        directory, slash, name = relpath.rpartition("/")
+        return self._is_entered(directory + slash) and bool(self.keep(directory + slash, [name], [])[0])
+
+    def _is_entered(self, relpath: str) -> bool:
+        """Whether a walk comes to that directory."""
+        if not relpath:
+            return True
+        known = self._entered.get(relpath)
+        if known is None:
+            parent, slash, name = relpath[:-1].rpartition("/")
+            known = self._is_entered(parent + slash) and bool(self.keep(parent + slash, [], [name])[1])
+            if len(self._entered) >= FILTERED_KNOWN_MAX:
+                self._entered.clear()
+            self._entered[relpath] = known
+        return known
 
     def keep(self, relpath: str, files: list[str], subdirectories: list[str]) -> tuple[list[str], list[str]]:
         """Those to take of the names in the directory ``relpath``, which is empty or ends in a slash."""
-        parents = relpath.split("/")[:-1]
-        included = _any(self._include, parents)
-        excluded = _any(self._exclude, parents)
-        left_out = _any(self._exclude_directories, parents)
+        included, excluded, left_out = self._readers(relpath)
         kept = [name for name in files if (self._includes_all or included(name)) and not excluded(name)]
         return kept, [name for name in subdirectories if not left_out(name)]
 
+    def _readers(self, relpath: str) -> _Readers:
+        """What ``include`` matches in that directory, and ``exclude``, of files and of directories."""
+        if self._last is None or self._last[0] != relpath:
+            parents = relpath.split("/")[:-1]
+            patterns = (self._include, self._exclude, self._exclude_directories)
+            included, excluded, left_out = [_any(each, parents) for each in patterns]
+            self._last = relpath, (included, excluded, left_out)
+        return self._last[1]
 
-def _filter(pattern: str, *, below: bool = False) -> _Glob:
+
+def _filter(pattern: str, *, below: bool = False) -> Glob:
     """``pattern`` as a glob; ``below``: one that ends in a slash stands for what is below the directory."""
     parts = [part for part in pattern.split("/") if part not in ("", ".")]
     if "/" not in pattern.rstrip("/"):
         parts = ["**", *parts] if parts else []
     if below and pattern.endswith("/"):
         parts.append("**")
-    return _Glob(parts, takes_dots=True)
+    return Glob(parts, takes_dots=True)
 
 
-def _any(globs: list[_Glob], parents: list[str]) -> Callable[[str], bool]:
+def _any(globs: list[Glob], parents: list[str]) -> Callable[[str], bool]:
     """What says whether a name in the directory below ``parents`` is matched by one of ``globs``."""
-    reading: list[tuple[_Glob, frozenset[int]]] = []
+    reading: list[tuple[Glob, frozenset[int]]] = []
     for glob in globs:
         states = glob.start
         for parent in parents:

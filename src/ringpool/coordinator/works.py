@@ -23,13 +23,12 @@ from ringpool.coordinator.inputs import (
     largest_first,
     list_inputs,
     relpaths_are_unique,
-    roots_of,
-    taking,
 )
 from ringpool.coordinator.joboptions import JobOptions
 from ringpool.coordinator.jobwork import Work
 from ringpool.coordinator.lists import relpath_of
 from ringpool.coordinator.outputs import NamedOutputs, Scope, hash_of, with_outputs
+from ringpool.coordinator.reach import Reach, roots_of
 from ringpool.errors import OutputPatternError, ParameterError
 from ringpool.workers import jobtasks, tasks
 from ringpool.workers.files import naming
@@ -80,7 +79,8 @@ class Works:
 
     def __iter__(self) -> Iterator[Work]:
         """Anew, from the first one."""
-        files, one_source, takes = self._files()
+        _real.cache_clear()  # links may lead elsewhere than in an earlier run
+        files, one_source, reach = self._files()
         if self._options.largest_first:
             files = largest_first(files)
         here = os.getcwdb()
@@ -113,7 +113,7 @@ class Works:
             for number, target in enumerate(targets):
                 if target == source:
                     self._refuse_output(number, target, " of itself; write the outputs somewhere else")
-                if takes is not None and takes(os.fsdecode(target)):
+                if reach is not None and reach.takes(os.fsdecode(target)):
                     self._refuse_output(
                         number, target, ", which is an input too, or would be one of the next run: " + _APART
                     )
@@ -169,8 +169,8 @@ class Works:
         named = [one if isinstance(one, str) else Path(os.fsdecode(one)) for one in paths]
         return tuple(map(os.fsencode, roots_of(named)))
 
-    def _files(self) -> tuple[Iterator[InputFile], bool, Callable[[str], bool] | None]:
-        """The files; whether no two have one relpath; what says that an output is among the inputs."""
+    def _files(self) -> tuple[Iterator[InputFile], bool, Reach | None]:
+        """The files; whether no two have one relpath; what says which outputs are among the inputs."""
         inputs = self._inputs
         bases = self._outputs.bases if self._outputs is not None else ()
         if isinstance(inputs, (str, bytes, os.PathLike)):
@@ -184,10 +184,10 @@ class Works:
             ]
             if len(sources) < len(inputs):
                 files = [_as_input_file(item) for item in inputs]
-                return iter(files), False, taking([Path(file.path) for file in files], bases, names_only=True)
+                return iter(files), False, Reach([Path(file.path) for file in files], bases, names_only=True)
             if not self._include and not self._exclude:
                 self._require_apart(sources)
-            takes = taking(sources, bases, include=self._include, exclude=self._exclude)
+            reach = Reach(sources, bases, include=self._include, exclude=self._exclude)
             here = os.getcwdb()
             with contextlib.closing(self._known) as known:
                 files = list_inputs(
@@ -197,8 +197,9 @@ class Works:
                     exclude=self._exclude,
                     is_known=lambda source: _absolute(source, here) in known,
                     have_matched=known.have,
+                    on_link=reach.follow,
                 )
-            return files, relpaths_are_unique(sources), takes
+            return files, relpaths_are_unique(sources), reach
         return map(_as_input_file, inputs), False, None
 
     def _require_apart(self, sources: Sequence[str | Path]) -> None:
