@@ -114,6 +114,29 @@ def test_an_output_that_a_walk_finds_through_a_link_in_it_is_refused(place: Path
 
 
 @pytest.mark.parametrize(
+    ("link", "to"),
+    [
+        ("src/f.txt", "out/z.txt"),  # an input, and another's output
+        ("src/f.txt", "out/x.txt.up"),  # once that is there
+        ("src/later", "out/new"),
+        ("out/b", "src/b"),  # by which outputs come to be among the inputs
+        ("out/b", "src/c"),
+    ],
+)
+def test_an_output_that_a_link_to_or_from_the_outputs_makes_an_input_is_refused(
+    place: Path, link: str, to: str
+) -> None:
+    make(place, "src/x.txt", "src/z.txt", "src/b/y.txt", "src/c/y.txt", "src/new/y.txt", "out/z.txt")
+    (place / link).symlink_to(place / to)
+    before = all_of(place)
+    output = "out/{relpath}.up" if link == "src/f.txt" and to != "out/z.txt" else "out/{relpath}"
+    with pytest.raises(OutputPatternError, match="an input too"):
+        Job(command=UPPER, inputs="src", output=output).run(1)
+    for name in before.keys() - {"out/x.txt", "out/z.txt"}:
+        assert (place / name).read_text() == before[name]
+
+
+@pytest.mark.parametrize(
     ("link", "to", "filters"),
     [
         ("src/out", "out", {}),  # the place of the outputs, which no walk enters

@@ -24,6 +24,7 @@ a leading dot.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -91,9 +92,9 @@ def list_inputs(
 
     What a source names is taken in any case. A walk does not enter the directories ``exclude_under``, the places of the
     outputs, which need not exist yet. ``include`` and ``exclude`` are filters. A ``Path`` is never a list:
-    ``Path("-")`` is the file of that name, which as text is ``./-``. ``on_link`` is told of each directory that a walk
-    is to enter by a link, before a file of the directory that has the link is given out: its path, its relpath with a
-    slash at the end, and the walk's glob.
+    ``Path("-")`` is the file of that name, which as text is ``./-``. ``on_link`` is told of each link that a walk may
+    follow, before a file beside it is given out: its path and relpath, with a slash at the end where it leads to a
+    directory, and the walk's glob. Of one that leads nowhere it is told as of both.
 
     Raises at once ``InputMissingError`` where a source is not there, unless it ``is_known`` to be a file all the same
     (its task may have moved it away), or a glob matches nothing, unless files that were moved away ``have_matched``
@@ -205,17 +206,40 @@ def _walk(root: _Directory, limits: _Limits, glob: Glob | None) -> Iterator[Inpu
         if limits.filters is not None:
             files, subdirectories = limits.filters.keep(directory.relpath, files, subdirectories)
         ancestors = directory.ancestors | {identity}
-        below: list[_Directory] = []
+        _tell_of_links(directory, links, ancestors, limits, glob)
+        for name in files:
+            yield InputFile(directory.path + name, directory.relpath + name)
         for name in reversed(subdirectories):  # what is put in last is walked first
             states = glob.states_below(directory.states, name) if glob else directory.states
             if states or glob is None:
                 path, relpath = f"{directory.path}{name}/", f"{directory.relpath}{name}/"
-                below.append(_Directory(path, relpath, ancestors, states))
-                if name in links and _identity(path) not in ancestors:
-                    limits.on_link(path, relpath, glob)
-        for name in files:
-            yield InputFile(directory.path + name, directory.relpath + name)
-        waiting += below
+                waiting.append(_Directory(path, relpath, ancestors, states))
+
+
+class _Link(NamedTuple):
+    name: str
+    may_be_directory: bool
+    may_be_file: bool
+
+
+def _tell_of_links(
+    directory: _Directory,
+    links: list[_Link],
+    ancestors: frozenset[tuple[int, int]],
+    limits: _Limits,
+    glob: Glob | None,
+) -> None:
+    """What ``on_link`` is to know of those in ``directory``, but of directories that are being walked."""
+    for name, may_be_directory, may_be_file in links:
+        path, relpath = directory.path + name, directory.relpath + name
+        if may_be_directory:
+            with contextlib.suppress(OSError):  # it leads to itself, or where nobody may look
+                if _identity(path) not in ancestors:
+                    limits.on_link(path + "/", relpath + "/", glob)
+        if limits.filters is not None and not limits.filters.keep(directory.relpath, [name], [])[0]:
+            continue
+        if may_be_file and (glob is None or glob.accepts(directory.states, name)):
+            limits.on_link(path, relpath, glob)
 
 
 def _identity(directory: str | Path) -> tuple[int, int] | None:
@@ -226,28 +250,28 @@ def _identity(directory: str | Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def _list(directory: _Directory, glob: Glob | None) -> tuple[list[str], list[str], set[str]]:
-    """The names of ``directory``'s files, those that the glob matches, and of its subdirectories; both sorted. And
-    which of these are links.
+def _list(directory: _Directory, glob: Glob | None) -> tuple[list[str], list[str], list[_Link]]:
+    """The names of ``directory``'s files, those that the glob matches, and of its subdirectories; both sorted. And the
+    links in it.
     """
     files: list[str] = []
     subdirectories: list[str] = []
-    links: set[str] = set()
+    links: list[_Link] = []
     try:
         with os.scandir(directory.path or ".") as entries:
             for entry in entries:
                 is_directory, is_file = _kind(entry)
+                if entry.is_symlink():
+                    links.append(_Link(entry.name, not is_file, not is_directory))
                 if is_directory:
                     if entry.name != OWN_DIRECTORY:
                         subdirectories.append(entry.name)
-                        if entry.is_symlink():
-                            links.add(entry.name)
                 elif not is_file or (entry.name.startswith(".") and naming.is_staging_name(os.fsencode(entry.name))):
                     continue
                 elif glob is None or glob.accepts(directory.states, entry.name):
                     files.append(entry.name)
     except (FileNotFoundError, NotADirectoryError):  # it vanished after its parent was read
-        return [], [], set()
+        return [], [], []
     files.sort()
     subdirectories.sort()
     return files, subdirectories, links

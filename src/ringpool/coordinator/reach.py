@@ -5,10 +5,11 @@
     a directory, a glob    what its walk would find, should it be there: as links are written, and as they lead
     a list                 not looked at
 
-    a link in a walk       what is found by it among the outputs; from when that link is found, before any file beside
-                           it, or below, is given out
+    a link in a walk       what is found by it among the outputs, now or once outputs are there; from when that link
+                           is found, before any file beside it, or below, is given out
 
 Directories of outputs, and what is below them, are reached only by a walk that begins there, or comes there by a link.
+An output may be anywhere: links among the outputs lead elsewhere.
 """
 
 from __future__ import annotations
@@ -17,32 +18,31 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from ringpool.coordinator.inputs import OWN_DIRECTORY, Filters, Glob, is_glob, list_of, place_of, split_glob
 
-DIRECTORIES_KNOWN = 1024
+DIRECTORIES_KNOWN_MAX = 1024
 
 
 class _Walk(NamedTuple):
-    """A walk below ``root``, which is absolute and ends in a slash, as are those that it does not enter, ``left_out``.
-    ``relpath``: what it calls its root, empty or with a slash at its end.
+    """A walk below a root, which it calls ``relpath``: empty, or with a slash at its end. It does not enter
+    ``left_out``, absolute and with a slash as well.
     """
 
-    root: str
     relpath: str
     left_out: tuple[str, ...]
     glob: Glob | None
     filters: Filters | None
 
-    def finds(self, path: str) -> bool:
-        """Whether it finds a file at ``path``, which is below its root, should there be one."""
-        if path.startswith(self.left_out) or f"/{OWN_DIRECTORY}/" in path:
-            return False
-        relpath = self.relpath + path[len(self.root) :]
+    def finds(self, relpath: str) -> bool:
+        """Whether it takes a file of that name, should there be one."""
         if self.glob is not None and not self.glob.matches(relpath):
             return False
         return self.filters is None or self.filters.take(relpath)
+
+
+_Walks: TypeAlias = dict[str, list[_Walk]]
 
 
 class Reach:
@@ -61,59 +61,67 @@ class Reach:
         exclude: Sequence[str] = (),
         names_only: bool = False,
     ) -> None:
-        self._real = functools.lru_cache(maxsize=DIRECTORIES_KNOWN)(_real)
         self._filters = Filters(include, exclude) if include or exclude else None
         self._files: set[str] = set()
-        self._walks: dict[str, list[_Walk]] = {}  # by root; of paths as links lead
-        self._spelled: dict[str, list[_Walk]] = {}  # and as they are written
-        ways: tuple[tuple[dict[str, list[_Walk]], Callable[[str], str]], ...] = (
-            (self._walks, _real),
-            (self._spelled, place_of),
-        )
-        bases = [[os.path.join(spell(os.fspath(place)), "") for place in places] for _, spell in ways]
+        self._walks: _Walks = {}  # by root; of paths as links lead
+        self._spelled: _Walks = {}  # and as they are written
+        self._known: dict[str, tuple[str, list[tuple[_Walk, str]]]] = {}  # directories, see ``_find_out``
+        ways: tuple[tuple[_Walks, Callable[[str], str]], ...] = ((self._walks, _real), (self._spelled, place_of))
+        bases = [tuple(os.path.join(spell(os.fspath(place)), "") for place in places) for _, spell in ways]
         self._bases = bases[0]
+        real_of = functools.lru_cache(maxsize=DIRECTORIES_KNOWN_MAX)(_real)  # for now: links may lead elsewhere later
         for named in [os.fspath(source) for source in sources if places and list_of(source) is None]:
             is_directory = os.path.isdir(named)
             if not is_directory and not is_glob(named):
-                self._files.add(self._in_real_directory(_spelled(named)))
+                directory, name = os.path.split(named)
+                self._files.add(os.path.join(real_of(directory or "."), name))
             elif not names_only:
                 prefix, parts = (named, []) if is_directory else split_glob(named)
                 glob = Glob(parts, takes_dots=False) if parts else None
                 for (walks, spell), those in zip(ways, bases, strict=True):
                     self._add(walks, os.path.join(spell(prefix), ""), "", those, glob)
 
-    def _add(self, walks: dict[str, list[_Walk]], root: str, relpath: str, bases: list[str], glob: Glob | None) -> None:
-        if any(root.startswith(base) for base in bases):  # others are not entered, or lie elsewhere
-            left_out = tuple([base for base in bases if base.startswith(root) and base != root])
-            walk = _Walk(root, relpath, left_out, glob, self._filters)
-            known = walks.setdefault(root, [])
-            known += [walk] if walk not in known else []
+    def _add(self, walks: _Walks, root: str, relpath: str, bases: Sequence[str], glob: Glob | None) -> None:
+        left_out = tuple([base for base in bases if base.startswith(root) and base != root])
+        walk = _Walk(relpath, left_out, glob, self._filters)
+        known = walks.setdefault(root, [])
+        known += [walk] if walk not in known else []
+        self._known.clear()
 
     def follow(self, path: str, relpath: str, glob: Glob | None) -> None:
-        """A walk, of a glob perhaps, is to enter the directory ``relpath``, at ``path``, which is a link."""
-        root = os.path.join(os.path.realpath(path), "")
-        if root not in self._bases:  # which it would not enter
-            self._add(self._walks, root, relpath, self._bases, glob)
+        """A walk, of a glob perhaps, has found a link at ``path``, and is to take the file to which that leads, or with
+        a slash at the end, to enter the directory.
+        """
+        real = _real(path)
+        if not real.startswith(self._bases):
+            return
+        if not path.endswith("/"):
+            self._files.add(real)
+        elif real + "/" not in self._bases:  # which it would not enter
+            self._add(self._walks, real + "/", relpath, self._bases, glob)
 
     def takes(self, path: str) -> bool:
         """Whether an output at that absolute path would be an input, now or of the next run."""
-        if not self._files and not self._walks and not self._spelled:
-            return False
-        real = self._in_real_directory(path)
-        return real in self._files or _finds(self._walks, real) or _finds(self._spelled, path)
-
-    def _in_real_directory(self, path: str) -> str:
         directory, slash, name = path.rpartition("/")
-        return self._real(directory or "/").rstrip("/") + slash + name
+        known = self._known.get(directory)
+        if known is None:
+            if len(self._known) >= DIRECTORIES_KNOWN_MAX:
+                self._known.clear()
+            known = self._known[directory] = self._find_out(directory + slash)
+        real, walks = known
+        return real + name in self._files or any(walk.finds(relpath + name) for walk, relpath in walks)
 
-
-def _finds(walks: dict[str, list[_Walk]], path: str) -> bool:
-    at = 0
-    while walks and (at := path.find("/", at) + 1):
-        for walk in walks.get(path[:at], ()):
-            if walk.finds(path):
-                return True
-    return False
+    def _find_out(self, directory: str) -> tuple[str, list[tuple[_Walk, str]]]:
+        """Where a directory is, without links, and the walks that come there, by which relpath; all with a slash."""
+        real = os.path.join(_real(directory), "")
+        found: list[tuple[_Walk, str]] = []
+        for walks, place in ((self._walks, real), (self._spelled, directory)):
+            at = 0
+            while (at := place.find("/", at) + 1) and f"/{OWN_DIRECTORY}/" not in place:
+                for walk in walks.get(place[:at], ()):
+                    if not place.startswith(walk.left_out):
+                        found.append((walk, walk.relpath + place[at:]))
+        return real, found
 
 
 def _real(path: str) -> str:
@@ -122,12 +130,6 @@ def _real(path: str) -> str:
         return os.path.realpath(path)
     except ValueError:
         return path
-
-
-def _spelled(path: str) -> str:
-    """An absolute path, whose last name is not looked at."""
-    directory, name = os.path.split(path)
-    return os.path.join(place_of(directory or "."), name)
 
 
 def roots_of(sources: Iterable[str | Path]) -> list[str]:
