@@ -208,6 +208,32 @@ def wait_for(future):
     program.assert_no_process_is_left()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_it_ends_by_that_also_where_what_it_does_at_exit_does_not_end(
+    run_program: Callable[..., Program], number: signal.Signals
+) -> None:
+    program = run_program(
+        """
+        atexit.register(time.sleep, 600)
+        signals.EXIT_MAX_S = 1
+        executor = RingPoolExecutor(1)
+        future = executor.submit(time.sleep, 60)
+        while not future.running():
+            time.sleep(0.01)
+        threading._register_atexit(say, "main has ended")
+        """,
+        top="""
+import atexit, time
+from ringpool import RingPoolExecutor
+from ringpool.coordinator import signals
+""",
+    )
+    program.wait_for("main has ended")
+    program.signal(number, group=False)
+    assert program.finish() == -number, program.err
+    program.assert_no_process_is_left()
+
+
 def test_as_the_first_process_of_a_container_it_does_not_either(tmp_path: Path) -> None:
     """Which the kernel spares the default action of a signal."""
     unshare = [shutil.which("unshare") or "unshare", "--user", "--pid", "--fork", "--mount-proc"]

@@ -20,7 +20,7 @@ import sys
 import threading
 from collections.abc import Callable
 from multiprocessing.context import BaseContext
-from multiprocessing.process import BaseProcess, parent_process
+from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from types import ModuleType, NoneType
 from typing import NamedTuple, Protocol
@@ -367,7 +367,7 @@ def _close_at_the_end() -> None:
     atexit.register(_close_all)
     if _finalizer is not None:
         _finalizer.cancel()
-    _finalizer = Finalize(None, _close_at_the_end_of_process, exitpriority=_BEFORE_OTHERS)
+    _finalizer = Finalize(None, _close_all, exitpriority=_BEFORE_OTHERS)
 
 
 def _close_after_main() -> None:
@@ -377,8 +377,12 @@ def _close_after_main() -> None:
     """
     signals.main_has_ended()
     thread_pools = sys.modules.get("concurrent.futures.thread")
-    if thread_pools is not None and _open:
-        thread_pools._python_exit()
+    try:
+        if thread_pools is not None and _open:
+            thread_pools._python_exit()
+    except BaseException as error:
+        if not signals.is_late(error):
+            raise
     others = (each for each in threading.enumerate() if each is not threading.main_thread())
     if all(each.daemon for each in others):
         _close_all()
@@ -398,13 +402,6 @@ def _close_all() -> None:
             pool.abort()
         if not signals.is_late(error):
             raise
-
-
-def _close_at_the_end_of_process() -> None:
-    """In a process of ``multiprocessing``: the last that is sure to be done there."""
-    _close_all()
-    if parent_process() is not None:
-        signals.end_where_late()
 
 
 def _has_failed() -> bool:

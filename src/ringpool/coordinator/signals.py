@@ -10,9 +10,10 @@ had occasion to ends the program as if it had been.
 
 A fork of the program has no pool, and the default action, from its first instruction on: a pool of ``multiprocessing``
 sends SIGTERM to processes that have just begun. CPython forgets what comes before the first bytecode of a fork, and an
-exception in a hook of ``os.fork`` is lost. So signals, all of them, are held back from before the fork until the child
-has the default action, and until the parent is through. What another thread is given comes to the parent's main thread
-all the same: an exception that is raised then, by Ctrl-C or a handler of the program, is lost, and nothing else.
+exception in a hook of ``os.fork`` is lost. So signals that somebody handles are held back from before the fork until
+the child has the default action, and until the parent is through. What another thread is given comes to the parent's
+main thread all the same: an exception that is raised then, by Ctrl-C or a handler of the program, is lost, and nothing
+else.
 
 A terminal that goes away says so several times: the kernel to the job in the foreground, the shell to all its jobs. So
 once a program ends because of SIGHUP, another one does not interrupt that.
@@ -25,10 +26,8 @@ from __future__ import annotations
 
 import _signal  # pyright: ignore[reportMissingModuleSource]
 import _thread
-import atexit
 import contextlib
-import gc
-import io
+import ctypes
 import math
 import os
 import signal
@@ -44,10 +43,11 @@ from ringpool import startup
 SLEEP_MAX_S = 1.0
 RESEND_S = 0.001
 UNHEARD_MAX_S = 1.0
+EXIT_MAX_S = 10.0
 _HANDLED = (signal.SIGTERM, signal.SIGHUP)
-_FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}  # held back, they could not be reported
-_HELD_BACK = tuple(signal.valid_signals() - _FAULTS)
 _OUTERMOST = ("<module>", "_run_module_as_main")  # of a main module; what is called at exit has none
+_ALL = [int(number) for number in signal.valid_signals()]
+_libc: Any = ctypes.CDLL(None)
 _set_mask = cast("Any", _signal).pthread_sigmask  # without Python code, amid which it might be interrupted
 _lock = threading.Lock()
 _pools = 0
@@ -62,7 +62,7 @@ _unheard_s = 0.0  # since when the end of a finalizer is waited for
 
 
 def _end_program(number: int, frame: FrameType | None) -> None:
-    global _n_ended, _hung_up, _late, _unheard_s
+    global _n_ended, _hung_up, _unheard_s
     if _is_forking(frame) or (is_in_finalizer(frame) and _may_wait()):
         with contextlib.suppress(RuntimeError):  # no more threads: lost, as it was
             _thread.start_new_thread(_send_again, (number,))
@@ -77,7 +77,7 @@ def _end_program(number: int, frame: FrameType | None) -> None:
     _n_ended += 1
     _hung_up = _hung_up or number == signal.SIGHUP
     if _has_main_ended or _outermost(frame) == ("_shutdown", "threading"):
-        _late = number
+        _end_by(number)
     raise SystemExit(128 + number)
 
 
@@ -112,39 +112,38 @@ def main_has_ended() -> None:
 
 
 def is_late(error: BaseException) -> bool:
-    """Whether ``error`` is a Ctrl-C since main ended: then this process ends by that, at last."""
-    global _late
+    """Whether ``error`` is of a signal that has come since main ended: by that this process will end."""
+    if isinstance(error, SystemExit):
+        return bool(_late)
     if not (isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
         return False
     if _has_main_ended:
-        _late = signal.SIGINT
+        _end_by(signal.SIGINT)
     return _has_main_ended
 
 
-def end_where_late() -> None:
-    """At exit, as the last of all: where a signal has killed tasks since main ended, end this process by that signal.
-    The exit status would say that all went well. What the interpreter would do after this is done before.
+def _end_by(number: int) -> None:
+    """A signal has killed tasks since main ended, and the exit status would say that all went well: have this process
+    end by that signal when the interpreter has come to its end, as ever; or before, where that takes too long.
     """
-    if not _late:
+    global _late
+    if _late:
         return
-    for module, function in (("multiprocessing.util", "_exit_function"), ("logging", "shutdown")):
-        if module in sys.modules:
-            with contextlib.suppress(Exception):
-                getattr(sys.modules[module], function)()  # which ends daemons, and flushes handlers
-    for stream in (sys.stdout, sys.stderr, *filter(_is_buffered, gc.get_objects())):
-        with contextlib.suppress(Exception):
-            stream.flush()
-    signal.signal(_late, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {_late})
-    signal.raise_signal(_late)
-    os._exit(128 + _late)  # process 1 of a container: the kernel spares it
+    _late = number
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    for name, argument in (("_exit", 128 + number), ("raise", number), ("fflush", None)):  # the last is called first
+        # Python's own handlers are gone by then. Process 1 of a container the kernel spares: it exits.
+        _libc.__cxa_atexit(getattr(_libc, name), ctypes.c_void_p(argument), None)
+    with contextlib.suppress(RuntimeError):
+        _thread.start_new_thread(_insist, (number,))
 
 
-def _is_buffered(each: object) -> bool:
-    return issubclass(type(each), io.TextIOWrapper | io.BufferedWriter | io.BufferedRandom)
-
-
-atexit.register(end_where_late)  # before others are: they come first
+def _insist(number: int) -> None:
+    time.sleep(EXIT_MAX_S)
+    _libc.signal(number, None)  # its default action
+    os.kill(os.getpid(), number)
+    time.sleep(RESEND_S)
+    os._exit(128 + number)
 
 
 def is_in_finalizer(frame: FrameType | None) -> bool:
@@ -239,9 +238,14 @@ def _hold_back() -> None:
     me = threading.get_ident()
     if _installed and me not in _forking:  # it may be, where a handler forks amid a fork
         _forking[me] = _set_mask(signal.SIG_BLOCK, ())  # asked first: the next call may be interrupted
-        _set_mask(signal.SIG_BLOCK, _HELD_BACK)
+        _set_mask(signal.SIG_BLOCK, [*_HANDLED, *filter(_is_handled, _ALL)])
     for before, _, _ in reversed(_hooks):
         before()
+
+
+def _is_handled(number: int) -> bool:
+    """Whether the program has a handler for it, which may raise."""
+    return callable(_signal.getsignal(number))
 
 
 def _let_through() -> None:
