@@ -293,7 +293,7 @@ def _refuse_what_is_no_file(path: Path, directory: Path, *, may_be_missing: bool
             if path.is_symlink() and not os.path.isdir(place):
                 reason = f"it is a symbolic link into {place}, which is no directory; make that, or remove the link"
                 raise LedgerError(str(path), reason) from None
-            if not os.access(path.parent, os.W_OK | os.X_OK):
+            if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent)) from None
             return
         reason = f"there is no {OWN_DIRECTORY}/{LEDGER_NAME}; `ringpool run` begins one"
@@ -301,7 +301,7 @@ def _refuse_what_is_no_file(path: Path, directory: Path, *, may_be_missing: bool
     if not path.is_file():
         kind = "a directory" if path.is_dir() else f"no file (mode {found.st_mode:o})"
         raise LedgerError(str(path), f"it is {kind}; move it away, and the job begins anew")
-    if not os.access(path, os.R_OK if read_only else os.R_OK | os.W_OK):
+    if not os.access(path, os.R_OK if read_only else os.R_OK | os.W_OK, effective_ids=True):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 

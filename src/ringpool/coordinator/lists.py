@@ -243,7 +243,7 @@ def _require_readable(path: str, remedy: str = "") -> None:
         raise ListError(path, 0, reason + remedy) from None
     if stat.S_ISDIR(found.st_mode):
         raise ListError(path, 0, f"it is a directory{remedy}")
-    if path != STANDARD_INPUT and not os.access(path, os.R_OK):
+    if path != STANDARD_INPUT and not os.access(path, os.R_OK, effective_ids=True):
         raise ListError(path, 0, f"you may not read it{remedy}")
 
 

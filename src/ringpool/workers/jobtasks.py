@@ -198,7 +198,7 @@ class JobRunner:
             outputs: list[Output] = []
             for name, wanted in zip(names, targets, strict=True):
                 # access first: most targets are new, and to look at what is missing costs an exception
-                is_new = not os.access(wanted, os.F_OK, follow_symlinks=False)
+                is_new = not os.access(wanted, os.F_OK, effective_ids=True, follow_symlinks=False)
                 target = wanted
                 if not is_new and not (is_new := leads_to_another(bound.spec, task.source, wanted)):
                     target = self._target(bound, task.source, wanted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import stat
 import subprocess
 import sys
 import threading
@@ -598,6 +599,37 @@ def test_a_log_in_anothers_place_is_refused_by_name(tmp_path: Path, log: ErrorLo
     with pytest.raises(ErrorLogError):
         list(log)
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o777, 0o2775])
+def test_who_may_write_in_the_base_may_write_to_the_log(tmp_path: Path, log: ErrorLog, mode: int) -> None:
+    os.chmod(tmp_path, mode)
+    mask = os.umask(0o077)
+    try:
+        log.record(ValueError())
+    finally:
+        os.umask(mask)
+    directory = log_directory(tmp_path)
+    assert stat.S_IMODE(os.stat(directory).st_mode) == mode
+    writers = mode & 0o022
+    assert {stat.S_IMODE(os.stat(path).st_mode) for path in directory.glob("*.log")} == {0o600 | writers | writers << 1}
+
+
+def test_a_link_in_the_place_of_a_log_has_nothing_done_to_what_it_leads_to(tmp_path: Path, log: ErrorLog) -> None:
+    """As the owner of a ``.ringpool`` may put one there, just when another is to make the directory."""
+    os.chmod(tmp_path, 0o777)
+    victim = tmp_path / "victim"
+    victim.mkdir(0o700)
+
+    def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "mkdir" and os.fsencode(args[0]).endswith(b"/errors"):
+            log_directory(tmp_path).symlink_to(victim)
+        return call(*args, **kwargs)
+
+    with intercepted(around), pytest.raises(ErrorLogError):
+        log.record(ValueError())
+    assert stat.S_IMODE(os.stat(victim).st_mode) == 0o700
+    assert not [path for path in victim.iterdir() if path.suffix == ".log"]
 
 
 def test_a_child_of_a_fork_records_too(tmp_path: Path, log: ErrorLog) -> None:

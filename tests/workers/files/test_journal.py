@@ -21,6 +21,7 @@ from tests.workers.files.child_transaction import make
 from ringpool.errors import FileOperationError
 from ringpool.workers.files import journal
 from ringpool.workers.files.journal import Effect, Journal, decode, encode, recover_marked, recover_root, txn_directory
+from ringpool.workers.files.locks import PathLock
 from ringpool.workers.files.oslayer import intercepted
 
 names = st.binary(min_size=1, max_size=20).filter(
@@ -160,6 +161,29 @@ def test_where_there_was_no_transaction_nothing_is_made(tmp_path: Path) -> None:
     assert recover_root(os.fsencode(tmp_path)) == 0
     recover_marked(os.fsencode(tmp_path), b"0123456789abcdef")
     assert not os.listdir(tmp_path)
+
+
+def test_a_transaction_that_nobody_can_finish_keeps_nobody_from_other_files(tmp_path: Path) -> None:
+    """An append-only file, say, or one in a directory of another user's."""
+    (tmp_path / "log").write_bytes(b"old")
+    effects = [Effect(b"a", True, 0), Effect(b"log", True, os.stat(tmp_path / "log").st_ino)]
+    make(tmp_path, effects, staged=2).close()
+
+    def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "rename" and args[1] == b"log":
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        return call(*args, **kwargs)
+
+    with intercepted(around):
+        for _ in range(2):
+            with PathLock(tmp_path / "another"):
+                pass
+            with pytest.raises(FileOperationError, match="not permitted"), PathLock(tmp_path / "log"):
+                pass
+    assert ((tmp_path / "a").read_bytes(), (tmp_path / "log").read_bytes()) == (b"new 0", b"old")
+    with PathLock(tmp_path / "another"):
+        assert (tmp_path / "log").read_bytes() == b"new 1"
+    assert not txn(tmp_path)
 
 
 def test_a_living_transaction_is_left_alone(tmp_path: Path) -> None:

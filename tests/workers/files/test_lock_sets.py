@@ -265,7 +265,7 @@ def test_a_base_is_looked_through_for_dead_transactions_the_first_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     roots: list[bytes] = []
-    monkeypatch.setattr(journal, "recover_root", lambda root, deadline_s: roots.append(root))
+    monkeypatch.setattr(journal, "recover_root", lambda root, deadline_s, spares: roots.append(root))
     for name in "xy":
         (tmp_path / name / "deep").mkdir(parents=True)
         (tmp_path / name / ".ringpool").mkdir()

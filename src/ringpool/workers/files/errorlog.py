@@ -44,6 +44,7 @@ from ringpool.workers.files.errorrecord import (
     scan,
 )
 from ringpool.workers.files.journal import DIRECTORY
+from ringpool.workers.files.lockfiles import set_mode, share
 from ringpool.workers.files.locks import PathLock, under
 from ringpool.workers.files.naming import FilePath, absolute, encoded
 from ringpool.workers.files.oslayer import calls, write_all
@@ -179,7 +180,7 @@ class ErrorLog:
         return min(RECORD_BYTES_MAX, self._segment_bytes)
 
     def _lock(self) -> PathLock:
-        if not calls.access(self._directory, os.F_OK):
+        if not calls.access(self._directory, os.F_OK, effective_ids=True):
             self._make_directory()
         # Its own base: a lock file shared with the user's paths could close a circle of waits.
         lock_name = os.path.join(self._directory, b"log")
@@ -191,9 +192,10 @@ class ErrorLog:
         make_directories(self._base, durable=durable)
         mode = stat.S_IMODE(calls.stat(self._base).st_mode)
         for directory in (os.path.dirname(self._directory), self._directory):
-            if not calls.access(directory, os.F_OK):
-                make_directories(directory, durable=durable)
-                calls.chmod(directory, mode)
+            with suppress(FileExistsError):
+                calls.mkdir(directory, 0o777)
+                set_mode(directory, mode)
+            make_directories(directory, durable=durable)
 
     def _append(self, body: bytes) -> None:
         sizes = self._sizes()
@@ -202,7 +204,7 @@ class ErrorLog:
         directory = fd = -1
         try:
             # Before the write, since it may fail.
-            directory = calls.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            directory = calls.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             fd = self._open_segment(number)
             self._cut_torn_end(fd, number)
             found = calls.fstat(fd)
@@ -227,7 +229,15 @@ class ErrorLog:
 
     def _open_segment(self, number: int) -> int:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        return calls.open(self._segments.path(number), flags, 0o666)
+        fd = calls.open(self._segments.path(number), flags, 0o666)
+        try:
+            found = calls.fstat(fd)
+            if not found.st_size and found.st_uid == os.geteuid():  # new, perhaps
+                share(fd, calls.stat(self._directory).st_mode & ~(stat.S_IRGRP | stat.S_IROTH))  # with who may write
+        except BaseException:
+            close_quietly(fd)
+            raise
+        return fd
 
     @staticmethod
     def _cut_torn_end(fd: int, number: int) -> None:

@@ -44,7 +44,7 @@ import stat
 import struct
 import time
 import zlib
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from enum import IntEnum
 from itertools import groupby
@@ -264,7 +264,7 @@ class Journal:
 
     def recover(self) -> bool:
         """Finish it or drop it, by the table above; whether it was committed. Raises ``OSError``."""
-        effects = decode(self._read_journal())
+        effects = decode(_read(self.id + b".journal", self.txn_fd))
         if effects is not None:
             self._sync_txn("fsync of a journal's directory, in its recovery")
             self.apply(effects)
@@ -277,16 +277,6 @@ class Journal:
             holds.let_go(self._id_fd)
             close_quietly(self.txn_fd)
             self._id_fd = self.txn_fd = -1
-
-    def _read_journal(self) -> bytes:
-        try:
-            fd = calls.open(self.id + b".journal", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.txn_fd)
-        except FileNotFoundError:
-            return b""
-        try:
-            return read_all(fd)
-        finally:
-            close_quietly(fd)
 
     @contextmanager
     def _directory(self, relative: bytes) -> Generator[int | None]:
@@ -337,6 +327,18 @@ def read_all(fd: int) -> bytes:
     return b"".join(parts)
 
 
+def _read(name: bytes, dir_fd: int) -> bytes:
+    """The content of a file there; empty where there is none."""
+    try:
+        fd = calls.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+    except FileNotFoundError:
+        return b""
+    try:
+        return read_all(fd)
+    finally:
+        close_quietly(fd)
+
+
 # ---- recovery --------------------------------------------------------------------------------------------------------
 
 
@@ -356,8 +358,12 @@ def recover_marked(root: bytes, text: bytes, deadline_s: float | None = None) ->
             raise _busy(txn_directory(root) + b"/" + text + b".lock", "though its locks are free", deadline_s)
 
 
-def recover_root(root: bytes, deadline_s: float | None = None) -> int:
-    """Finish or drop every dead transaction of ``root``; how many were rolled forward. Raises ``OSError``.
+def recover_root(
+    root: bytes, deadline_s: float | None = None, spares: Callable[[bytes], bool] = lambda _path: False
+) -> int:
+    """Finish or drop every dead transaction of ``root``; how many were rolled forward. Raises ``OSError`` of one that
+    can be neither, an append-only file or another user's directory being among its paths; but not where the caller
+    ``spares`` each of them, who has nothing to do with it: that one is left.
 
     A living one is left alone, and so are those of a directory that is closed to us, and those that we do not trust:
     they are their owner's. After a power cut there may be no marks that keep others away from what one recovers here:
@@ -376,11 +382,21 @@ def recover_root(root: bytes, deadline_s: float | None = None) -> int:
             return 0
         try:
             mine = [identity for identity in _ids_in(txn_fd) if _is_trusted(root, txn_fd, identity)]
-            return sum(_recover(root, identity, create=True)[1] for identity in mine)
+            return sum(_recover_or_leave(root, txn_fd, identity, spares) for identity in mine)
         finally:
             holds.let_go(turn_fd)
     finally:
         close_quietly(txn_fd)
+
+
+def _recover_or_leave(root: bytes, txn_fd: int, identity: bytes, spares: Callable[[bytes], bool]) -> bool:
+    try:
+        return _recover(root, identity, create=True)[1]
+    except OSError:
+        effects = decode(_read(identity + b".journal", txn_fd))
+        if not effects or not all(spares(os.path.join(root, effect.path)) for effect in effects):
+            raise
+        return False
 
 
 def _ids_in(txn_fd: int) -> list[bytes]:
@@ -485,7 +501,7 @@ def _make_txn_directory(root: bytes, *, durable: bool) -> None:
     """Open to whom the root is open for writing, and to nobody else: what is staged may be secret where it goes."""
     txn = txn_directory(root)
     make_directories(os.path.dirname(txn), durable=durable)
-    if not calls.access(txn, os.F_OK):
+    if not calls.access(txn, os.F_OK, effective_ids=True):
         with suppress(FileExistsError):
             calls.mkdir(txn, 0o700)
             mode = calls.stat(root).st_mode

@@ -94,7 +94,11 @@ def bases_between(root: bytes, directory: bytes) -> list[bytes]:
     found = calls.stat(directory)
     _, ancestors = _ancestors.__wrapped__(directory, found.st_dev, found.st_ino)
     inside = root.rstrip(b"/") + b"/"
-    return [base for base, marker in ancestors if base.startswith(inside) and calls.access(marker, os.F_OK)]
+    return [
+        base
+        for base, marker in ancestors
+        if base.startswith(inside) and calls.access(marker, os.F_OK, effective_ids=True)
+    ]
 
 
 def is_network(f_type: int) -> bool:
@@ -210,7 +214,7 @@ def set_mode(directory: bytes, mode: int) -> None:
 
 def _place(path: bytes) -> tuple[bytes, int, int, bytes]:
     """The directory, its device and inode, and the name there, of the file that ``path`` leads to."""
-    if calls.access(path, os.F_OK, follow_symlinks=False) and os.path.islink(path):
+    if calls.access(path, os.F_OK, effective_ids=True, follow_symlinks=False) and os.path.islink(path):
         path = os.path.realpath(path)
     directory, slash, name = path.rpartition(b"/")
     if name in (b"", b".", b".."):
@@ -246,7 +250,7 @@ def base_of(directory: bytes, device: int, inode: int) -> bytes:
         real, ancestors = _ancestors.__wrapped__(directory, device, inode)
     access = calls.access
     for ancestor, marker in ancestors:
-        if access(marker, os.F_OK) and _serves_others(ancestor, marker):
+        if access(marker, os.F_OK, effective_ids=True) and _serves_others(ancestor, marker):
             return ancestor
     return real
 

@@ -189,7 +189,7 @@ class Replacement:
         self.step = "look at the target"
         # The usual case is that there is nothing, and an exception would cost twice what this costs. It says no to
         # whatever fails; a directory in which nothing can be found takes no temporary file either.
-        if not calls.access(name, os.F_OK, dir_fd=dir_fd, follow_symlinks=False):
+        if not calls.access(name, os.F_OK, dir_fd=dir_fd, effective_ids=True, follow_symlinks=False):
             return None
         try:
             return calls.stat(name, dir_fd=dir_fd, follow_symlinks=False)

@@ -191,7 +191,7 @@ class FileStore:
         marker, device, inode = self._rooted
         try:
             found = calls.stat(self.base)
-            return (found.st_ino, found.st_dev) == (inode, device) and calls.access(marker, os.F_OK)
+            return (found.st_ino, found.st_dev) == (inode, device) and calls.access(marker, os.F_OK, effective_ids=True)
         except OSError:
             return False
 

@@ -71,7 +71,7 @@ def refuse_special(path: bytes, found: os.stat_result) -> None:
 
 def lstat(path: bytes) -> os.stat_result | None:
     """``os.lstat``, or None where nothing is there."""
-    if not calls.access(path, os.F_OK, follow_symlinks=False):
+    if not calls.access(path, os.F_OK, effective_ids=True, follow_symlinks=False):
         return None  # asked first: Python's exception for what is missing costs more than all else here
     try:
         return calls.stat(path, follow_symlinks=False)

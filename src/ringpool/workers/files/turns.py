@@ -105,18 +105,31 @@ def is_recovered(place: Place) -> bool:
 
 
 def recover(place: Place, deadline_s: float | None) -> None:
-    """Finish what died transactions left there, the first time that this process comes to that directory.
+    """Finish what died transactions left there, the first time that this process comes to that directory; and each time
+    while there is one that cannot be finished, which keeps nobody from other files.
 
     Marks tell of them as well, but are not durable, and those of a base further in are seen by nobody any more. Raises
     ``OSError``; ``OutOfTimeError`` as ``arrive`` does.
     """
+    left: list[bytes] = []
+
+    def spares(path: bytes) -> bool:
+        with suppress(OSError):
+            if lockfiles.stripe_of(path) == place.stripe:
+                return False
+        left.append(path)
+        return True
+
     if len(_looked_at) >= DIRECTORIES_REMEMBERED_MAX:
         _looked_at.clear()
     for base in (place.root, *lockfiles.bases_between(place.root, place.directory)):
         if (base, 0, 0) not in _looked_at:
-            journal.recover_root(base, deadline_s)
-            _looked_at.add((base, 0, 0))
-    _looked_at.add((place.root, place.device, place.inode))
+            n_left = len(left)
+            journal.recover_root(base, deadline_s, spares)
+            if len(left) == n_left:
+                _looked_at.add((base, 0, 0))
+    if not left:
+        _looked_at.add((place.root, place.device, place.inode))
 
 
 def _open(root: bytes, number: int) -> Stripe:
