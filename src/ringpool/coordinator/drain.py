@@ -26,7 +26,7 @@ from ringpool.shm.dispatch import CoordinatorEnd
 from ringpool.shm.layout import Status
 from ringpool.shm.results import ResultRecord
 from ringpool.workers import jobtasks
-from ringpool.workers.jobtasks import JobOutcome, JobPayload, JobSpec
+from ringpool.workers.jobtasks import JobOutcome, JobPayload, JobSpec, Output
 
 WORKERS_DIE_S = 10.0  # the kernel kills them within milliseconds; one in a hung system call may take longer
 FIRST_FUNCTION = 1
@@ -42,24 +42,27 @@ class Drained(NamedTuple):
 
 
 def segments_of(directory: bytes) -> list[str]:
-    """The segments of dead runs of the job in ``directory``.
+    """The segments of runs of the job in ``directory`` that are dead, or have failed in this process. For who has the
+    job's lock, and no segment yet.
 
     Those in which nothing was begun are removed, and those of jobs, anywhere, whose directory was deleted: with it went
     the ledger that they would be drained into. Raises ``OSError`` where one cannot be looked into: it stays.
     """
     found: list[str] = []
-    for name in segment.dead_kept():
+    own = segment.own_kept()
+    for name in (*segment.dead_kept(), *own):
         try:
             _, body, _ = blobs.read(blobs.function_name(name, FIRST_FUNCTION))
             spec = jobtasks.decode_spec(bytes(body))
         except msgspec.MsgspecError:  # another version of ringpool has left it, and will drain it
             continue
         except (SegmentMissingError, SegmentFormatError):  # its coordinator died before it had a function, and a task
-            segment.unlink(name)
+            if name not in own:  # another job's, just made
+                segment.unlink(name)
             continue
         if spec.directory == directory:
             found.append(name)
-        elif _is_deleted(spec):
+        elif name not in own and _is_deleted(spec):
             segment.unlink(name)
     return found
 
@@ -103,9 +106,19 @@ def drain(name: str, deliver: Callable[[Drained], None]) -> None:
                 estates.settle(Death(worker, 0, None, None))
         jobs = StagedJobs(end)
         for drained in _ended_well(end, jobs):
-            deliver(drained)
+            if all(map(_is_there_still, drained.task.targets, drained.outcome.outputs)):
+                deliver(drained)
     finally:
         end.close()
+
+
+def _is_there_still(target: bytes, made: Output) -> bool:
+    """Whether that output is where it was put: its directory may be another one by now, under the same name."""
+    try:
+        found = os.stat(target)
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) == (made.device, made.inode)
 
 
 def _ended_well(end: CoordinatorEnd, jobs: StagedJobs) -> Iterator[Drained]:

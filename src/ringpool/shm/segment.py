@@ -279,6 +279,16 @@ def _segment_name(file: str) -> re.Match[str] | None:
 
 def dead_kept() -> list[str]:
     """The names of the segments of this user that are kept although their owners are dead: of jobs."""
+    return _kept(lambda who: not who.alive)
+
+
+def own_kept() -> list[str]:
+    """The names of those that this process keeps: of jobs that run, and of one that could not write all it had."""
+    me = owner.this_process()
+    return _kept(lambda who: who == me)
+
+
+def _kept(is_wanted: Callable[[owner.Owner], bool]) -> list[str]:
     if not os.path.isdir(SHM_DIRECTORY):
         return []
     with os.scandir(SHM_DIRECTORY) as files:
@@ -286,7 +296,7 @@ def dead_kept() -> list[str]:
     return sorted(
         file.name
         for file in found
-        if (who := owner_of(file.name)) is not None and not who.alive and _is_of_this_user(file)
+        if (who := owner_of(file.name)) is not None and is_wanted(who) and _is_of_this_user(file)
     )
 
 
