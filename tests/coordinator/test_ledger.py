@@ -597,6 +597,35 @@ def test_facts_that_nobody_can_read_are_a_damage(tmp_path: Path, ledger: Ledger,
     assert len(ledger.check()) == 1
 
 
+def test_another_user_who_looks_leaves_nothing_that_its_owner_could_not_write_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Ledger.open(tmp_path) as ledger:
+        write(ledger, ledger.job("a job"), row(b"/in/a"))
+    me = os.geteuid()
+    with monkeypatch.context() as another:
+        another.setattr(os, "geteuid", lambda: me + 1)
+        with Ledger.open(tmp_path, read_only=True) as ledger:
+            assert [found.identity for found in ledger.jobs()] == ["a job"]
+            assert os.listdir(path_of(tmp_path).parent) == ["ledger.db"]
+
+
+def test_what_another_user_has_left_by_looking_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Ledger.open(tmp_path) as ledger:
+        write(ledger, ledger.job("a job"), row(b"/in/a"))
+    path = path_of(tmp_path)
+    left = [Path(f"{path}-wal"), Path(f"{path}-shm")]
+    for each in left:
+        each.touch()
+        os.link(each, tmp_path / each.name)  # or a new file might have its inode
+    inodes = {each.stat().st_ino for each in left}
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda name, *how, **more: name != str(left[0]) and access(name, *how, **more))
+    with Ledger.open(tmp_path) as ledger:
+        write(ledger, ledger.job("a job"), row(b"/in/b"))
+        assert not inodes & {each.stat().st_ino for each in left}
+
+
 @pytest.mark.parametrize("read_only", [False, True])
 def test_where_there_is_no_ledger_there_is_no_job(tmp_path: Path, read_only: bool) -> None:
     for directory in (tmp_path, tmp_path / "none"):

@@ -122,6 +122,7 @@ class Ledger(LedgerQueries):
         _refuse_what_is_no_file(path, directory, may_be_missing=may_create, read_only=read_only)
         if read_only:
             return _open_for_reading(path, directory)
+        _remove_what_a_reader_left(path)
         connection = _connected(path, _uri(path, "rwc" if create else "rw"))
         try:
             if not _is_ledger(connection, path):
@@ -314,6 +315,15 @@ def _file_at(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
+def _remove_what_a_reader_left(path: Path) -> None:
+    """A log without content, which another user has made by looking: this one may not write to it."""
+    with suppress(OSError):
+        log = f"{path}-wal"
+        if os.stat(log).st_size == 0 and not os.access(log, os.W_OK, effective_ids=True):
+            os.unlink(log)
+            os.unlink(f"{path}-shm")
+
+
 def _is_ledger(db: sqlite3.Connection, path: Path) -> bool:
     """Whether it is one that we know; False where nothing is in it yet. Raises ``LedgerError`` for anything else."""
     db.execute("BEGIN")  # who makes one commits it between two questions: the answers are to be of one moment
@@ -376,8 +386,12 @@ _NO_INDEX = (
 
 
 def _open_for_reading(path: Path, directory: Path) -> Ledger:
-    """By the log's index, which a reader may use or, after a kill, make; where it may not, by the file alone."""
+    """By the log's index, which a reader may use or, after a kill, make; where it may not, by the file alone. What
+    another user's reader makes, its owner could not write to.
+    """
     uri = _uri(path, "ro")
+    if os.geteuid() not in (0, path.stat().st_uid) and not os.path.exists(f"{path}-wal"):
+        uri = _uri(path, "ro", "&immutable=1")
     for is_last in (False, True):
         connection = _connected(path, uri)
         try:
