@@ -141,6 +141,7 @@ _NO_FINGERPRINT = Fingerprint()
 
 class _Bound(msgspec.Struct):
     """A task function, resolved, with what its tasks share. ``directories``: of targets, known to be there;
+    ``heritages``: of those that hand on to new files something else than where they are staged;
     ``new_directories``: those that may not be on disk themselves; ``n_calls``: since the task began;
     ``source``: the input that the last call has had; ``peak_rss_of_command``: where commands are run, not functions.
     """
@@ -157,6 +158,7 @@ class _Bound(msgspec.Struct):
     new_directories: list[bytes] = msgspec.field(default_factory=list[bytes])
     n_calls: int = 0
     source: Source | None = None
+    heritages: dict[bytes, output.Heritage] = msgspec.field(default_factory=dict[bytes, output.Heritage])
 
 
 class JobRunner:
@@ -202,7 +204,8 @@ class JobRunner:
                 target = wanted
                 if not is_new and not (is_new := leads_to_another(bound.spec, task.source, wanted)):
                     target = self._target(bound, task.source, wanted)
-                file = output.finish_staged(name, target, digest=bound.spec.digests, is_new=is_new)
+                heritage = bound.heritages.get(os.path.dirname(wanted)) if is_new and bound.heritages else None
+                file = output.finish_staged(name, target, digest=bound.spec.digests, is_new=is_new, heritage=heritage)
                 staged.append(StagedOutput(name, target, file.n_links > 1, file.dev, file.ino))
                 outputs.append(Output(file.size, file.digest, file.dev, file.ino, file.mtime_ns))
             end_ns = time.monotonic_ns()
@@ -247,7 +250,7 @@ class JobRunner:
     def _prepare(entry: int, bound: _Bound, targets: Sequence[bytes]) -> list[bytes]:
         """Where its outputs are to be written; the directories that they will go to are made."""
         sequence, attempt, stagings = layout.sequence_of(entry), layout.attempt_of(entry), bound.spec.stagings
-        for wanted in targets:
+        for number, wanted in enumerate(targets):
             if len(wanted) > naming.NAME_BYTES_MAX:  # before the function has worked for nothing
                 naming.check_path(wanted)
             directory = wanted[: wanted.rfind(b"/")]
@@ -256,7 +259,11 @@ class JobRunner:
                 bound.new_directories.append(directory)
                 if len(bound.directories) >= DIRECTORIES_KNOWN_MAX:
                     bound.directories.clear()
+                    bound.heritages.clear()
                 bound.directories.add(directory)
+                heritage = output.heritage_of(directory or b"/")
+                if heritage != output.heritage_of(stagings[number]):
+                    bound.heritages[directory] = heritage
         return [
             staged_name(stagings[number], sequence, attempt, number, wanted) for number, wanted in enumerate(targets)
         ]

@@ -132,6 +132,14 @@ def test_the_mode_of_the_replaced_file_is_kept_but_for_set_id_bits(
     assert (tmp_path / "a").read_bytes() == b"\r\n\xfe"
 
 
+@as_root
+def test_set_id_bits_go_where_root_writes_in_place_too(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    (tmp_path / "a").chmod(0o6755)
+    atomic_write(tmp_path / "a", b"new", durability=Durability.NONE)
+    assert mode_of(tmp_path / "a") == 0o755
+
+
 @pytest.mark.parametrize("writer", WRITERS)
 def test_extended_attributes_and_acls_are_kept(tmp_path: Path, writer: str) -> None:
     path = tmp_path / "a"

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import stat
+import subprocess
 from collections.abc import Callable
 from contextlib import chdir, nullcontext, suppress
 from pathlib import Path
@@ -29,7 +30,7 @@ from ringpool.errors import (
 )
 from ringpool.workers.files import commit
 from ringpool.workers.files.journal import Effect
-from ringpool.workers.files.locks import call_locked
+from ringpool.workers.files.locks import PathLock, call_locked
 from ringpool.workers.files.operations import Delete, New, Operation, Original, Rename, Write, outcome
 from ringpool.workers.files.oslayer import intercepted
 from ringpool.workers.files.transaction import FileTransaction, snapshot
@@ -558,6 +559,42 @@ def test_another_users_file_in_a_sticky_directory_is_refused_before_the_commit(
 
 
 @as_root
+@pytest.mark.parametrize("which", [".ringpool", ".ringpool/txn"])
+def test_where_another_user_could_change_what_is_staged_nothing_is(tmp_path: Path, which: str) -> None:
+    os.chmod(tmp_path, 0o1777)
+    (tmp_path / ".ringpool/txn").mkdir(parents=True)
+    os.chown(tmp_path / which, 12345, 12345)
+    with pytest.raises(TransactionError, match="another user's"), FileTransaction(tmp_path) as transaction:
+        transaction.write("a", "ours")
+    assert not (tmp_path / "a").exists()
+    os.chown(tmp_path, 12345, 12345)  # who may do in it what he likes
+    with FileTransaction(tmp_path) as transaction:
+        transaction.write("a", "ours")
+    assert (tmp_path / "a").read_text() == "ours"
+
+
+@as_root
+@pytest.mark.parametrize("fixed", ["log", "in"])
+def test_what_can_only_be_appended_to_is_refused_before_the_commit(tmp_path: Path, fixed: str) -> None:
+    (tmp_path / "log").write_text("old")
+    (tmp_path / "in").mkdir()
+    if subprocess.run(["chattr", "+a", tmp_path / fixed], capture_output=True, check=False).returncode:
+        pytest.skip("its file system has no such attribute")
+    try:
+        transaction = FileTransaction(tmp_path)
+        transaction.write("a", "new")
+        transaction.write("in/log" if fixed == "in" else "log", "new")
+        with pytest.raises(TransactionError, match="append-only"):
+            transaction.commit()
+    finally:
+        subprocess.run(["chattr", "-a", tmp_path / fixed], check=True)
+    assert not (tmp_path / "a").exists()
+    assert (tmp_path / "log").read_text() == "old"
+    with PathLock(tmp_path / "log", timeout_s=10):
+        pass
+
+
+@as_root
 def test_a_base_whose_locks_do_not_serve_what_lies_deeper_is_refused_before_the_commit(tmp_path: Path) -> None:
     """Its lock files are not those that others would wait for."""
     (tmp_path / "sub").mkdir()
@@ -571,10 +608,11 @@ def test_a_base_whose_locks_do_not_serve_what_lies_deeper_is_refused_before_the_
         refused.commit()
     assert not (tmp_path / "sub/a").exists()
     assert not (tmp_path / "b").exists()
-    with FileTransaction(tmp_path) as transaction:
-        transaction.write("b", "whole")
     with FileTransaction(tmp_path / "sub") as transaction:
         transaction.write("a", "whole")
+    os.chown(tmp_path / ".ringpool", 0, 0)
+    with FileTransaction(tmp_path) as transaction:
+        transaction.write("b", "whole")
     assert (tmp_path / "b").read_text() == (tmp_path / "sub/a").read_text() == "whole"
 
 

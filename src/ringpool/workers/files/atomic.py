@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from typing import Literal, overload
 
 from ringpool.errors import FileOperationError
@@ -161,6 +162,8 @@ def _write_in_place(
             raise linked_elsewhere(path)
         if found.st_size:
             calls.ftruncate(one.fd, 0)
+        if found.st_mode & (stat.S_ISUID | stat.S_ISGID):  # the kernel leaves them where root writes
+            calls.fchmod(one.fd, stat.S_IMODE(found.st_mode) & ~(stat.S_ISUID | stat.S_ISGID))
         one.write(content)
         if mode is not None:
             calls.fchmod(one.fd, mode)

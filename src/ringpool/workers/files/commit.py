@@ -11,6 +11,7 @@ is all after an fsync that failed: to try that again would prove nothing.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Mapping
@@ -30,6 +31,9 @@ from ringpool.workers.files.locks import LockSet
 from ringpool.workers.files.operations import File, New, Original
 from ringpool.workers.files.oslayer import calls, write_all
 from ringpool.workers.files.target import default_acl, give_rights, lstat, take_over
+
+_FS_IOC_GETFLAGS = 0x80086601  # linux/fs.h, where long has 64 bits
+_FIXED = 0x10 | 0x20  # FS_IMMUTABLE_FL, FS_APPEND_FL
 
 # Those of this process that were left to whoever comes next: (root, id). A thread that goes on holding the locks from
 # outside comes next itself, and would not see the marks.
@@ -93,7 +97,9 @@ class Commit:
                 found = lstat_at(name, parent_fd)
                 self._check_rights(parent_fd, found)
                 if found is not None and not journal.pin(n, parent_fd, name) and not _may_go(name, found, parent_fd):
-                    raise PermissionError(errno.EPERM, "it is immutable, so it can be neither replaced nor removed")
+                    raise PermissionError(
+                        errno.EPERM, "it is immutable or append-only, so it can be neither replaced nor removed"
+                    )
                 if isinstance(file, New):
                     self._create(journal, n, file, parent_fd)
                 elif isinstance(file, Original):
@@ -107,6 +113,8 @@ class Commit:
         """Raise ``PermissionError`` where it could be staged and never put in place: to be told before the commit."""
         if not calls.access(b".", os.W_OK | os.X_OK, dir_fd=parent_fd, effective_ids=True):
             raise PermissionError(errno.EACCES, "no right to make or remove files in its directory")
+        if _is_fixed(parent_fd):
+            raise PermissionError(errno.EPERM, "its directory is immutable or append-only")
         parent, us = calls.fstat(parent_fd), os.geteuid()
         if found is not None and parent.st_mode & stat.S_ISVTX and us not in (0, found.st_uid, parent.st_uid):
             raise PermissionError(errno.EPERM, "another user's file in a sticky directory")
@@ -189,8 +197,27 @@ class Commit:
 
 
 def _may_go(name: bytes, found: os.stat_result, parent_fd: int) -> bool:
-    """Whether a file that cannot be linked can be replaced: not if even its owner, or root, may not write to it."""
+    """Whether a file that cannot be linked can be replaced: not if even its owner, or root, may not write to it, or may
+    append to it alone.
+    """
+    with suppress(OSError):
+        fd = calls.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent_fd)
+        try:
+            if _is_fixed(fd):
+                return False
+        finally:
+            close_quietly(fd)
     return os.geteuid() not in (0, found.st_uid) or calls.access(name, os.W_OK, dir_fd=parent_fd, effective_ids=True)
+
+
+def _is_fixed(fd: int) -> bool:
+    """Whether it has an attribute of chattr(1), immutable or append-only, that keeps names in it, or its own, as they
+    are; no, where its file system knows none.
+    """
+    flags = bytearray(8)
+    with suppress(OSError):
+        fcntl.ioctl(fd, _FS_IOC_GETFLAGS, flags)
+    return bool(int.from_bytes(flags[:4], "little") & _FIXED)
 
 
 def _mount_of(fd: int) -> tuple[int, bytes]:

@@ -136,6 +136,7 @@ class Journal:
         _make_txn_directory(root, durable=durable)
         txn_fd = calls.open(txn_directory(root), _DIRECTORY_FLAGS)
         try:
+            _require_trusted(root, txn_fd)
             for _ in range(IDS_TRIED_MAX):
                 identity = random_token().encode()
                 with suppress(BlockingIOError):  # a recovery was faster, and takes it for dead
@@ -438,6 +439,18 @@ def _is_trusted(root: bytes, txn_fd: int, identity: bytes) -> bool:
     owners = {os.geteuid(), found.st_uid, 0}
     files = (lstat_at(identity + suffix, txn_fd) for suffix in (b".journal", b".lock"))
     return all(file is None or file.st_uid in owners for file in files)
+
+
+def _require_trusted(root: bytes, txn_fd: int) -> None:
+    """Raise ``PermissionError`` where another user could change what is staged: in a sticky directory anybody may make
+    a ``.ringpool``, and has all in it.
+    """
+    found = calls.stat(root)
+    if found.st_mode & stat.S_ISVTX:
+        owners = {calls.stat(os.path.join(root, DIRECTORY)).st_uid, calls.fstat(txn_fd).st_uid}
+        if not owners <= {os.geteuid(), found.st_uid, 0}:
+            reason = "its .ringpool is another user's, who could change what is staged there; take a base of your own"
+            raise PermissionError(errno.EPERM, reason)
 
 
 def _recover(root: bytes, identity: bytes, *, create: bool) -> tuple[bool, bool]:

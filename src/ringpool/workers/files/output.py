@@ -15,6 +15,7 @@ import errno
 import os
 import shutil
 import stat
+from contextlib import suppress
 from enum import Enum
 from hashlib import blake2b
 from typing import NamedTuple
@@ -22,7 +23,8 @@ from typing import NamedTuple
 from ringpool.errors import FileOperationError, OutputMissingError
 from ringpool.workers.files.durability import Durability, make_directories
 from ringpool.workers.files.oslayer import calls
-from ringpool.workers.files.target import failed, final_target, lstat, take_over
+from ringpool.workers.files.target import default_acl, failed, final_target, give_rights, lstat, take_over
+from ringpool.workers.umask import umask
 
 DIGEST_BYTES = 16
 DIGEST_PIECE_BYTES = 1 << 18
@@ -39,6 +41,23 @@ class StagedFile(NamedTuple):
     n_links: int = 1
     digest: bytes = b""
     mtime_ns: int = 0
+
+
+class Heritage(NamedTuple):
+    """What a directory hands on to files that are made in it: its group, where it is setgid, and its default ACL."""
+
+    gid: int | None
+    acl: bytes | None
+
+
+def heritage_of(directory: bytes) -> Heritage:
+    """Of the directory. Raises ``OSError``."""
+    fd = calls.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        found = calls.fstat(fd)
+        return Heritage(found.st_gid if found.st_mode & stat.S_ISGID else None, default_acl(fd))
+    finally:
+        calls.close(fd)
 
 
 class CommitSide(Enum):
@@ -61,16 +80,19 @@ def prepare_target(target: bytes, durability: Durability = Durability.FULL) -> b
     return final
 
 
-def finish_staged(staged: bytes, target: bytes, *, digest: bool = False, is_new: bool = False) -> StagedFile:
+def finish_staged(
+    staged: bytes, target: bytes, *, digest: bool = False, is_new: bool = False, heritage: Heritage | None = None
+) -> StagedFile:
     """Make the output that a task function left at ``staged`` ready for its name ``target``; return its identity.
 
     It takes the owner, mode and extended attributes of the file that it will replace; where there is none (``is_new``:
-    the caller has seen so) it keeps those that the function gave it. Raises ``OutputMissingError`` (the function wrote
+    the caller has seen so) it keeps those that the function gave it, and has the ``heritage`` of its directory besides,
+    where it is staged in one that hands on something else. Raises ``OutputMissingError`` (the function wrote
     no regular file), ``AtomicWriteError`` (anything else); what is staged is the caller's to discard.
     """
     try:
         replaced = None if is_new else lstat(target)
-        if replaced is None and not digest:
+        if replaced is None and not digest and heritage is None:
             own = _stat_staged(staged, target)  # nothing is to be done with it: it need not be opened
             return StagedFile(own.st_dev, own.st_ino, own.st_size, own.st_nlink, b"", own.st_mtime_ns)
         fd = _open_staged(staged, target)
@@ -79,6 +101,8 @@ def finish_staged(staged: bytes, target: bytes, *, digest: bool = False, is_new:
             _require_regular(own, staged, target)
             if replaced is not None and own.st_nlink == 1:  # a link's metadata would be those of the other names, too
                 take_over(fd, own, replaced, target, None)
+            if replaced is None and heritage is not None and own.st_nlink == 1:
+                _inherit(fd, own, heritage)
             content = digest_of(fd, own.st_size) if digest else b""
         finally:
             calls.close(fd)
@@ -87,6 +111,17 @@ def finish_staged(staged: bytes, target: bytes, *, digest: bool = False, is_new:
         raise
     except OSError as error:
         raise failed(target, "finish the output", error) from error
+
+
+def _inherit(fd: int, own: os.stat_result, heritage: Heritage) -> None:
+    """Give the open file what the kernel would have given it in its directory. A mode that the function chose stays."""
+    gid = os.getegid() if heritage.gid is None else heritage.gid
+    if gid != own.st_gid:
+        with suppress(PermissionError):  # the kernel would have asked nobody; we are not in that group
+            calls.fchown(fd, -1, gid)
+    mask = umask()
+    if heritage.acl is not None and mask is not None and stat.S_IMODE(own.st_mode) == 0o666 & ~mask:
+        give_rights(fd, heritage.acl)
 
 
 def _stat_staged(staged: bytes, target: bytes) -> os.stat_result:
