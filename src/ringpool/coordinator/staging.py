@@ -24,6 +24,7 @@ from ringpool.workers.groupcommit import keep
 _STAGING = b".ringpool/staging"
 _TOKEN = re.compile(rb"[0-9a-f]{16}")
 _BEGUN = b".begun"
+STAGING_MODE = 0o770  # nobody else: what is staged may go where they may not look
 _ELSEWHERE = b"elsewhere."  # what is staged has a name that begins with a number
 
 
@@ -38,13 +39,13 @@ def prepare(directory: bytes, bases: Sequence[bytes], token: str) -> tuple[bytes
     ``directory`` (the job's) and ``bases``: absolute, and there. Raises ``OSError``.
     """
     own = staging_directory(directory, token)
-    os.makedirs(own, exist_ok=True)
+    os.makedirs(own, STAGING_MODE, exist_ok=True)
     _begin(own)
     mount = _mount_of(own)
     places = [own if _mount_of(base) == mount else staging_directory(base, token) for base in bases]
     for number, place in enumerate(dict.fromkeys(place for place in places if place != own)):
         os.symlink(place, os.path.join(own, _ELSEWHERE + b"%d" % number))
-        os.makedirs(place, exist_ok=True)
+        os.makedirs(place, STAGING_MODE, exist_ok=True)
         _begin(place)
     return tuple(places)
 

@@ -26,10 +26,12 @@ from tests.workers.files.child_locks import (
 
 from ringpool.errors import FileOperationError, LockTimeoutError
 from ringpool.workers.files import lockfiles
+from ringpool.workers.files.errorlog import ErrorLog
 from ringpool.workers.files.lockfiles import file_system_of, is_network, root_of
 from ringpool.workers.files.locks import PathLock
 from ringpool.workers.files.oslayer import intercepted
 from ringpool.workers.files.store import FileStore
+from ringpool.workers.files.transaction import FileTransaction
 
 USER = 12345  # nobody's
 
@@ -333,3 +335,21 @@ def test_a_lock_file_that_may_only_be_read_serves(tmp_path: Path, error: int) ->
         (tmp_path / "b").symlink_to(tmp_path, target_is_directory=True)
         with intercepted(around), PathLock(path, "shared", base=tmp_path / "b", timeout_s=0):
             pass
+
+
+def test_a_group_that_may_only_read_a_base_with_an_acl_may_not_write_where_locks_are(tmp_path: Path) -> None:
+    """Its mode says of the group what the mask of the ACL allows to anybody."""
+    # user::rwx user:1000:rwx group::r-x mask::rwx other::---, as acl(5) and linux/posix_acl_xattr.h lay it out
+    acl = bytes.fromhex("02000000 01000700ffffffff 02000700e8030000 04000500ffffffff 10000700ffffffff 20000000ffffffff")
+    try:
+        os.setxattr(tmp_path, "system.posix_acl_access", acl)
+    except OSError:
+        pytest.skip("this file system has no ACLs")
+    assert stat.S_IMODE(os.stat(tmp_path).st_mode) == 0o770
+    with FileTransaction(tmp_path) as transaction:
+        transaction.write("a", "new")
+    ErrorLog(tmp_path).record(ValueError())
+    modes = {
+        name: stat.S_IMODE(os.stat(tmp_path / ".ringpool" / name).st_mode) for name in ("", "locks", "txn", "errors")
+    }
+    assert modes == {"": 0o750, "locks": 0o750, "txn": 0o700, "errors": 0o750}

@@ -44,7 +44,7 @@ from ringpool.workers.files.errorrecord import (
     scan,
 )
 from ringpool.workers.files.journal import DIRECTORY
-from ringpool.workers.files.lockfiles import set_mode, share
+from ringpool.workers.files.lockfiles import mode_to_share, set_mode, share
 from ringpool.workers.files.locks import PathLock, under
 from ringpool.workers.files.naming import FilePath, absolute, encoded
 from ringpool.workers.files.oslayer import calls, write_all
@@ -190,7 +190,7 @@ class ErrorLog:
         """Make ``<base>/.ringpool/errors``, open to whom the base is open to, as the directory of the locks is."""
         durable = self.durability is Durability.FULL
         make_directories(self._base, durable=durable)
-        mode = stat.S_IMODE(calls.stat(self._base).st_mode)
+        mode = mode_to_share(self._base)
         for directory in (os.path.dirname(self._directory), self._directory):
             with suppress(FileExistsError):
                 calls.mkdir(directory, 0o777)

@@ -55,7 +55,7 @@ import msgspec
 from ringpool.errors import FileOperationError
 from ringpool.workers.files import holds
 from ringpool.workers.files.durability import close_quietly, make_directories, sync
-from ringpool.workers.files.lockfiles import set_mode, share
+from ringpool.workers.files.lockfiles import mode_to_share, set_mode, share
 from ringpool.workers.files.naming import random_token
 from ringpool.workers.files.oslayer import calls, write_all
 
@@ -517,7 +517,7 @@ def _make_txn_directory(root: bytes, *, durable: bool) -> None:
     if not calls.access(txn, os.F_OK, effective_ids=True):
         with suppress(FileExistsError):
             calls.mkdir(txn, 0o700)
-            mode = calls.stat(root).st_mode
+            mode = mode_to_share(root)
             shared = sum(7 * (bit >> 1) for bit in (stat.S_IWGRP, stat.S_IWOTH) if mode & bit)
             if shared:
                 set_mode(txn, 0o700 | shared | mode & (stat.S_ISVTX | stat.S_ISGID))

@@ -52,6 +52,8 @@ NETWORK_FILE_SYSTEMS = {
 _identity = struct.Struct("=QQ")
 _f_type = struct.Struct("=q")  # the first member of struct statfs, on 64-bit Linux
 _STATFS_BYTES = 120
+_ACL_ENTRY = struct.Struct("<HHI")  # linux/posix_acl_xattr.h
+_GROUP_OBJ = 0x04
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -193,12 +195,35 @@ def share(fd: int, directory_mode: int) -> None:
 def _make_lock_directories(locks: bytes) -> None:
     """Make ``<base>/.ringpool/locks``, open to whom the base is open to: who may make files there may lock them."""
     ours = os.path.dirname(locks)
-    mode = stat.S_IMODE(calls.stat(os.path.dirname(ours)).st_mode)  # raises where the base itself is gone
+    mode = mode_to_share(os.path.dirname(ours))  # raises where the base itself is gone
     with suppress(FileNotFoundError):  # removed under our hands: the caller tries again
         for directory in (ours, locks):
             with suppress(FileExistsError):
                 calls.mkdir(directory, 0o777)
                 set_mode(directory, mode)
+
+
+def mode_to_share(base: bytes) -> int:
+    """The mode of a directory that is to be open to whom ``base`` is open to. Where an ACL stands that new directories
+    do not inherit, what the mode says of its group is the mask of all the others: the group's own rights count.
+    Raises ``OSError``. Source: acl(5), linux/posix_acl_xattr.h.
+    """
+    mode = stat.S_IMODE(calls.stat(base).st_mode)
+    acl = _acl(base, "system.posix_acl_access")
+    if not acl or _acl(base, "system.posix_acl_default"):
+        return mode
+    [rights] = (rights for tag, rights, _ in _ACL_ENTRY.iter_unpack(acl[4:]) if tag == _GROUP_OBJ)
+    return mode & ~stat.S_IRWXG | mode & rights << 3
+
+
+def _acl(path: bytes, name: str) -> bytes:
+    """That ACL; empty where there is none, or its file system knows none."""
+    try:
+        return calls.getxattr(path, name)
+    except OSError as error:
+        if error.errno not in (errno.ENODATA, errno.ENOTSUP):
+            raise
+        return b""
 
 
 def set_mode(directory: bytes, mode: int) -> None:
