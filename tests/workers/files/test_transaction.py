@@ -245,6 +245,20 @@ def test_an_acl_that_cannot_be_set_leaves_a_new_file_to_its_owner(base: Path) ->
 
 
 @as_root
+def test_a_new_file_has_the_group_that_its_own_directory_gives(base: Path) -> None:
+    os.chown(base, -1, 2345)
+    base.chmod(0o2775)
+    (base / "d1").chmod(0o755)
+    os.chown(base / "d2", -1, 3456)
+    (base / "d2").chmod(0o2755)
+    names = ("n", "d1/n", "d2/n")
+    with FileTransaction(base) as transaction:
+        for name in names:
+            transaction.write(name, "new")
+    assert [os.stat(base / name).st_gid for name in names] == [2345, os.getegid(), 3456]
+
+
+@as_root
 def test_a_replaced_file_hands_on_its_owner(base: Path) -> None:
     os.chown(base / "d1/a", 1234, 2345)
     (base / "d2").chmod(0o2755)

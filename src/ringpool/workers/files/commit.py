@@ -135,6 +135,8 @@ class Commit:
                 parent = calls.fstat(parent_fd)
                 if parent.st_mode & stat.S_ISGID:
                     calls.fchown(fd, -1, parent.st_gid)
+                elif calls.fstat(journal.txn_fd).st_mode & stat.S_ISGID:  # whose group it has
+                    calls.fchown(fd, -1, os.getegid())
                 if not is_right:
                     give_rights(fd, inherited)
             if self.durable:
