@@ -208,6 +208,32 @@ def wait_for(future):
     program.assert_no_process_is_left()
 
 
+def test_a_fork_that_it_makes_at_exit_ends_with_its_own_status(run_program: Callable[..., Program]) -> None:
+    program = run_program(
+        """
+        executor = RingPoolExecutor(1)
+        future = executor.submit(time.sleep, 60)
+        while not future.running():
+            time.sleep(0.01)
+        atexit.register(fork)
+        threading._register_atexit(say, "main has ended")
+        """,
+        top="""
+import atexit, time
+from ringpool import RingPoolExecutor
+
+def fork():
+    pid = os.fork()
+    if pid:
+        say("ended with", os.waitpid(pid, 0)[1])
+""",
+    )
+    program.wait_for("main has ended")
+    program.signal(signal.SIGTERM, group=False)
+    assert program.finish() == -signal.SIGTERM, program.err
+    assert program.out.splitlines()[-1] == "ended with 0"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_it_ends_by_that_also_where_what_it_does_at_exit_does_not_end(
     run_program: Callable[..., Program], number: signal.Signals

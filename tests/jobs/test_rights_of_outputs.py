@@ -63,3 +63,17 @@ def test_a_new_output_has_the_default_acl_of_its_directory_but_not_where_its_mod
     run("cp {src} {dst}; chmod 600 {dst}")
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
     assert ACCESS not in os.listxattr(path)
+
+
+@as_root
+def test_a_group_and_set_id_bits_that_the_task_has_chosen_stay(place: Path) -> None:
+    os.chown(place / "out/shared", -1, GROUP)
+    (place / "out/shared").chmod(0o2775)
+    run("cp {src} {dst}; chgrp 2345 {dst}; chmod 2750 {dst}")
+    found = os.stat(place / "out/shared/a")
+    assert (found.st_gid, stat.S_IMODE(found.st_mode)) == (2345, 0o2750)
+    (place / "out/shared/a").unlink()
+    (place / "out/b").unlink()
+    run("cp {src} {dst}; chmod 2750 {dst}")
+    found = os.stat(place / "out/shared/a")
+    assert (found.st_gid, stat.S_IMODE(found.st_mode)) == (GROUP, 0o2750)

@@ -343,6 +343,7 @@ class Job:
             raise
         finally:
             if pool.closed:
+                segment.give_up(name)  # unless all of it can be written down
                 with contextlib.suppress(RingpoolError) if run_id == 0 else contextlib.nullcontext():
                     run.commit_rows()
                     drain_into(ledger, name, run.count_drained)  # what was done when the workers were killed

@@ -69,7 +69,7 @@ class Reach:
         ways: tuple[tuple[_Walks, Callable[[str], str]], ...] = ((self._walks, _real), (self._spelled, place_of))
         bases = [tuple(os.path.join(spell(os.fspath(place)), "") for place in places) for _, spell in ways]
         self._bases = bases[0]
-        real_of = functools.lru_cache(maxsize=DIRECTORIES_KNOWN_MAX)(_real)  # for now: links may lead elsewhere later
+        self._real_of = real_of = functools.lru_cache(maxsize=DIRECTORIES_KNOWN_MAX)(_real)
         for named in [os.fspath(source) for source in sources if places and list_of(source) is None]:
             is_directory = os.path.isdir(named)
             if not is_directory and not is_glob(named):
@@ -92,13 +92,23 @@ class Reach:
         """A walk, of a glob perhaps, has found a link at ``path``, and is to take the file to which that leads, or with
         a slash at the end, to enter the directory.
         """
-        real = _real(path)
+        real = self._led_to(path.rstrip("/"))
         if not real.startswith(self._bases):
             return
         if not path.endswith("/"):
             self._files.add(real)
         elif real + "/" not in self._bases:  # which it would not enter
             self._add(self._walks, real + "/", relpath, self._bases, glob)
+
+    def _led_to(self, link: str) -> str:
+        """Where ``link`` leads: of many in a directory, nearly all to few others."""
+        try:
+            target = os.path.join(os.path.dirname(link), os.readlink(link))
+        except (OSError, ValueError):
+            return _real(link)
+        directory, name = os.path.split(target)
+        found = os.path.join(self._real_of(directory or "."), name)
+        return _real(link) if name in ("", ".", "..") or os.path.islink(found) else found
 
     def takes(self, path: str) -> bool:
         """Whether an output at that absolute path would be an input, now or of the next run."""

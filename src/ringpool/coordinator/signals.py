@@ -275,6 +275,9 @@ def _let_go() -> None:
     """In a fork of the program, before any code of its own: the handlers are its parent's, and so may the lock be."""
     global _lock, _pools, _n_ended, _late, _hung_up, _has_main_ended, _unheard_s
     _lock = threading.Lock()
+    if _late:  # this one ends with its own status
+        _libc.on_exit(_libc._exit, None)
+        _libc.__cxa_atexit(_libc.fflush, None, None)
     _pools, _n_ended, _late, _hung_up, _has_main_ended, _unheard_s = 0, 0, 0, False, False, 0.0
     for number in _installed:
         if signal.getsignal(number) is _end_program:

@@ -277,15 +277,23 @@ def _segment_name(file: str) -> re.Match[str] | None:
     return NAME.match(file.removeprefix("sem."))
 
 
+_given_up: set[str] = set()
+
+
 def dead_kept() -> list[str]:
     """The names of the segments of this user that are kept although their owners are dead: of jobs."""
     return _kept(lambda who: not who.alive)
 
 
+def give_up(name: str) -> None:
+    """The run of this process that kept that segment has ended, and could not write down all that is in it."""
+    _given_up.add(name)
+
+
 def own_kept() -> list[str]:
-    """The names of those that this process keeps: of jobs that run, and of one that could not write all it had."""
+    """The names of the segments that runs of this process have given up."""
     me = owner.this_process()
-    return _kept(lambda who: who == me)
+    return [name for name in _kept(lambda who: who == me) if name in _given_up] if _given_up else []
 
 
 def _kept(is_wanted: Callable[[owner.Owner], bool]) -> list[str]:

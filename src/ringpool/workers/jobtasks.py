@@ -141,7 +141,8 @@ _NO_FINGERPRINT = Fingerprint()
 
 class _Bound(msgspec.Struct):
     """A task function, resolved, with what its tasks share. ``directories``: of targets, known to be there;
-    ``heritages``: of those that hand on to new files something else than where they are staged;
+    ``heirs``: of those that hand on to new files something else than where they are staged, what these have from there,
+    and should have;
     ``new_directories``: those that may not be on disk themselves; ``n_calls``: since the task began;
     ``source``: the input that the last call has had; ``peak_rss_of_command``: where commands are run, not functions.
     """
@@ -158,7 +159,7 @@ class _Bound(msgspec.Struct):
     new_directories: list[bytes] = msgspec.field(default_factory=list[bytes])
     n_calls: int = 0
     source: Source | None = None
-    heritages: dict[bytes, output.Heritage] = msgspec.field(default_factory=dict[bytes, output.Heritage])
+    heirs: dict[bytes, tuple[output.Heritage, output.Heritage]] = msgspec.field(default_factory=dict[bytes, Any])
 
 
 class JobRunner:
@@ -204,8 +205,8 @@ class JobRunner:
                 target = wanted
                 if not is_new and not (is_new := leads_to_another(bound.spec, task.source, wanted)):
                     target = self._target(bound, task.source, wanted)
-                heritage = bound.heritages.get(os.path.dirname(wanted)) if is_new and bound.heritages else None
-                file = output.finish_staged(name, target, digest=bound.spec.digests, is_new=is_new, heritage=heritage)
+                heirs = bound.heirs.get(os.path.dirname(wanted)) if is_new and bound.heirs else None
+                file = output.finish_staged(name, target, digest=bound.spec.digests, is_new=is_new, heirs=heirs)
                 staged.append(StagedOutput(name, target, file.n_links > 1, file.dev, file.ino))
                 outputs.append(Output(file.size, file.digest, file.dev, file.ino, file.mtime_ns))
             end_ns = time.monotonic_ns()
@@ -259,11 +260,11 @@ class JobRunner:
                 bound.new_directories.append(directory)
                 if len(bound.directories) >= DIRECTORIES_KNOWN_MAX:
                     bound.directories.clear()
-                    bound.heritages.clear()
+                    bound.heirs.clear()
+                there, here = output.heritage_of(directory or b"/"), output.heritage_of(stagings[number])
+                if there is not None and here is not None and there != here:
+                    bound.heirs[directory] = here, there
                 bound.directories.add(directory)
-                heritage = output.heritage_of(directory or b"/")
-                if heritage != output.heritage_of(stagings[number]):
-                    bound.heritages[directory] = heritage
         return [
             staged_name(stagings[number], sequence, attempt, number, wanted) for number, wanted in enumerate(targets)
         ]

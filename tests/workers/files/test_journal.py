@@ -181,9 +181,43 @@ def test_a_transaction_that_nobody_can_finish_keeps_nobody_from_other_files(tmp_
             with pytest.raises(FileOperationError, match="not permitted"), PathLock(tmp_path / "log"):
                 pass
     assert ((tmp_path / "a").read_bytes(), (tmp_path / "log").read_bytes()) == (b"new 0", b"old")
-    with PathLock(tmp_path / "another"):
+    with PathLock(tmp_path / "another"), PathLock(tmp_path / "log"):
         assert (tmp_path / "log").read_bytes() == b"new 1"
     assert not txn(tmp_path)
+
+
+def test_what_is_left_of_a_transaction_that_never_was_keeps_nobody_out(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    made = make(tmp_path, [Effect(b"a", True, os.stat(tmp_path / "a").st_ino)], staged=1)
+    made.close()
+    os.unlink(txn_directory(os.fsencode(tmp_path)) + b"/" + made.id + b".journal")
+
+    def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "unlink" and args[0].endswith(b".new"):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        return call(*args, **kwargs)
+
+    with intercepted(around):
+        for name in ("a", "another"):
+            with PathLock(tmp_path / name):
+                assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_one_that_nobody_can_finish_in_a_base_further_in_keeps_all_from_it(tmp_path: Path) -> None:
+    """Its marks are where nobody looks any more, once there is a base around it."""
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    make(inner, [Effect(b"a", True, 0)], staged=1).close()
+
+    def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "rename" and args[1] == b"a":
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        return call(*args, **kwargs)
+
+    with intercepted(around), pytest.raises(FileOperationError, match="not permitted"):
+        PathLock(inner / "another", base=tmp_path).acquire()
+    with PathLock(inner / "another", base=tmp_path):
+        assert (inner / "a").read_bytes() == b"new 0"
 
 
 def test_a_living_transaction_is_left_alone(tmp_path: Path) -> None:

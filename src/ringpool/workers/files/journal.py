@@ -394,6 +394,8 @@ def _recover_or_leave(root: bytes, txn_fd: int, identity: bytes, spares: Callabl
     try:
         return _recover(root, identity, create=True)[1]
     except OSError:
+        if lstat_at(identity + b".journal", txn_fd) is None:
+            return False  # nothing of it is to be done, and what cannot be removed is in nobody's way
         effects = decode(_read(identity + b".journal", txn_fd))
         if not effects or not all(spares(os.path.join(root, effect.path)) for effect in effects):
             raise

@@ -44,20 +44,19 @@ class StagedFile(NamedTuple):
 
 
 class Heritage(NamedTuple):
-    """What a directory hands on to files that are made in it: its group, where it is setgid, and its default ACL."""
+    """What a file has that is made in a directory: its group, the directory's where that is setgid; its default ACL."""
 
-    gid: int | None
+    gid: int
     acl: bytes | None
 
 
-def heritage_of(directory: bytes) -> Heritage:
-    """Of the directory. Raises ``OSError``."""
-    fd = calls.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def heritage_of(directory: bytes) -> Heritage | None:
+    """Of the directory; None where one may not look."""
     try:
-        found = calls.fstat(fd)
-        return Heritage(found.st_gid if found.st_mode & stat.S_ISGID else None, default_acl(fd))
-    finally:
-        calls.close(fd)
+        found = calls.stat(directory)
+        return Heritage(found.st_gid if found.st_mode & stat.S_ISGID else os.getegid(), default_acl(directory))
+    except OSError:
+        return None
 
 
 class CommitSide(Enum):
@@ -81,18 +80,23 @@ def prepare_target(target: bytes, durability: Durability = Durability.FULL) -> b
 
 
 def finish_staged(
-    staged: bytes, target: bytes, *, digest: bool = False, is_new: bool = False, heritage: Heritage | None = None
+    staged: bytes,
+    target: bytes,
+    *,
+    digest: bool = False,
+    is_new: bool = False,
+    heirs: tuple[Heritage, Heritage] | None = None,
 ) -> StagedFile:
     """Make the output that a task function left at ``staged`` ready for its name ``target``; return its identity.
 
     It takes the owner, mode and extended attributes of the file that it will replace; where there is none (``is_new``:
-    the caller has seen so) it keeps those that the function gave it, and has the ``heritage`` of its directory besides,
-    where it is staged in one that hands on something else. Raises ``OutputMissingError`` (the function wrote
+    the caller has seen so) it keeps those that the function gave it; ``heirs``: what it has from where it is staged,
+    and what it would have from its directory, where these differ. Raises ``OutputMissingError`` (the function wrote
     no regular file), ``AtomicWriteError`` (anything else); what is staged is the caller's to discard.
     """
     try:
         replaced = None if is_new else lstat(target)
-        if replaced is None and not digest and heritage is None:
+        if replaced is None and not digest and heirs is None:
             own = _stat_staged(staged, target)  # nothing is to be done with it: it need not be opened
             return StagedFile(own.st_dev, own.st_ino, own.st_size, own.st_nlink, b"", own.st_mtime_ns)
         fd = _open_staged(staged, target)
@@ -101,8 +105,8 @@ def finish_staged(
             _require_regular(own, staged, target)
             if replaced is not None and own.st_nlink == 1:  # a link's metadata would be those of the other names, too
                 take_over(fd, own, replaced, target, None)
-            if replaced is None and heritage is not None and own.st_nlink == 1:
-                _inherit(fd, own, heritage)
+            if replaced is None and heirs is not None and own.st_nlink == 1:
+                _inherit(fd, own, *heirs)
             content = digest_of(fd, own.st_size) if digest else b""
         finally:
             calls.close(fd)
@@ -113,12 +117,13 @@ def finish_staged(
         raise failed(target, "finish the output", error) from error
 
 
-def _inherit(fd: int, own: os.stat_result, heritage: Heritage) -> None:
-    """Give the open file what the kernel would have given it in its directory. A mode that the function chose stays."""
-    gid = os.getegid() if heritage.gid is None else heritage.gid
-    if gid != own.st_gid:
+def _inherit(fd: int, own: os.stat_result, staged: Heritage, heritage: Heritage) -> None:
+    """Give the open file what the kernel would have given it in its directory. What the function chose stays."""
+    if heritage.gid != staged.gid == own.st_gid:
         with suppress(PermissionError):  # the kernel would have asked nobody; we are not in that group
-            calls.fchown(fd, -1, gid)
+            calls.fchown(fd, -1, heritage.gid)
+            if own.st_mode & (stat.S_ISUID | stat.S_ISGID):  # which the kernel has taken away
+                calls.fchmod(fd, stat.S_IMODE(own.st_mode))
     mask = umask()
     if heritage.acl is not None and mask is not None and stat.S_IMODE(own.st_mode) == 0o666 & ~mask:
         give_rights(fd, heritage.acl)

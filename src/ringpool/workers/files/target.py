@@ -129,8 +129,8 @@ def _copy_xattrs(fd: int, path: bytes) -> bool:
     return _ACL in ours or _ACL in theirs
 
 
-def default_acl(directory: int) -> bytes | None:
-    """What the open directory hands on to new files in place of the umask; None: nothing."""
+def default_acl(directory: int | bytes) -> bytes | None:
+    """What the directory, open or not, hands on to new files in place of the umask; None: nothing."""
     try:
         return calls.getxattr(directory, _DEFAULT_ACL)
     except OSError as error:

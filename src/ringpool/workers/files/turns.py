@@ -18,7 +18,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Generator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from queue import Empty, SimpleQueue
 
 from ringpool.workers.files import journal, lockfiles, stripes, tickets
@@ -31,12 +31,16 @@ DESCRIPTORS_MAX = (
     256  # a job locks every stripe of its base again and again; and a quarter of what the process may have open
 )
 DIRECTORIES_REMEMBERED_MAX = 4096
+STUCK_AGAIN_S = 1.0
+NO_STRIPE = -1
 WITHOUT_BELL_S = 0.005
 
 _stripes: OrderedDict[tuple[bytes, int], Stripe] = OrderedDict()  # the least recently used first
 # Where no dead transactions were left: base, and device and inode of the directory, whose spelling may come to mean
 # another one; 0 for the base alone.
 _looked_at: set[tuple[bytes, int, int]] = set()
+# Where some are that nobody can finish: when to try it again, and the stripes of their paths.
+_left: dict[bytes, tuple[float, frozenset[int]]] = {}
 
 
 def arrive(turn: Turn, base: bytes | None, deadline_s: float | None, *, may_wait: bool) -> bool:
@@ -111,25 +115,47 @@ def recover(place: Place, deadline_s: float | None) -> None:
     Marks tell of them as well, but are not durable, and those of a base further in are seen by nobody any more. Raises
     ``OSError``; ``OutOfTimeError`` as ``arrive`` does.
     """
-    left: list[bytes] = []
-
-    def spares(path: bytes) -> bool:
-        with suppress(OSError):
-            if lockfiles.stripe_of(path) == place.stripe:
-                return False
-        left.append(path)
-        return True
-
     if len(_looked_at) >= DIRECTORIES_REMEMBERED_MAX:
         _looked_at.clear()
+    is_done = True
     for base in (place.root, *lockfiles.bases_between(place.root, place.directory)):
-        if (base, 0, 0) not in _looked_at:
-            n_left = len(left)
-            journal.recover_root(base, deadline_s, spares)
-            if len(left) == n_left:
-                _looked_at.add((base, 0, 0))
-    if not left:
+        if (base, 0, 0) in _looked_at:
+            continue
+        if base != place.root:  # whose marks nobody sees any more: all of it has to be finished
+            journal.recover_root(base, deadline_s)
+        elif not _recover_own(place, deadline_s):
+            is_done = False
+            continue
+        _looked_at.add((base, 0, 0))
+    if is_done:
         _looked_at.add((place.root, place.device, place.inode))
+
+
+def _recover_own(place: Place, deadline_s: float | None) -> bool:
+    """``recover`` its base; whether nothing is left there. What is has nothing to do with that place, and is tried
+    again now and then, without waiting for others who try.
+    """
+    again_s, stuck = _left.get(place.root, (0.0, frozenset[int]()))
+    is_spared = bool(stuck) and place.stripe not in stuck
+    if is_spared and time.monotonic() < again_s:
+        return False
+    stripes_left = set[int]()
+
+    def spares(path: bytes) -> bool:
+        stripes_left.add(NO_STRIPE)
+        with suppress(OSError):
+            stripes_left.add(number := lockfiles.stripe_of(path))
+            return number != place.stripe
+        return True  # its directory is gone
+
+    with suppress(OutOfTimeError) if is_spared else nullcontext():
+        journal.recover_root(place.root, time.monotonic() if is_spared else deadline_s, spares)
+        if not stripes_left:
+            _left.pop(place.root, None)
+            return True
+        stuck = frozenset(stripes_left)
+    _left[place.root] = time.monotonic() + STUCK_AGAIN_S, stuck
+    return False
 
 
 def _open(root: bytes, number: int) -> Stripe:
