@@ -21,6 +21,7 @@ from tests.coordinator import call_functions as functions
 from ringpool import Coordinator, RingPoolExecutor
 
 PATH = Path(__file__)
+WATCHDOG_S = 30.0
 
 
 class Large:
@@ -118,5 +119,8 @@ def test_a_map_that_is_left_leaves_its_items_and_itself(how_many: str) -> None:
         runs = [weakref.ref(run) for run in executor._pool.runs]
         results.close()  # type: ignore[attr-defined]
         del results, items
+    end_s = time.monotonic() + WATCHDOG_S
+    while any(run() for run in runs) and time.monotonic() < end_s:  # its thread may be about to end
+        time.sleep(0.01)
     assert left() is None
     assert [run() for run in runs] == [None] * len(runs)

@@ -39,7 +39,8 @@ _stripes: OrderedDict[tuple[bytes, int], Stripe] = OrderedDict()  # the least re
 # Where no dead transactions were left: base, and device and inode of the directory, whose spelling may come to mean
 # another one; 0 for the base alone.
 _looked_at: set[tuple[bytes, int, int]] = set()
-# Where some are that nobody can finish: when to try it again, and the stripes of their paths.
+# Where some are that nobody can finish, by base: when to try it again, and the stripes of their paths (``NO_STRIPE``:
+# of one whose directory is gone).
 _left: dict[bytes, tuple[float, frozenset[int]]] = {}
 
 
@@ -109,7 +110,7 @@ def is_recovered(place: Place) -> bool:
 
 
 def recover(place: Place, deadline_s: float | None) -> None:
-    """Finish what died transactions left there, the first time that this process comes to that directory; and each time
+    """Finish what died transactions left there, the first time that this process comes to that directory; and again
     while there is one that cannot be finished, which keeps nobody from other files.
 
     Marks tell of them as well, but are not durable, and those of a base further in are seen by nobody any more. Raises
