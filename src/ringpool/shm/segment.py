@@ -46,6 +46,7 @@ COORDINATOR_SEMAPHORE = "c"
 _MACHINES = {"x86_64": 62, "aarch64": 183}  # ELF e_machine
 _MAGIC_WORD = struct.Struct("<Q")
 _VERSION = struct.Struct("<I")
+_given_up: set[str] = set()  # segments of runs of this process that could not write down all that is in them
 
 
 class Segment:
@@ -252,6 +253,7 @@ def unlink(name: str) -> None:
     for file in _names_of(name):
         with contextlib.suppress(FileNotFoundError, PermissionError):  # another user's file, named like one of ours
             os.unlink(f"{SHM_DIRECTORY}/{file}")
+    _given_up.discard(name)
 
 
 def _names_of(name: str) -> list[str]:
@@ -277,9 +279,6 @@ def _segment_name(file: str) -> re.Match[str] | None:
     return NAME.match(file.removeprefix("sem."))
 
 
-_given_up: set[str] = set()
-
-
 def dead_kept() -> list[str]:
     """The names of the segments of this user that are kept although their owners are dead: of jobs."""
     return _kept(lambda who: not who.alive)
@@ -292,7 +291,7 @@ def give_up(name: str) -> None:
 
 def own_kept() -> list[str]:
     """The names of the segments that runs of this process have given up."""
-    me = owner.this_process()
+    me = owner.this_process()  # a fork has its parent's
     return [name for name in _kept(lambda who: who == me) if name in _given_up] if _given_up else []
 
 
