@@ -20,7 +20,7 @@ import time
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-from ringpool.coordinator.signals import is_in_finalizer
+from ringpool.coordinator.signals import Patience, is_in_finalizer
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -52,7 +52,7 @@ class Stopper:
         self._n_signals = 0
         self._asked_s: dict[int, float] = {}  # when each signal last was a request of its own
         self._ends_next = False  # the next request ends this process where it stands
-        self._unheard_s = 0.0  # since when
+        self._patience = Patience(UNHEARD_MAX_S)
         self._job: Job | None = None
 
     def install(self) -> None:
@@ -75,11 +75,6 @@ class Stopper:
         if self.number:
             raise Stopped(self.number)
 
-    def _may_wait(self) -> bool:
-        """Whether a finalizer may still come to its end first; one that hangs is not to keep signals out."""
-        self._unheard_s = self._unheard_s or time.monotonic()
-        return time.monotonic() - self._unheard_s < UNHEARD_MAX_S
-
     def _is_same(self, number: int) -> bool:
         """Whether a signal that comes now is the one before once more."""
         now_s = time.monotonic()
@@ -89,7 +84,7 @@ class Stopper:
         return False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if is_in_finalizer(frame) and self._may_wait():
+        if is_in_finalizer(frame) and self._patience.lasts():
             signal.signal(signal.SIGALRM, lambda _number, later: self._handle(number, later))
             signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
             return

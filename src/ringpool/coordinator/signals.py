@@ -24,7 +24,7 @@ that the kernel gave to another thread, does not wake it: so nobody here sleeps 
 
 from __future__ import annotations
 
-import _signal  # pyright: ignore[reportMissingModuleSource]
+import _signal  # pyright: ignore[reportMissingModuleSource]  (in C, within the interpreter)
 import _thread
 import contextlib
 import ctypes
@@ -58,12 +58,33 @@ _late = 0  # the number of one that came after main had ended
 _has_main_ended = False
 _hooks: list[tuple[Callable[[], None], Callable[[], None], Callable[[], None]]] = []
 _hung_up = False
-_unheard_s = 0.0  # since when the end of a finalizer is waited for
+
+
+class Patience:
+    """With a finalizer in which a signal has come, for ``max_s`` seconds: what is raised there is lost, and one that
+    hangs is not to keep signals out.
+    """
+
+    def __init__(self, max_s: float) -> None:
+        self._max_s = max_s
+        self._since_s = 0.0
+
+    def lasts(self) -> bool:
+        """Whether the finalizer may still come to its end first."""
+        self._since_s = self._since_s or time.monotonic()
+        return time.monotonic() - self._since_s < self._max_s
+
+    def renew(self) -> None:
+        """The signal was heard: the next one waits anew."""
+        self._since_s = 0.0
+
+
+_patience = Patience(UNHEARD_MAX_S)
 
 
 def _end_program(number: int, frame: FrameType | None) -> None:
-    global _n_ended, _hung_up, _unheard_s
-    if _is_forking(frame) or (is_in_finalizer(frame) and _may_wait()):
+    global _n_ended, _hung_up
+    if _is_forking(frame) or (not _has_main_ended and is_in_finalizer(frame) and _patience.lasts()):
         with contextlib.suppress(RuntimeError):  # no more threads: lost, as it was
             _thread.start_new_thread(_send_again, (number,))
             return
@@ -73,7 +94,7 @@ def _end_program(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
         return
-    _unheard_s = 0.0
+    _patience.renew()
     _n_ended += 1
     _hung_up = _hung_up or number == signal.SIGHUP
     if _has_main_ended or _outermost(frame) == ("_shutdown", "threading"):
@@ -139,10 +160,10 @@ def _end_by(number: int) -> None:
 
 
 def _insist(number: int) -> None:
-    time.sleep(EXIT_MAX_S)
+    time.sleep(EXIT_MAX_S)  # in a thread of its own, of which the process does not wait for the end
     _libc.signal(number, None)  # its default action
     os.kill(os.getpid(), number)
-    time.sleep(RESEND_S)
+    time.sleep(RESEND_S)  # process 1 is spared, and who is stopped in the kernel takes a moment
     os._exit(128 + number)
 
 
@@ -156,15 +177,6 @@ def is_in_finalizer(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _may_wait() -> bool:
-    """Whether a finalizer may still come to its end first; one that hangs is not to keep signals out."""
-    global _unheard_s
-    if _has_main_ended:  # all is lost by now that is raised
-        return False
-    _unheard_s = _unheard_s or time.monotonic()
-    return time.monotonic() - _unheard_s < UNHEARD_MAX_S
 
 
 def install() -> None:
@@ -273,12 +285,13 @@ def _unmask() -> None:
 
 def _let_go() -> None:
     """In a fork of the program, before any code of its own: the handlers are its parent's, and so may the lock be."""
-    global _lock, _pools, _n_ended, _late, _hung_up, _has_main_ended, _unheard_s
+    global _lock, _pools, _n_ended, _late, _hung_up, _has_main_ended
     _lock = threading.Lock()
     if _late:  # this one ends with its own status
         _libc.on_exit(_libc._exit, None)
         _libc.__cxa_atexit(_libc.fflush, None, None)
-    _pools, _n_ended, _late, _hung_up, _has_main_ended, _unheard_s = 0, 0, 0, False, False, 0.0
+    _pools, _n_ended, _late, _hung_up, _has_main_ended = 0, 0, 0, False, False
+    _patience.renew()
     for number in _installed:
         if signal.getsignal(number) is _end_program:
             signal.signal(number, signal.SIG_DFL)

@@ -44,7 +44,7 @@ from ringpool.workers.files.errorrecord import (
     scan,
 )
 from ringpool.workers.files.journal import DIRECTORY
-from ringpool.workers.files.lockfiles import mode_to_share, set_mode, share
+from ringpool.workers.files.lockfiles import make_shared, mode_to_share, share
 from ringpool.workers.files.locks import PathLock, under
 from ringpool.workers.files.naming import FilePath, absolute, encoded
 from ringpool.workers.files.oslayer import calls, write_all
@@ -192,9 +192,7 @@ class ErrorLog:
         make_directories(self._base, durable=durable)
         mode = mode_to_share(self._base)
         for directory in (os.path.dirname(self._directory), self._directory):
-            with suppress(FileExistsError):
-                calls.mkdir(directory, 0o777)
-                set_mode(directory, mode)
+            make_shared(mode, directory)
             make_directories(directory, durable=durable)
 
     def _append(self, body: bytes) -> None:

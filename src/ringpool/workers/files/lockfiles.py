@@ -28,6 +28,7 @@ from typing import NamedTuple
 from unicodedata import normalize
 
 from ringpool.workers.files.oslayer import calls
+from ringpool.workers.files.target import access_acl, default_acl
 
 DIRECTORY = b".ringpool"
 DIRECTORIES_REMEMBERED_MAX = 256
@@ -197,10 +198,15 @@ def _make_lock_directories(locks: bytes) -> None:
     ours = os.path.dirname(locks)
     mode = mode_to_share(os.path.dirname(ours))  # raises where the base itself is gone
     with suppress(FileNotFoundError):  # removed under our hands: the caller tries again
-        for directory in (ours, locks):
-            with suppress(FileExistsError):
-                calls.mkdir(directory, 0o777)
-                set_mode(directory, mode)
+        make_shared(mode, ours, locks)
+
+
+def make_shared(mode: int, *directories: bytes) -> None:
+    """Make those of ``directories`` that are not there, with that mode. Raises ``OSError``."""
+    for directory in directories:
+        with suppress(FileExistsError):
+            calls.mkdir(directory, 0o777)
+            set_mode(directory, mode)
 
 
 def mode_to_share(base: bytes) -> int:
@@ -209,21 +215,11 @@ def mode_to_share(base: bytes) -> int:
     Raises ``OSError``. Source: acl(5), linux/posix_acl_xattr.h.
     """
     mode = stat.S_IMODE(calls.stat(base).st_mode)
-    acl = _acl(base, "system.posix_acl_access")
-    if not acl or _acl(base, "system.posix_acl_default"):
+    acl = access_acl(base)
+    if acl is None or default_acl(base) is not None:
         return mode
     [rights] = (rights for tag, rights, _ in _ACL_ENTRY.iter_unpack(acl[4:]) if tag == _GROUP_OBJ)
     return mode & ~stat.S_IRWXG | mode & rights << 3
-
-
-def _acl(path: bytes, name: str) -> bytes:
-    """That ACL; empty where there is none, or its file system knows none."""
-    try:
-        return calls.getxattr(path, name)
-    except OSError as error:
-        if error.errno not in (errno.ENODATA, errno.ENOTSUP):
-            raise
-        return b""
 
 
 def set_mode(directory: bytes, mode: int) -> None:

@@ -131,8 +131,17 @@ def _copy_xattrs(fd: int, path: bytes) -> bool:
 
 def default_acl(directory: int | bytes) -> bytes | None:
     """What the directory, open or not, hands on to new files in place of the umask; None: nothing."""
+    return _attribute(directory, _DEFAULT_ACL)
+
+
+def access_acl(path: bytes) -> bytes | None:
+    """The ACL of what is there, in the kernel's form; None: its mode says it all."""
+    return _attribute(path, _ACL)
+
+
+def _attribute(file: int | bytes, name: str) -> bytes | None:
     try:
-        return calls.getxattr(directory, _DEFAULT_ACL)
+        return calls.getxattr(file, name)
     except OSError as error:
         if error.errno not in _UNKEPT:
             raise
