@@ -26,7 +26,7 @@ from tests.crash.harness import Child
 from tests.workers.files.child_locks import PATIENCE_S, in_a_thread, is_free, lock_file, until, waiting
 
 from ringpool.errors import LockTimeoutError
-from ringpool.workers.files import journal, lockfiles, locks, stripes, tickets, turns
+from ringpool.workers.files import lockfiles, locks, recovery, stripes, tickets, turns
 from ringpool.workers.files.locks import LockSet, Mode, PathLock
 from ringpool.workers.files.oslayer import intercepted
 
@@ -80,7 +80,7 @@ def take_a_set(path: Path, mode: Mode, number: int) -> None:
 def test_killed_before_any_call_nothing_is_left_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: Callable[[Path, Mode, int], None], mode: Mode
 ) -> None:
-    monkeypatch.setattr(journal, "recover_marked", lambda root, text, deadline_s: None)
+    monkeypatch.setattr(recovery, "recover_marked", lambda root, text, deadline_s: None)
     for number in range(1, CALLS_MAX):
         child = Child(partial(action, tmp_path / "a", mode, number))
         survived = child.wait() == 0
@@ -335,7 +335,7 @@ def let_go(lock: PathLock) -> None:
 def test_interrupted_anywhere_nothing_is_held_that_nobody_knows_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: Callable[[Path], None], stride: int
 ) -> None:
-    monkeypatch.setattr(journal, "recover_marked", lambda root, text, deadline_s: None)
+    monkeypatch.setattr(recovery, "recover_marked", lambda root, text, deadline_s: None)
     path = tmp_path / "a"
     with LockSet([path, tmp_path / "b"]):
         pass

@@ -22,7 +22,7 @@ import msgspec
 from tests.workers.files import child_transaction
 from tests.workers.files.trials import KNOWN_PLANS, ViolationError, room, try_plan
 
-from ringpool.workers.files import commit, holds, journal
+from ringpool.workers.files import commit, holds, journal, recovery
 from ringpool.workers.files.journal import AFTER, BEFORE, Effect, Journal, encode
 from ringpool.workers.files.locks import LockSet
 from ringpool.workers.files.oslayer import calls, intercepted
@@ -174,7 +174,7 @@ def _changed_bits() -> str:
             changed = bytearray(good)
             changed[bit // 8] ^= 1 << bit % 8
             path.write_bytes(changed)
-            if journal.recover_root(os.fsencode(base)):
+            if recovery.recover_root(os.fsencode(base)):
                 return f"a journal whose bit {bit} is changed was rolled forward"
     return ""
 
@@ -188,7 +188,7 @@ def _a_living_one() -> str:
             nonlocal at_work
             if at_work:
                 at_work = False
-                journal.recover_root(os.fsencode(base))
+                recovery.recover_root(os.fsencode(base))
                 at_work = True
             result = call(*args, **kwargs)
             at_work = at_work or (name == "open" and os.fsencode(args[0]).endswith(b".0.new"))

@@ -19,7 +19,7 @@ from typing import Any
 from tests.workers.files.child import listen, say
 
 from ringpool.errors import TransactionConflictError
-from ringpool.workers.files import journal
+from ringpool.workers.files import recovery
 from ringpool.workers.files.journal import Effect, Journal
 from ringpool.workers.files.locks import LockSet, PathLock
 from ringpool.workers.files.oslayer import intercepted
@@ -123,7 +123,7 @@ def check(base: Path, where: object) -> bool:
         seen = {name: (base / name).read_bytes() for name in NAMES if (base / name).exists()}
     assert seen in (OLD, NEW), (where, seen)
     assert snapshot(NAMES, base=base) == seen, where
-    journal.recover_root(os.fsencode(base))
+    recovery.recover_root(os.fsencode(base))
     left = os.listdir(base / ".ringpool/txn") if (base / ".ringpool/txn").exists() else []
     assert not left, (where, left)
     assert not any(file.stat().st_size for file in (base / ".ringpool/locks").glob("*.lock")), where
@@ -202,7 +202,7 @@ def contend(directory: str, seconds: str, seed: str) -> None:
             died(pid)
     _add_up(snapshot((*ACCOUNTS, *COUNTERS, *PLACES), base=base, timeout_s=PATIENCE_S))
     transfers = sum(int((base / name).read_text()) for name in COUNTERS)
-    journal.recover_root(os.fsencode(base))
+    recovery.recover_root(os.fsencode(base))
     assert not os.listdir(base / ".ringpool/txn")
     assert kills, "nobody was killed"
     assert transfers > kills, "nobody got anything done"

@@ -13,7 +13,7 @@ from tests.workers.files.child import Child
 from tests.workers.files.child_locks import hold, is_free, left_marked, lock_file, try_it, waiting
 
 from ringpool.errors import LockTimeoutError, LockUpgradeError
-from ringpool.workers.files import journal
+from ringpool.workers.files import recovery
 from ringpool.workers.files.asynclocks import AsyncPathLock, in_thread
 from ringpool.workers.files.locks import PathLock, in_order
 
@@ -201,7 +201,7 @@ def test_a_task_that_is_cancelled_while_it_recovers_recovers_to_the_end(
         assert go_on.wait(60)
         assert not is_free(file, shared=True)
 
-    monkeypatch.setattr(journal, "recover_marked", recover)
+    monkeypatch.setattr(recovery, "recover_marked", recover)
 
     async def main() -> None:
         task = asyncio.create_task(AsyncPathLock(tmp_path / "a").acquire())

@@ -19,10 +19,11 @@ from tests.workers.files.child import Child
 from tests.workers.files.child_transaction import make
 
 from ringpool.errors import FileOperationError
-from ringpool.workers.files import journal
-from ringpool.workers.files.journal import Effect, Journal, decode, encode, recover_marked, recover_root, txn_directory
+from ringpool.workers.files import recovery
+from ringpool.workers.files.journal import Effect, Journal, decode, encode, txn_directory
 from ringpool.workers.files.locks import PathLock
 from ringpool.workers.files.oslayer import intercepted
+from ringpool.workers.files.recovery import recover_marked, recover_root
 
 names = st.binary(min_size=1, max_size=20).filter(
     lambda name: name not in (b".", b"..", b".ringpool") and not {0, ord("/")} & {*name}
@@ -232,7 +233,7 @@ def test_a_living_transaction_is_left_alone(tmp_path: Path) -> None:
 def test_a_mark_whose_transaction_stays_held_is_an_error_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "RECOVERER_PATIENCE_S", 0.01)
+    monkeypatch.setattr(recovery, "RECOVERER_PATIENCE_S", 0.01)
     made = make(tmp_path, [], staged=0)
     with pytest.raises(FileOperationError, match=made.id.decode()) as caught:
         recover_marked(os.fsencode(tmp_path), made.id)

@@ -33,7 +33,7 @@ from ringpool.errors import (
     TransactionConflictError,
 )
 from ringpool.shm.status import FileState, FileStatusTable
-from ringpool.workers.files import journal, turns
+from ringpool.workers.files import recovery, turns
 from ringpool.workers.files.atomic import atomic_write
 from ringpool.workers.files.locks import LockSet, PathLock
 from ringpool.workers.files.naming import unique_name
@@ -352,7 +352,7 @@ def test_25_an_old_journal_deletes_what_was_written_after_it(tmp_path: Path) -> 
     with FileTransaction(tmp_path) as ours:
         ours.delete("a")
     (tmp_path / "a").write_text("written later")
-    journal.recover_root(os.fsencode(tmp_path))
+    recovery.recover_root(os.fsencode(tmp_path))
     with PathLock(tmp_path / "a"):
         assert (tmp_path / "a").read_text() == "written later"
 

@@ -25,7 +25,7 @@ from tests.workers.files.child_locks import (
 )
 
 from ringpool.errors import FileOperationError, LockTimeoutError
-from ringpool.workers.files import holds, journal, turns
+from ringpool.workers.files import holds, journal, recovery, turns
 from ringpool.workers.files.asynclocks import AsyncPathLock
 from ringpool.workers.files.locks import LockSet, Mode, PathLock
 from ringpool.workers.files.oslayer import intercepted
@@ -134,7 +134,7 @@ class Recoveries:
 @pytest.fixture
 def recoveries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recoveries:
     found = Recoveries(lock_file(tmp_path, PathLock(tmp_path / "a")))
-    monkeypatch.setattr(journal, "recover_marked", found.recover)
+    monkeypatch.setattr(recovery, "recover_marked", found.recover)
     return found
 
 
@@ -194,7 +194,7 @@ def test_a_timeout_holds_for_the_wait_for_anothers_recovery_as_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timeout_s: float, is_marked: bool
 ) -> None:
     """The patience with a recovery is longer than the test may take, and ends with an error of another kind."""
-    monkeypatch.setattr(journal, "RECOVERER_PATIENCE_S", 1e9)
+    monkeypatch.setattr(recovery, "RECOVERER_PATIENCE_S", 1e9)
     with PathLock(tmp_path / "a") as lock:
         file = lock_file(tmp_path, lock)
     made = journal.Journal.begin(os.fsencode(tmp_path), durable=False)
@@ -265,7 +265,7 @@ def test_a_base_is_looked_through_for_dead_transactions_the_first_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     roots: list[bytes] = []
-    monkeypatch.setattr(journal, "recover_root", lambda root, deadline_s, spares: roots.append(root))
+    monkeypatch.setattr(recovery, "recover_root", lambda root, deadline_s, spares: roots.append(root))
     for name in "xy":
         (tmp_path / name / "deep").mkdir(parents=True)
         (tmp_path / name / ".ringpool").mkdir()

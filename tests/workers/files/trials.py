@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from tests.workers.files.model import Disk, Recording, seen_as
 
-from ringpool.workers.files import journal
+from ringpool.workers.files import recovery
 from ringpool.workers.files.atomic import atomic_write
 from ringpool.workers.files.locks import PathLock
 from ringpool.workers.files.naming import staging_name
@@ -242,7 +242,7 @@ class Trial:
                 else:
                     now = after
                 self._mark(f"{n} is done", now)
-            journal.recover_root(os.fsencode(self.live))  # what was killed before it was marked
+            recovery.recover_root(os.fsencode(self.live))  # what was killed before it was marked
         shown, left = _files_in(self.live), _left_in(self.live)
         if left or all(shown != files for files, _ in now):
             raise ViolationError(f"{self.plan}: at the end there is {shown}, {left}")
@@ -309,7 +309,7 @@ class Trial:
 
     def _recover(self, disk: Disk, legal: list[tuple[Files, frozenset[bytes]]]) -> None:
         try:
-            journal.recover_root(os.fsencode(self.place))
+            recovery.recover_root(os.fsencode(self.place))
         except Exception as error:
             raise ViolationError(f"{self.plan}: cut after {disk.marks[-1:]}, recovery fails: {error!r}") from error
         found = _files_in(self.place)

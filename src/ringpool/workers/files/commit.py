@@ -26,10 +26,11 @@ from ringpool.errors import (
     TransactionInDoubtError,
 )
 from ringpool.workers.files.durability import close_quietly, sync
-from ringpool.workers.files.journal import Effect, Journal, Stage, lstat_at, open_directory, recover_marked
+from ringpool.workers.files.journal import Effect, Journal, Stage, lstat_at, open_directory
 from ringpool.workers.files.locks import LockSet
 from ringpool.workers.files.operations import File, New, Original
 from ringpool.workers.files.oslayer import calls, write_all
+from ringpool.workers.files.recovery import recover_marked
 from ringpool.workers.files.target import default_acl, give_rights, lstat, take_over
 
 _FS_IOC_GETFLAGS = 0x80086601  # linux/fs.h, where long has 64 bits

@@ -42,9 +42,8 @@ import os
 import re
 import stat
 import struct
-import time
 import zlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from enum import IntEnum
 from itertools import groupby
@@ -52,7 +51,6 @@ from typing import Annotated
 
 import msgspec
 
-from ringpool.errors import FileOperationError
 from ringpool.workers.files import holds
 from ringpool.workers.files.durability import close_quietly, make_directories, sync
 from ringpool.workers.files.lockfiles import mode_to_share, set_mode, share
@@ -63,12 +61,10 @@ DIRECTORY = b".ringpool"
 MAGIC = b"RPJ1"
 BEFORE, AFTER = "fsync of the directory, before the commit", "fsync of the directory, after it"
 IDS_TRIED_MAX = 100
-RECOVERER_PATIENCE_S = 30
 
 _header = struct.Struct("<4sII")
-_id = re.compile(rb"[0-9a-f]{16}")
 _file_name = re.compile(rb"([0-9a-f]{16})\.(?:lock|tmp|journal|[0-9]+\.(?:new|old))")
-_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _READ_BYTES = 1 << 20
 
@@ -134,7 +130,7 @@ class Journal:
     def begin(cls, root: bytes, *, durable: bool) -> Journal:
         """Take a new id. Raises ``OSError``."""
         _make_txn_directory(root, durable=durable)
-        txn_fd = calls.open(txn_directory(root), _DIRECTORY_FLAGS)
+        txn_fd = calls.open(txn_directory(root), DIRECTORY_FLAGS)
         try:
             _require_trusted(root, txn_fd)
             for _ in range(IDS_TRIED_MAX):
@@ -259,13 +255,13 @@ class Journal:
         """Away with everything but a journal: there is none, nor can one come back. Raises ``OSError``."""
         last = self.id + b".lock"  # whoever waits for it sees that it is over
         found = (os.fsencode(name) for name in calls.listdir(self.txn_fd))
-        for name in (*(name for name in found if _id_of(name) == self.id and name != last), last):
+        for name in (*(name for name in found if id_of(name) == self.id and name != last), last):
             with suppress(FileNotFoundError):
                 calls.unlink(name, dir_fd=self.txn_fd)
 
     def recover(self) -> bool:
         """Finish it or drop it, by the table above; whether it was committed. Raises ``OSError``."""
-        effects = decode(_read(self.id + b".journal", self.txn_fd))
+        effects = read(self.txn_fd, self.id)
         if effects is not None:
             self._sync_txn("fsync of a journal's directory, in its recovery")
             self.apply(effects)
@@ -305,10 +301,10 @@ class Journal:
 
 def open_directory(root: bytes, relative: bytes) -> int:
     """The directory at ``relative``, which has no links in it, under ``root``. Raises ``OSError``: ELOOP for a link."""
-    fd = calls.open(root, _DIRECTORY_FLAGS & ~os.O_NOFOLLOW)
+    fd = calls.open(root, DIRECTORY_FLAGS & ~os.O_NOFOLLOW)
     for part in relative.split(b"/") if relative else ():
         try:
-            inner = calls.open(part, _DIRECTORY_FLAGS, dir_fd=fd)
+            inner = calls.open(part, DIRECTORY_FLAGS, dir_fd=fd)
         finally:
             close_quietly(fd)
         fd = inner
@@ -328,161 +324,19 @@ def read_all(fd: int) -> bytes:
     return b"".join(parts)
 
 
-def _read(name: bytes, dir_fd: int) -> bytes:
-    """The content of a file there; empty where there is none."""
+def read(txn_fd: int, identity: bytes) -> list[Effect] | None:
+    """The effects of a journal there; None where there is none, or a torn one."""
     try:
-        fd = calls.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+        fd = calls.open(identity + b".journal", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=txn_fd)
     except FileNotFoundError:
-        return b""
+        return None
     try:
-        return read_all(fd)
+        return decode(read_all(fd))
     finally:
         close_quietly(fd)
 
 
-# ---- recovery --------------------------------------------------------------------------------------------------------
-
-
-def recover_marked(root: bytes, text: bytes, deadline_s: float | None = None) -> None:
-    """The transaction that the mark ``text`` names is finished or dropped when this returns.
-
-    For whoever finds a mark in a lock file that it has just locked: so the transaction is dead. Another process may be
-    recovering it; that is waited for. Raises ``OSError``; ``FileOperationError`` (EBUSY) where the id stays held;
-    ``OutOfTimeError`` where that lasts until ``deadline_s`` (monotonic).
-    """
-    if not _id.fullmatch(text):
-        return  # not ours, or torn by a power cut, after which the journals are looked through anyway
-    for is_last in holds.tries(_end_s(deadline_s)):
-        if _recover(root, text, create=False)[0]:
-            return
-        if is_last:
-            raise _busy(txn_directory(root) + b"/" + text + b".lock", "though its locks are free", deadline_s)
-
-
-def recover_root(
-    root: bytes, deadline_s: float | None = None, spares: Callable[[bytes], bool] = lambda _path: False
-) -> int:
-    """Finish or drop every dead transaction of ``root``; how many were rolled forward. Raises ``OSError`` of one that
-    can be neither, an append-only file or another user's directory being among its paths; but not where the caller
-    ``spares`` each of them, who has nothing to do with it: that one is left.
-
-    A living one is left alone, and so are those of a directory that is closed to us, and those that we do not trust:
-    they are their owner's. After a power cut there may be no marks that keep others away from what one recovers here:
-    one does that at a time, and who comes after it waits. Raises ``FileOperationError`` (EBUSY) where that is long, and
-    ``OutOfTimeError`` where it lasts until ``deadline_s`` (monotonic).
-    """
-    try:
-        txn_fd = calls.open(txn_directory(root), _DIRECTORY_FLAGS)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return 0
-    try:
-        if not _ids_in(txn_fd):
-            return 0
-        turn_fd = _turn_to_recover(root, txn_fd, deadline_s)
-        if turn_fd is None:
-            return 0
-        try:
-            mine = [identity for identity in _ids_in(txn_fd) if _is_trusted(root, txn_fd, identity)]
-            return sum(_recover_or_leave(root, txn_fd, identity, spares) for identity in mine)
-        finally:
-            holds.let_go(turn_fd)
-    finally:
-        close_quietly(txn_fd)
-
-
-def _recover_or_leave(root: bytes, txn_fd: int, identity: bytes, spares: Callable[[bytes], bool]) -> bool:
-    try:
-        return _recover(root, identity, create=True)[1]
-    except OSError:
-        if lstat_at(identity + b".journal", txn_fd) is None:
-            return False  # nothing of it is to be done, and what cannot be removed is in nobody's way
-        effects = decode(_read(identity + b".journal", txn_fd))
-        if not effects or not all(spares(os.path.join(root, effect.path)) for effect in effects):
-            raise
-        return False
-
-
-def _ids_in(txn_fd: int) -> list[bytes]:
-    names = map(os.fsencode, calls.listdir(txn_fd))
-    return sorted({identity for name in names if (identity := _id_of(name))})
-
-
-def _turn_to_recover(root: bytes, txn_fd: int, deadline_s: float | None) -> int | None:
-    """The directory, locked by us; None where it was removed meanwhile."""
-    for is_last in holds.tries(_end_s(deadline_s)):
-        with suppress(BlockingIOError):
-            return holds.take(txn_fd, b".", os.O_DIRECTORY)
-        if is_last:
-            break
-    raise _busy(txn_directory(root), "by a recovery", deadline_s)
-
-
-def _end_s(deadline_s: float | None) -> float:
-    patience_end_s = time.monotonic() + RECOVERER_PATIENCE_S
-    return patience_end_s if deadline_s is None else min(deadline_s, patience_end_s)
-
-
-def _busy(path: bytes, how: str, deadline_s: float | None) -> Exception:
-    if deadline_s is not None and time.monotonic() >= deadline_s:
-        return holds.OutOfTimeError(f"the recovery of a dead transaction ({os.fsdecode(path)})")
-    reason = f"still held after {RECOVERER_PATIENCE_S} s, {how}: end the process that has it"
-    return FileOperationError(os.fsdecode(path), "recover a transaction", errno.EBUSY, reason)
-
-
-def _is_trusted(root: bytes, txn_fd: int, identity: bytes) -> bool:
-    """Whether we do what that transaction says.
-
-    In a sticky directory (/tmp) anybody may leave a journal, and we may write to files that its author may not. There
-    it has to be ours, the directory's owner's, or root's.
-    """
-    found = calls.stat(root)
-    if not found.st_mode & stat.S_ISVTX:
-        return True  # who may make a journal there may also rename what is in it
-    owners = {os.geteuid(), found.st_uid, 0}
-    files = (lstat_at(identity + suffix, txn_fd) for suffix in (b".journal", b".lock"))
-    return all(file is None or file.st_uid in owners for file in files)
-
-
-def _require_trusted(root: bytes, txn_fd: int) -> None:
-    """Raise ``PermissionError`` where another user could change what is staged: in a sticky directory anybody may make
-    a ``.ringpool``, and has all in it.
-    """
-    found = calls.stat(root)
-    if found.st_mode & stat.S_ISVTX:
-        owners = {calls.stat(os.path.join(root, DIRECTORY)).st_uid, calls.fstat(txn_fd).st_uid}
-        if not owners <= {os.geteuid(), found.st_uid, 0}:
-            reason = "its .ringpool is another user's, who could change what is staged there; take a base of your own"
-            raise PermissionError(errno.EPERM, reason)
-
-
-def _recover(root: bytes, identity: bytes, *, create: bool) -> tuple[bool, bool]:
-    """Whether it is over, and whether this call rolled it forward. ``create``: it may have lost its lock file."""
-    try:
-        txn_fd = calls.open(txn_directory(root), _DIRECTORY_FLAGS)
-    except FileNotFoundError:
-        return True, False
-    try:
-        create = create or _inode(identity + b".journal", txn_fd) > 0
-        try:
-            id_fd = holds.take(txn_fd, identity + b".lock", os.O_CREAT if create else 0)
-        except FileNotFoundError:
-            return True, False
-        except BlockingIOError:
-            return False, False
-        if id_fd is None:
-            return True, False
-        try:
-            if not _is_trusted(root, txn_fd, identity):
-                reason = "another user's, in a sticky directory: that user has to lock the file first"
-                raise FileOperationError(os.fsdecode(root), "recover a transaction", errno.EPERM, reason)
-            return True, Journal(root, txn_fd, identity, id_fd).recover()
-        finally:
-            holds.let_go(id_fd)
-    finally:
-        close_quietly(txn_fd)
-
-
-def _id_of(name: bytes) -> bytes:
+def id_of(name: bytes) -> bytes:
     """The id of the transaction that has a file of that name; empty where it is no such file."""
     found = _file_name.fullmatch(name)
     return found[1] if found else b""
@@ -524,3 +378,15 @@ def _make_txn_directory(root: bytes, *, durable: bool) -> None:
             if shared:
                 set_mode(txn, 0o700 | shared | mode & (stat.S_ISVTX | stat.S_ISGID))
     make_directories(txn, durable=durable)
+
+
+def _require_trusted(root: bytes, txn_fd: int) -> None:
+    """Raise ``PermissionError`` where another user could change what is staged: in a sticky directory anybody may make
+    a ``.ringpool``, and has all in it.
+    """
+    found = calls.stat(root)
+    if found.st_mode & stat.S_ISVTX:
+        owners = {calls.stat(os.path.join(root, DIRECTORY)).st_uid, calls.fstat(txn_fd).st_uid}
+        if not owners <= {os.geteuid(), found.st_uid, 0}:
+            reason = "its .ringpool is another user's, who could change what is staged there; take a base of your own"
+            raise PermissionError(errno.EPERM, reason)

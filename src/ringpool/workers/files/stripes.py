@@ -43,7 +43,7 @@ from contextlib import suppress
 from filelock import Timeout
 
 from ringpool.errors import LockUpgradeError
-from ringpool.workers.files import journal, tickets
+from ringpool.workers.files import recovery, tickets
 from ringpool.workers.files.oslayer import calls
 from ringpool.workers.files.tickets import LOOK_S, Bell, NoTickets, Tickets
 
@@ -357,7 +357,7 @@ class Stripe:
         """
         text = calls.pread(self.fd, MARK_BYTES_MAX, 0)
         if text:
-            journal.recover_marked(self.root, text, deadline_s)
+            recovery.recover_marked(self.root, text, deadline_s)
             self.write_mark(b"")
         turn.is_marked = False
         if turn.exclusive:

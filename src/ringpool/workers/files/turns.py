@@ -21,7 +21,7 @@ from collections.abc import Generator
 from contextlib import nullcontext, suppress
 from queue import Empty, SimpleQueue
 
-from ringpool.workers.files import journal, lockfiles, stripes, tickets
+from ringpool.workers.files import lockfiles, recovery, stripes, tickets
 from ringpool.workers.files.holds import OutOfTimeError
 from ringpool.workers.files.lockfiles import Place
 from ringpool.workers.files.oslayer import calls
@@ -123,7 +123,7 @@ def recover(place: Place, deadline_s: float | None) -> None:
         if (base, 0, 0) in _looked_at:
             continue
         if base != place.root:  # whose marks nobody sees any more: all of it has to be finished
-            journal.recover_root(base, deadline_s)
+            recovery.recover_root(base, deadline_s)
         elif not _recover_own(place, deadline_s):
             is_done = False
             continue
@@ -150,7 +150,7 @@ def _recover_own(place: Place, deadline_s: float | None) -> bool:
         return True  # its directory is gone
 
     with suppress(OutOfTimeError) if is_spared else nullcontext():
-        journal.recover_root(place.root, time.monotonic() if is_spared else deadline_s, spares)
+        recovery.recover_root(place.root, time.monotonic() if is_spared else deadline_s, spares)
         if not stripes_left:
             _left.pop(place.root, None)
             return True
