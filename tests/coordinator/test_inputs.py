@@ -111,6 +111,38 @@ def test_links_are_followed_but_never_in_a_circle(tmp_path: Path) -> None:
     assert relpaths(f"{tmp_path}/in/**/*") == ["a", "alias", "linked/b"]
 
 
+@pytest.mark.parametrize("target", ["b/x", "b/../x", "n" * 300, f"d/{'n' * 300}"])
+def test_what_lies_beside_a_link_that_can_lead_nowhere_is_found(tmp_path: Path, target: str) -> None:
+    grow(tmp_path, "a", "b", "d/c")
+    os.symlink(target, tmp_path / "link")
+    assert relpaths(tmp_path) == ["a", "b", "d/c"]
+    assert relpaths(f"{tmp_path}/*") == ["a", "b"]
+
+
+def test_a_link_to_where_nobody_may_look_is_an_error_for_itself_unless_it_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grow(tmp_path, "in/a", "in/d/b", "closed/c")
+    os.symlink("../closed/c", tmp_path / "in/link")
+    (tmp_path / "in").chmod(0o755)
+    monkeypatch.chdir(tmp_path / "in")
+    (tmp_path / "closed").chmod(0)
+    us = os.geteuid()
+    if us == 0:
+        os.seteuid(65_534)
+    try:
+        for source in (".", "**/*"):
+            files = list_inputs([source])
+            assert [next(files).relpath for _ in range(2)] == ["a", "d/b"]
+            with pytest.raises(PermissionError, match=r"what this link leads to is not known.*link"):
+                next(files)
+            assert [file.relpath for file in list_inputs([source], exclude=["link"])] == ["a", "d/b"]
+        assert [file.relpath for file in list_inputs(["d/*", "a*"])] == ["b", "a"]
+    finally:
+        os.seteuid(us)
+        (tmp_path / "closed").chmod(0o700)
+
+
 def test_pipes_and_sockets_on_the_way_are_left_out(tmp_path: Path) -> None:
     os.mkfifo(grow(tmp_path, "a") / "pipe")
     assert relpaths(tmp_path) == ["a"]

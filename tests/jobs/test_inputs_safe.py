@@ -102,6 +102,56 @@ def test_a_link_from_an_output_to_another_input_is_replaced(place: Path, inputs:
     assert (place / "in/b").read_text() == "content of in/b"
 
 
+@pytest.mark.parametrize(
+    ("link", "to", "inputs", "filters"),
+    [
+        ("src/l", "z", "src", {}),
+        ("src/l", "z", "src/**/*", {}),
+        ("src/l", "z/sub/..", "src", {"include": ["*.txt"]}),
+        ("src/l.txt", "z/b.txt", "src", {}),
+        ("src/l.txt", "z/b.txt", ["src/a.txt", "src/l.txt"], {}),
+    ],
+)
+def test_a_link_from_an_output_to_an_input_that_is_found_through_a_link_is_replaced(
+    place: Path, link: str, to: str, inputs: str | list[str], filters: dict[str, list[str]]
+) -> None:
+    make(place, "src/a.txt", "z/b.txt", "z/sub/c.txt", "other/d.txt")
+    (place / link).symlink_to(place / to)
+    (place / "out").mkdir()
+    (place / "out/a.txt").symlink_to("../z/b.txt")
+    assert Job(command=UPPER, inputs=inputs, output="out/{relpath}", **filters).run(1).ok  # type: ignore[arg-type]
+    assert (place / "z/b.txt").read_text() == "content of z/b.txt"
+    assert not (place / "out/a.txt").is_symlink()
+    assert (place / "out/a.txt").read_text() == "CONTENT OF SRC/A.TXT"
+
+
+@pytest.mark.parametrize(("to", "exclude"), [("other/d.txt", []), ("z/b.txt", ["l/"])])
+def test_a_link_from_an_output_to_where_no_inputs_are_is_followed(place: Path, to: str, exclude: list[str]) -> None:
+    make(place, "src/a.txt", "z/b.txt", "other/d.txt")
+    (place / "src/l").symlink_to(place / "z")
+    (place / "out").mkdir()
+    (place / "out/a.txt").symlink_to(place / to)
+    assert Job(command=UPPER, inputs="src", output="out/{relpath}", exclude=exclude).run(1).ok
+    assert (place / to).read_text() == "CONTENT OF SRC/A.TXT"
+
+
+def test_an_output_in_the_place_that_a_named_link_leads_to_is_refused(place: Path) -> None:
+    make(place, "src/b.txt", "out/b.txt")
+    (place / "src/a").symlink_to("../out/b.txt")
+    with pytest.raises(OutputPatternError, match="an input too"):
+        Job(command=UPPER, inputs=["src/b.txt", "src/a"], output="out/{name}").run(1)
+    assert (place / "out/b.txt").read_text() == "content of out/b.txt"
+
+
+@pytest.mark.parametrize("inputs", ["src", "src/*"])
+def test_a_link_that_filters_leave_out_is_nothing_to_outputs(place: Path, inputs: str) -> None:
+    make(place, "src/a.txt")
+    (place / "src/latest").symlink_to("../out/a.txt")
+    for n_done in (1, 0):
+        report = Job(command=UPPER, inputs=inputs, output="out/{relpath}", exclude=["latest"]).run(1)
+        assert (report.ok, report.progress.done) == (True, n_done)
+
+
 @pytest.mark.parametrize("inputs", ["src", "src/**/x.txt"])
 @pytest.mark.parametrize("link", ["src/old", "src/b/old"])
 def test_an_output_that_a_walk_finds_through_a_link_in_it_is_refused(place: Path, inputs: str, link: str) -> None:

@@ -48,6 +48,7 @@ OWN_DIRECTORY = ".ringpool"
 SCRATCH_CACHE_KIB = 16_384
 FILTERED_KNOWN_MAX = 4096
 _MAGIC = re.compile(r"[*?[]")
+_LEADS_NOWHERE = (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)  # a link, like one to a file that is gone
 
 
 class _Directory(NamedTuple):
@@ -165,18 +166,23 @@ def _open_glob(source: str, limits: _Limits, gone: _Gone) -> Iterator[InputFile]
     prefix, parts = split_glob(source)
     glob = Glob(parts, takes_dots=False)
     root = _Directory(prefix, "", frozenset(), glob.start)
-    matches = _walk(root, limits._replace(filters=None), glob)
+    unfiltered = limits if limits.filters is None else limits._replace(filters=None, refused=[], on_link=_ignore)
+    matches = _walk(root, unfiltered, glob)
     first = next(matches, None)
     if first is None:
         place = os.path.join(place_of(prefix or "."), "")
-        if not limits.refused and gone.have_matched(
+        if not unfiltered.refused and gone.have_matched(
             lambda path: path.startswith(place) and glob.matches(path[len(place) :])
         ):
             return matches
-        raise limits.refused[0] if limits.refused else InputMissingError(source)
+        raise unfiltered.refused[0] if unfiltered.refused else InputMissingError(source)
     if limits.filters is None:
         return chain((first,), matches)
     return _walk(root, limits, glob)  # what matches may all be filtered out: that is no mistake in the source
+
+
+def _ignore(_path: str, _relpath: str, _glob: Glob | None) -> None:
+    """An ``on_link`` for a walk that gives no inputs."""
 
 
 def _as_prefix(directory: str) -> str:
@@ -195,14 +201,15 @@ def _walk(root: _Directory, limits: _Limits, glob: Glob | None) -> Iterator[Inpu
                 continue
             if directory is not root and any(identity == _identity(place) for place in limits.exclude_under):
                 continue
-            files, subdirectories, links = _list(directory, glob)
+            files, subdirectories, links, closed = _list(directory, glob)
         except OSError as error:  # the others are walked all the same, and then it is said
-            if error.errno == errno.EACCES:
-                error.strerror = (
-                    f"{error.strerror}; the files in it are not known: get the right to read it, or exclude it"
-                )
-            limits.refused.append(error)
+            limits.refused.append(_with_remedy(error, "the files in it are not known: get the right to read it"))
             continue
+        limits.refused.extend(
+            _with_remedy(error, "what this link leads to is not known: get the right to look there")
+            for name, error in closed
+            if _may_find(directory, name, limits.filters, glob)
+        )
         if limits.filters is not None:
             files, subdirectories = limits.filters.keep(directory.relpath, files, subdirectories)
         ancestors = directory.ancestors | {identity}
@@ -214,6 +221,19 @@ def _walk(root: _Directory, limits: _Limits, glob: Glob | None) -> Iterator[Inpu
             if states or glob is None:
                 path, relpath = f"{directory.path}{name}/", f"{directory.relpath}{name}/"
                 waiting.append(_Directory(path, relpath, ancestors, states))
+
+
+def _with_remedy(error: OSError, remedy: str) -> OSError:
+    if error.errno == errno.EACCES:
+        error.strerror = f"{error.strerror}; {remedy}, or exclude it"
+    return error
+
+
+def _may_find(directory: _Directory, name: str, filters: Filters | None, glob: Glob | None) -> bool:
+    """Whether a walk would take, or enter, whatever has that name."""
+    if glob is not None and not (glob.accepts(directory.states, name) or glob.states_below(directory.states, name)):
+        return False
+    return filters is None or any(filters.keep(directory.relpath, [name], [name]))
 
 
 class _Link(NamedTuple):
@@ -250,18 +270,29 @@ def _identity(directory: str | Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def _list(directory: _Directory, glob: Glob | None) -> tuple[list[str], list[str], list[_Link]]:
+_Closed: TypeAlias = list[tuple[str, OSError]]
+
+
+def _list(directory: _Directory, glob: Glob | None) -> tuple[list[str], list[str], list[_Link], _Closed]:
     """The names of ``directory``'s files, those that the glob matches, and of its subdirectories; both sorted. And the
-    links in it.
+    links in it; and those of which nobody can say where they lead, each with the reason.
     """
     files: list[str] = []
     subdirectories: list[str] = []
     links: list[_Link] = []
+    closed: _Closed = []
     try:
         with os.scandir(directory.path or ".") as entries:
             for entry in entries:
-                is_directory, is_file = _kind(entry)
-                if entry.is_symlink():
+                is_link = entry.is_symlink()
+                try:
+                    is_directory, is_file = _kind(entry, is_link)
+                except OSError as error:
+                    if not is_link:
+                        raise
+                    closed.append((entry.name, error))
+                    continue
+                if is_link:
                     links.append(_Link(entry.name, not is_file, not is_directory))
                 if is_directory:
                     if entry.name != OWN_DIRECTORY:
@@ -271,18 +302,18 @@ def _list(directory: _Directory, glob: Glob | None) -> tuple[list[str], list[str
                 elif glob is None or glob.accepts(directory.states, entry.name):
                     files.append(entry.name)
     except (FileNotFoundError, NotADirectoryError):  # it vanished after its parent was read
-        return [], [], []
+        return [], [], [], []
     files.sort()
     subdirectories.sort()
-    return files, subdirectories, links
+    return files, subdirectories, links, closed
 
 
-def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
+def _kind(entry: os.DirEntry[str], is_link: bool) -> tuple[bool, bool]:
     """Whether ``entry``, or what it links to, is a directory, and whether it is a file."""
     try:
         return entry.is_dir(), entry.is_file()
     except OSError as error:
-        if error.errno == errno.ELOOP:  # a link to itself leads nowhere, like one to a file that is gone
+        if is_link and error.errno in _LEADS_NOWHERE:
             return False, False
         raise
 
@@ -378,16 +409,16 @@ class Filters:
     def take(self, relpath: str) -> bool:
         """Whether a walk finds the file ``relpath``."""
         directory, slash, name = relpath.rpartition("/")
-        return self._is_entered(directory + slash) and bool(self.keep(directory + slash, [name], [])[0])
+        return self.enters(directory + slash) and bool(self.keep(directory + slash, [name], [])[0])
 
-    def _is_entered(self, relpath: str) -> bool:
-        """Whether a walk comes to that directory."""
+    def enters(self, relpath: str) -> bool:
+        """Whether a walk comes to that directory, which has a slash at its end; the root's is empty."""
         if not relpath:
             return True
         known = self._entered.get(relpath)
         if known is None:
             parent, slash, name = relpath[:-1].rpartition("/")
-            known = self._is_entered(parent + slash) and bool(self.keep(parent + slash, [], [name])[1])
+            known = self.enters(parent + slash) and bool(self.keep(parent + slash, [], [name])[1])
             if len(self._entered) >= FILTERED_KNOWN_MAX:
                 self._entered.clear()
             self._entered[relpath] = known

@@ -327,7 +327,7 @@ class JobRun:
             verify.keep_only_copies(found, work.source)
         pool = self._pool
         assert pool is not None
-        encoded = jobtasks.encode_payload(JobPayload(work.source, work.targets, work.own, work.own_digest))
+        encoded = jobtasks.encode_payload(JobPayload(work.source, work.targets, work.own, work.own_digest, work.apart))
         if len(encoded) <= layout.INLINE_BYTES:
             task = Task(self._function, encoded, 0, _JOB)
         else:

@@ -9,7 +9,7 @@ import msgspec
 
 class Work(NamedTuple):
     """A file to be done. ``source``, ``targets``: absolute; ``own``: its own parameters, pickled, and ``own_digest``;
-    ``parameters``: the digest of function and all parameters.
+    ``parameters``: the digest of function and all parameters; ``apart``: see ``JobPayload``.
     """
 
     path: str
@@ -18,6 +18,7 @@ class Work(NamedTuple):
     own: bytes
     own_digest: bytes
     parameters: bytes
+    apart: int
 
 
 class Planned(NamedTuple):

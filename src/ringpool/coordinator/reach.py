@@ -8,6 +8,8 @@
     a link in a walk       what is found by it among the outputs, now or once outputs are there; from when that link
                            is found, before any file beside it, or below, is given out
 
+It also says which links among the outputs lead to where inputs were found by links: they are not to be followed.
+
 Directories of outputs, and what is below them, are reached only by a walk that begins there, or comes there by a link.
 An output may be anywhere: links among the outputs lead elsewhere.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -23,6 +26,7 @@ from typing import NamedTuple, TypeAlias
 from ringpool.coordinator.inputs import OWN_DIRECTORY, Filters, Glob, is_glob, list_of, place_of, split_glob
 
 DIRECTORIES_KNOWN_MAX = 1024
+_SLASH = re.compile("/")
 
 
 class _Walk(NamedTuple):
@@ -66,6 +70,8 @@ class Reach:
         self._walks: _Walks = {}  # by root; of paths as links lead
         self._spelled: _Walks = {}  # and as they are written
         self._known: dict[str, tuple[str, list[tuple[_Walk, str]]]] = {}  # directories, see ``_find_out``
+        self._entered: set[str] = set()  # directories that links lead to; all with a slash, here and below
+        self._taken_in: set[str] = set()  # those of files that links lead to
         ways: tuple[tuple[_Walks, Callable[[str], str]], ...] = ((self._walks, _real), (self._spelled, place_of))
         bases = [tuple(os.path.join(spell(os.fspath(place)), "") for place in places) for _, spell in ways]
         self._bases = bases[0]
@@ -75,6 +81,10 @@ class Reach:
             if not is_directory and not is_glob(named):
                 directory, name = os.path.split(named)
                 self._files.add(os.path.join(real_of(directory or "."), name))
+                if os.path.islink(named):
+                    real = self._led_to(named)
+                    self._files.add(real)
+                    self._taken_in.add(os.path.dirname(real) + "/")
             elif not names_only:
                 prefix, parts = (named, []) if is_directory else split_glob(named)
                 glob = Glob(parts, takes_dots=False) if parts else None
@@ -93,6 +103,10 @@ class Reach:
         a slash at the end, to enter the directory.
         """
         real = self._led_to(path.rstrip("/"))
+        if not path.endswith("/"):
+            self._taken_in.add(os.path.dirname(real) + "/")
+        elif self._filters is None or self._filters.enters(relpath):
+            self._entered.add(real + "/")
         if not real.startswith(self._bases):
             return
         if not path.endswith("/"):
@@ -120,6 +134,14 @@ class Reach:
             known = self._known[directory] = self._find_out(directory + slash)
         real, walks = known
         return real + name in self._files or any(walk.finds(relpath + name) for walk, relpath in walks)
+
+    def leads_to_inputs(self, output: str) -> bool:
+        """Whether what stands at that absolute path is a link to a place where others have found inputs by links."""
+        if not (self._taken_in or self._entered) or not os.path.islink(output):
+            return False
+        directory = os.path.dirname(_real(output)) + "/"
+        above = (directory[: slash.end()] for slash in _SLASH.finditer(directory))
+        return directory in self._taken_in or any(each in self._entered for each in above)
 
     def _find_out(self, directory: str) -> tuple[str, list[tuple[_Walk, str]]]:
         """Where a directory is, without links, and the walks that come there, by which relpath; all with a slash."""

@@ -101,15 +101,14 @@ class StagedJobs:
         spec, task = self.task(entry)
         sequence, attempt = layout.sequence_of(entry), layout.attempt_of(entry)
         return [
-            StagedOutput(
-                staged_name(staging, sequence, attempt, number, target), _place_of(spec, task.source, target), True
-            )
+            StagedOutput(staged_name(staging, sequence, attempt, number, target), _place_of(spec, task, number), True)
             for number, (staging, target) in enumerate(zip(spec.stagings, task.targets, strict=True))
         ]
 
 
-def _place_of(spec: JobSpec, source: bytes, target: bytes) -> bytes:
-    return target if jobtasks.leads_to_another(spec, source, target) else resolve_target(target)
+def _place_of(spec: JobSpec, task: JobPayload, number: int) -> bytes:
+    target = task.targets[number]
+    return target if jobtasks.leads_to_another(spec, task, number) else resolve_target(target)
 
 
 def _side(output: StagedOutput, device: int, inode: int) -> Disk:

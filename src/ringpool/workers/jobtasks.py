@@ -87,12 +87,15 @@ class JobSpec(msgspec.Struct, frozen=True, array_like=True):
 
 
 class JobPayload(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One file: where it is, where its outputs go, its own parameters, pickled, and their digest."""
+    """One file: where it is, where its outputs go, its own parameters, pickled, and their digest. ``apart``: a bit for
+    each of ``targets`` in whose place a link leads to where inputs are that were found by links.
+    """
 
     source: bytes
     targets: tuple[bytes, ...] = ()
     parameters: bytes = b""
     own_digest: bytes = b""
+    apart: int = 0
 
 
 class Fingerprint(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -199,11 +202,11 @@ class JobRunner:
             self._confinement.disarm()  # what its handler raises is not to come between staging and the group
             staged: list[StagedOutput] = []
             outputs: list[Output] = []
-            for name, wanted in zip(names, targets, strict=True):
+            for number, (name, wanted) in enumerate(zip(names, targets, strict=True)):
                 # access first: most targets are new, and to look at what is missing costs an exception
                 is_new = not os.access(wanted, os.F_OK, effective_ids=True, follow_symlinks=False)
                 target = wanted
-                if not is_new and not (is_new := leads_to_another(bound.spec, task.source, wanted)):
+                if not is_new and not (is_new := leads_to_another(bound.spec, task, number)):
                     target = self._target(bound, task.source, wanted)
                 heirs = bound.heirs.get(os.path.dirname(wanted)) if is_new and bound.heirs else None
                 file = output.finish_staged(name, target, digest=bound.spec.digests, is_new=is_new, heirs=heirs)
@@ -355,14 +358,17 @@ def movable_source(spec: JobSpec, path: bytes, inode: int = 0) -> Source | None:
     return Source(path, inode=inode) if spec.fingerprints else None
 
 
-def leads_to_another(spec: JobSpec, source: bytes, target: bytes) -> bool:
-    """Whether what stands in an output's place is a link to where another output is, or another input, or may be: the
-    link is replaced, as who looks for duplicates has made it of two files that were the same. Other links are followed.
+def leads_to_another(spec: JobSpec, task: JobPayload, number: int) -> bool:
+    """Whether what stands in the place of that output is a link to where another output is, or another input, or may
+    be: the link is replaced, as who looks for duplicates has made it of two files that were the same. Other links are
+    followed.
     """
+    target = task.targets[number]
     if not os.path.islink(target):
         return False
     file = os.path.realpath(target)
-    return file.startswith(spec.bases) and not os.path.isdir(file) and file != os.path.realpath(source)
+    is_among_them = task.apart >> number & 1 or file.startswith(spec.bases)
+    return bool(is_among_them) and not os.path.isdir(file) and file != os.path.realpath(task.source)
 
 
 def fingerprint(path: bytes, with_checksum: bool) -> Fingerprint:
