@@ -7,6 +7,7 @@ contend             forks transfer between accounts, and are killed at random; a
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
@@ -20,7 +21,7 @@ from tests.workers.files.child import listen, say
 
 from ringpool.errors import TransactionConflictError
 from ringpool.workers.files import recovery
-from ringpool.workers.files.journal import Effect, Journal
+from ringpool.workers.files.journal import Effect, Journal, txn_directory
 from ringpool.workers.files.locks import LockSet, PathLock
 from ringpool.workers.files.oslayer import intercepted
 from ringpool.workers.files.transaction import FileTransaction, snapshot
@@ -85,6 +86,14 @@ def make(base: Path, content: list[Effect], *, staged: int = 0) -> Journal:
         os.close(fd)
     made.commit(content)
     return made
+
+
+def hold_turn(directory: str) -> None:
+    """Hold the turn to recover the transactions of a base until the test answers."""
+    fd = os.open(txn_directory(os.fsencode(directory)), os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    say("held")
+    listen()
 
 
 def fork_while_held(directory: str) -> None:

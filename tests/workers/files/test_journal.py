@@ -19,7 +19,7 @@ from tests.workers.files.child import Child
 from tests.workers.files.child_transaction import make
 
 from ringpool.errors import FileOperationError
-from ringpool.workers.files import recovery
+from ringpool.workers.files import journal, recovery
 from ringpool.workers.files.journal import Effect, Journal, decode, encode, txn_directory
 from ringpool.workers.files.locks import PathLock
 from ringpool.workers.files.oslayer import intercepted
@@ -360,3 +360,79 @@ def test_what_a_group_shares_its_members_may_recover_whatever_the_umask(tmp_path
     txn_path = Path(os.fsdecode(txn_directory(os.fsencode(tmp_path))))
     for name in (f"{made.id.decode()}.lock", f"{made.id.decode()}.journal"):
         assert stat.S_IMODE((txn_path / name).stat().st_mode) == 0o660
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_a_journal_is_carried_out_only_where_its_author_may_make_files(tmp_path: Path) -> None:
+    """Or whoever recovers it would do for him what he may not."""
+    os.chown(tmp_path, 12345, 12345)
+    (tmp_path / "roots").mkdir(mode=0o755)
+    (tmp_path / "roots/kept").write_text("kept")
+    inode = (tmp_path / "roots/kept").stat().st_ino
+    for name, is_staged, replaced in ((b"a", True, 0), (b"kept", True, inode), (b"kept", False, inode)):
+        made = make(tmp_path, [Effect(b"roots/" + name, is_staged, replaced)], staged=1)
+        made.close()
+        files = os.path.join(txn_directory(os.fsencode(tmp_path)), made.id)
+        os.chown(files + b".journal", 12345, 12345)
+        with pytest.raises(PermissionError, match="a journal of user 12345"):
+            recover_root(os.fsencode(tmp_path))
+        with pytest.raises(PermissionError, match=r"roots, where that user may make none"):
+            recover_marked(os.fsencode(tmp_path), made.id)
+        assert [path.name for path in (tmp_path / "roots").iterdir()] == ["kept"]
+        assert (tmp_path / "roots/kept").read_text() == "kept"
+        for suffix in (b".journal", b".lock", b".0.new"):
+            os.unlink(files + suffix)
+    made = make(tmp_path, [Effect(b"a", True, 0)], staged=1)
+    made.close()
+    os.chown(os.path.join(txn_directory(os.fsencode(tmp_path)), made.id) + b".journal", 12345, 12345)
+    assert recover_root(os.fsencode(tmp_path)) == 1
+    assert (tmp_path / "a").read_bytes() == b"new 0"
+
+
+def test_what_is_on_another_mount_by_now_is_neither_done_nor_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "d").mkdir()
+    make(tmp_path, [Effect(b"a", True, 0), Effect(b"d/b", True, 0)], staged=2).close()
+    foreign, real = (tmp_path / "d").stat().st_ino, journal.mount_of
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "mount_of", lambda fd: (0, b"") if os.fstat(fd).st_ino == foreign else real(fd))
+        with pytest.raises(OSError, match="another mount"):
+            recover_root(os.fsencode(tmp_path))
+        assert not (tmp_path / "a").exists()
+    assert recover_root(os.fsencode(tmp_path)) == 1
+    assert [(tmp_path / name).read_bytes() for name in ("a", "d/b")] == [b"new 0", b"new 1"]
+
+
+def test_an_old_link_to_another_file_is_no_leave_to_remove_one(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("replaced")
+    (tmp_path / "b").write_text("another")
+    made = make(tmp_path, [Effect(b"a", False, (tmp_path / "a").stat().st_ino)])
+    old = os.path.join(txn_directory(os.fsencode(tmp_path)), made.old(0))
+    os.link(tmp_path / "b", old)
+    unlinked: list[bytes] = []
+
+    def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "unlink":
+            unlinked.append(args[0])
+        return call(*args, **kwargs)
+
+    with intercepted(around):
+        made.recover()
+    assert b"a" not in unlinked, "it is kept until the journal is gone"
+    made.close()
+    assert not (tmp_path / "a").exists()
+    assert (tmp_path / "b").read_text() == "another"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_who_holds_the_turn_where_only_journals_of_strangers_are_holds_up_nobody(tmp_path: Path) -> None:
+    os.chmod(tmp_path, 0o1777)
+    made = make(tmp_path, [Effect(b"a", True, 0)], staged=1)
+    made.close()
+    directory = txn_directory(os.fsencode(tmp_path))
+    for name in os.listdir(directory):
+        os.chown(os.path.join(directory, name), 12345, 12345)
+    with Child(child_transaction.hold_turn, tmp_path) as child:
+        child.wait_for("held")
+        assert recover_root(os.fsencode(tmp_path), 0.0) == 0

@@ -215,7 +215,7 @@ def test_the_mode_of_a_directory_is_not_set_through_a_link_in_its_place(tmp_path
     (tmp_path / "private").mkdir(0o700)
     (tmp_path / "link").symlink_to("private")
     with pytest.raises(OSError, match=r"Not a directory|Too many levels"):
-        lockfiles.set_mode(os.fsencode(tmp_path / "link"), 0o777)
+        lockfiles.set_rights(os.fsencode(tmp_path / "link"), lockfiles.Rights(0o777, 0))
     assert (tmp_path / "private").stat().st_mode & 0o777 == 0o700
 
 
@@ -308,6 +308,32 @@ def test_who_may_make_files_in_a_base_may_write_to_its_lock_files_and_who_may_li
     finally:
         os.umask(before)
     assert stat.S_IMODE(lock_file(tmp_path, lock).stat().st_mode) == of_file
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+@pytest.mark.parametrize("is_member", [True, False])
+def test_what_is_open_to_a_group_is_open_to_the_bases_group_and_to_no_other(tmp_path: Path, is_member: bool) -> None:
+    os.chown(tmp_path, 0, 5000)
+    os.chmod(tmp_path, 0o775)
+
+    def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "fchown" and not is_member:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        return call(*args, **kwargs)
+
+    with intercepted(around):
+        with PathLock(tmp_path / "a"):
+            pass
+        with FileTransaction(tmp_path) as transaction:
+            transaction.write("a", "new")
+        ErrorLog(tmp_path).record(ValueError("no"))
+    ours = [tmp_path / ".ringpool", *(tmp_path / ".ringpool").rglob("*")]
+    assert {path.name for path in ours} >= {"locks", "txn", "errors"}
+    for path in ours:
+        found = path.stat()
+        others = (found.st_mode & 0o007) << 3
+        assert found.st_gid == 5000 if is_member else found.st_mode & 0o070 & ~others == 0, path
+    assert stat.S_IMODE((tmp_path / ".ringpool/txn").stat().st_mode) == (0o770 if is_member else 0o700)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")

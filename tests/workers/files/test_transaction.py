@@ -383,8 +383,8 @@ def test_a_file_on_another_file_system_is_refused_before_anything_is_done(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     foreign = os.stat(base / "d2").st_ino
-    real = commit._mount_of
-    monkeypatch.setattr(commit, "_mount_of", lambda fd: (0, b"") if os.fstat(fd).st_ino == foreign else real(fd))
+    real = commit.mount_of
+    monkeypatch.setattr(commit, "mount_of", lambda fd: (0, b"") if os.fstat(fd).st_ino == foreign else real(fd))
     with pytest.raises(CrossDeviceError, match="another file system"):
         transact(base)
     assert files(base) == OLD
@@ -573,6 +573,16 @@ def test_another_users_file_in_a_sticky_directory_is_refused_before_the_commit(
 
 
 @as_root
+def test_whom_a_transaction_is_refused_has_made_nothing_that_shuts_out_others(tmp_path: Path) -> None:
+    os.chmod(tmp_path, 0o1777)
+    (tmp_path / ".ringpool").mkdir(mode=0o1777)
+    os.chown(tmp_path / ".ringpool", 12345, 12345)
+    with pytest.raises(TransactionError, match="another user's"), FileTransaction(tmp_path) as transaction:
+        transaction.write("a", "ours")
+    assert not (tmp_path / ".ringpool/txn").exists()
+
+
+@as_root
 @pytest.mark.parametrize("which", [".ringpool", ".ringpool/txn"])
 def test_where_another_user_could_change_what_is_staged_nothing_is(tmp_path: Path, which: str) -> None:
     os.chmod(tmp_path, 0o1777)
@@ -590,8 +600,9 @@ def test_where_another_user_could_change_what_is_staged_nothing_is(tmp_path: Pat
 @as_root
 @pytest.mark.parametrize("fixed", ["log", "in"])
 def test_what_can_only_be_appended_to_is_refused_before_the_commit(tmp_path: Path, fixed: str) -> None:
-    (tmp_path / "log").write_text("old")
     (tmp_path / "in").mkdir()
+    for log in ("log", "in/log"):
+        (tmp_path / log).write_text("old")
     if subprocess.run(["chattr", "+a", tmp_path / fixed], capture_output=True, check=False).returncode:
         pytest.skip("its file system has no such attribute")
     try:
@@ -600,12 +611,37 @@ def test_what_can_only_be_appended_to_is_refused_before_the_commit(tmp_path: Pat
         transaction.write("in/log" if fixed == "in" else "log", "new")
         with pytest.raises(TransactionError, match="append-only"):
             transaction.commit()
+        with FileTransaction(tmp_path) as transaction:
+            transaction.write("in/new", "new")  # which is what such a directory is for
     finally:
         subprocess.run(["chattr", "-a", tmp_path / fixed], check=True)
     assert not (tmp_path / "a").exists()
-    assert (tmp_path / "log").read_text() == "old"
+    assert [(tmp_path / name).read_text() for name in ("log", "in/log", "in/new")] == ["old", "old", "new"]
     with PathLock(tmp_path / "log", timeout_s=10):
         pass
+
+
+@as_root
+def test_an_append_only_file_that_may_not_be_read_is_found_before_the_commit(tmp_path: Path) -> None:
+    """By whoever may replace files in its directory."""
+    (tmp_path / "log").write_text("old")
+    if subprocess.run(["chattr", "+a", tmp_path / "log"], capture_output=True, check=False).returncode:
+        pytest.skip("its file system has no such attribute")
+
+    def refuse(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "open" and args[0].endswith(b"log"):
+            raise PermissionError(errno.EACCES, "Permission denied", args[0])
+        return call(*args, **kwargs)
+
+    try:
+        transaction = FileTransaction(tmp_path)
+        transaction.write("a", "new")
+        transaction.write("log", "new")
+        with intercepted(refuse), pytest.raises(TransactionError, match="append-only"):
+            transaction.commit()
+    finally:
+        subprocess.run(["chattr", "-a", tmp_path / "log"], check=True)
+    assert not (tmp_path / "a").exists()
 
 
 @as_root

@@ -11,7 +11,6 @@ is all after an fsync that failed: to try that again would prove nothing.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 from collections.abc import Mapping
@@ -25,16 +24,14 @@ from ringpool.errors import (
     TransactionError,
     TransactionInDoubtError,
 )
+from ringpool.workers.files.attributes import APPEND_ONLY, IMMUTABLE, attributes_of
 from ringpool.workers.files.durability import close_quietly, sync
-from ringpool.workers.files.journal import Effect, Journal, Stage, lstat_at, open_directory
+from ringpool.workers.files.journal import Effect, Journal, Stage, lstat_at, mount_of, open_directory
 from ringpool.workers.files.locks import LockSet
 from ringpool.workers.files.operations import File, New, Original
 from ringpool.workers.files.oslayer import calls, write_all
 from ringpool.workers.files.recovery import recover_marked
 from ringpool.workers.files.target import default_acl, give_rights, lstat, take_over
-
-_FS_IOC_GETFLAGS = 0x80086601  # linux/fs.h, where long has 64 bits
-_FIXED = 0x10 | 0x20  # FS_IMMUTABLE_FL, FS_APPEND_FL
 
 # Those of this process that were left to whoever comes next: (root, id). A thread that goes on holding the locks from
 # outside comes next itself, and would not see the marks.
@@ -84,14 +81,14 @@ class Commit:
 
     def _stage(self, journal: Journal) -> list[Effect]:
         """Every new file is in the journal's directory, and every old one is kept alive there."""
-        mount = _mount_of(journal.txn_fd)
+        mount = mount_of(journal.txn_fd)
         effects: list[Effect] = []
         for n, (key, file) in enumerate(self.files):
             self.path, self.step = os.path.join(self.base, key), "open its directory"
             parent, name = self._place(key)
             parent_fd = open_directory(self.root, parent)
             try:
-                if _mount_of(parent_fd) != mount:
+                if mount_of(parent_fd) != mount:
                     reason = f"it is on another file system than {os.fsdecode(self.root)}"
                     raise CrossDeviceError(os.fsdecode(self.path), "stage", errno.EXDEV, reason)
                 self.step = "stage"
@@ -114,7 +111,7 @@ class Commit:
         """Raise ``PermissionError`` where it could be staged and never put in place: to be told before the commit."""
         if not calls.access(b".", os.W_OK | os.X_OK, dir_fd=parent_fd, effective_ids=True):
             raise PermissionError(errno.EACCES, "no right to make or remove files in its directory")
-        if _is_fixed(parent_fd):
+        if attributes_of(b"", parent_fd) & (IMMUTABLE if found is None else IMMUTABLE | APPEND_ONLY):
             raise PermissionError(errno.EPERM, "its directory is immutable or append-only")
         parent, us = calls.fstat(parent_fd), os.geteuid()
         if found is not None and parent.st_mode & stat.S_ISVTX and us not in (0, found.st_uid, parent.st_uid):
@@ -203,29 +200,6 @@ def _may_go(name: bytes, found: os.stat_result, parent_fd: int) -> bool:
     """Whether a file that cannot be linked can be replaced: not if even its owner, or root, may not write to it, or may
     append to it alone.
     """
-    with suppress(OSError):
-        fd = calls.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent_fd)
-        try:
-            if _is_fixed(fd):
-                return False
-        finally:
-            close_quietly(fd)
+    if attributes_of(name, parent_fd) & (IMMUTABLE | APPEND_ONLY):
+        return False
     return os.geteuid() not in (0, found.st_uid) or calls.access(name, os.W_OK, dir_fd=parent_fd, effective_ids=True)
-
-
-def _is_fixed(fd: int) -> bool:
-    """Whether it has an attribute of chattr(1), immutable or append-only, that keeps names in it, or its own, as they
-    are; no, where its file system knows none.
-    """
-    flags = bytearray(8)
-    with suppress(OSError):
-        fcntl.ioctl(fd, _FS_IOC_GETFLAGS, flags)
-    return bool(int.from_bytes(flags[:4], "little") & _FIXED)
-
-
-def _mount_of(fd: int) -> tuple[int, bytes]:
-    """What a rename or a link cannot cross: the file system, and the mount. Source: proc(5), fdinfo."""
-    mount = b""
-    with suppress(OSError), open(f"/proc/self/fdinfo/{fd}", "rb") as facts:
-        mount = next((line for line in facts if line.startswith(b"mnt_id:")), b"")
-    return calls.fstat(fd).st_dev, mount

@@ -44,7 +44,7 @@ from ringpool.workers.files.errorrecord import (
     scan,
 )
 from ringpool.workers.files.journal import DIRECTORY
-from ringpool.workers.files.lockfiles import make_shared, mode_to_share, share
+from ringpool.workers.files.lockfiles import make_shared, rights_of, rights_to_share, share
 from ringpool.workers.files.locks import PathLock, under
 from ringpool.workers.files.naming import FilePath, absolute, encoded
 from ringpool.workers.files.oslayer import calls, write_all
@@ -190,9 +190,9 @@ class ErrorLog:
         """Make ``<base>/.ringpool/errors``, open to whom the base is open to, as the directory of the locks is."""
         durable = self.durability is Durability.FULL
         make_directories(self._base, durable=durable)
-        mode = mode_to_share(self._base)
+        rights = rights_to_share(self._base)
         for directory in (os.path.dirname(self._directory), self._directory):
-            make_shared(mode, directory)
+            make_shared(rights, directory)
             make_directories(directory, durable=durable)
 
     def _append(self, body: bytes) -> None:
@@ -231,7 +231,8 @@ class ErrorLog:
         try:
             found = calls.fstat(fd)
             if not found.st_size and found.st_uid == os.geteuid():  # new, perhaps
-                share(fd, calls.stat(self._directory).st_mode & ~(stat.S_IRGRP | stat.S_IROTH))  # with who may write
+                rights = rights_of(calls.stat(self._directory))
+                share(fd, rights._replace(mode=rights.mode & ~(stat.S_IRGRP | stat.S_IROTH)))  # with who may write
         except BaseException:
             close_quietly(fd)
             raise

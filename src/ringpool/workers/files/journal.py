@@ -53,7 +53,7 @@ import msgspec
 
 from ringpool.workers.files import holds
 from ringpool.workers.files.durability import close_quietly, make_directories, sync
-from ringpool.workers.files.lockfiles import mode_to_share, set_mode, share
+from ringpool.workers.files.lockfiles import Rights, rights_of, rights_to_share, set_rights, share
 from ringpool.workers.files.naming import random_token
 from ringpool.workers.files.oslayer import calls, write_all
 
@@ -129,10 +129,13 @@ class Journal:
     @classmethod
     def begin(cls, root: bytes, *, durable: bool) -> Journal:
         """Take a new id. Raises ``OSError``."""
+        ours = os.path.join(root, DIRECTORY)
+        make_directories(ours, durable=durable)
+        _require_trusted(root, ours)
         _make_txn_directory(root, durable=durable)
         txn_fd = calls.open(txn_directory(root), DIRECTORY_FLAGS)
         try:
-            _require_trusted(root, txn_fd)
+            _require_trusted(root, txn_directory(root))
             for _ in range(IDS_TRIED_MAX):
                 identity = random_token().encode()
                 with suppress(BlockingIOError):  # a recovery was faster, and takes it for dead
@@ -147,7 +150,7 @@ class Journal:
     def _shared(self) -> Journal:
         """Itself, with an id that others may recover; or nothing is left of it."""
         try:
-            share(self._id_fd, calls.fstat(self.txn_fd).st_mode)
+            share(self._id_fd, rights_of(calls.fstat(self.txn_fd)))
         except BaseException:
             try:
                 with suppress(OSError):
@@ -203,7 +206,7 @@ class Journal:
         temp, final = self.id + b".tmp", self.id + b".journal"
         fd = calls.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=self.txn_fd)
         try:
-            share(fd, calls.fstat(self.txn_fd).st_mode)
+            share(fd, rights_of(calls.fstat(self.txn_fd)))
             write_all(fd, encode(effects))
             if self.durable:
                 sync(fd, self._path, "fsync of the journal")
@@ -238,7 +241,7 @@ class Journal:
             if here in (0, effect.replaced) and _inode(self.new(n), self.txn_fd):
                 calls.rename(self.new(n), name, src_dir_fd=self.txn_fd, dst_dir_fd=parent_fd)
         elif here and here == effect.replaced:
-            if _inode(self.old(n), self.txn_fd):
+            if _inode(self.old(n), self.txn_fd) == here:
                 calls.unlink(name, dir_fd=parent_fd)
             else:
                 calls.rename(name, self.old(n), src_dir_fd=parent_fd, dst_dir_fd=self.txn_fd)
@@ -264,9 +267,25 @@ class Journal:
         effects = read(self.txn_fd, self.id)
         if effects is not None:
             self._sync_txn("fsync of a journal's directory, in its recovery")
+            self._require_possible(effects)
             self.apply(effects)
         self.retire()
         return effects is not None
+
+    def _require_possible(self, effects: Sequence[Effect]) -> None:
+        """Raise ``OSError``, before anything is done, where a recovery may not do it, or could do a part only."""
+        mount, found = mount_of(self.txn_fd), lstat_at(self.id + b".journal", self.txn_fd)
+        author = None if found is None or found.st_uid in (0, os.geteuid()) else found.st_uid
+        for parent, _ in _by_parent(effects):
+            with self._directory(parent) as parent_fd:
+                if parent_fd is None:
+                    continue
+                directory = os.path.join(self.root, parent)
+                if mount_of(parent_fd) != mount:
+                    reason = f"{os.fsdecode(directory)} is on another mount here: recover it where both are on one"
+                    raise OSError(errno.EXDEV, reason)
+                if author is not None:
+                    _require_right(author, parent_fd, directory)
 
     def close(self) -> None:
         """Let go of the id. What is left of its files, recovery takes."""
@@ -369,24 +388,45 @@ def _by_parent(effects: Sequence[Effect]) -> Generator[tuple[bytes, list[tuple[i
 def _make_txn_directory(root: bytes, *, durable: bool) -> None:
     """Open to whom the root is open for writing, and to nobody else: what is staged may be secret where it goes."""
     txn = txn_directory(root)
-    make_directories(os.path.dirname(txn), durable=durable)
     if not calls.access(txn, os.F_OK, effective_ids=True):
         with suppress(FileExistsError):
             calls.mkdir(txn, 0o700)
-            mode = mode_to_share(root)
+            mode, gid = rights_to_share(root)
             shared = sum(7 * (bit >> 1) for bit in (stat.S_IWGRP, stat.S_IWOTH) if mode & bit)
             if shared:
-                set_mode(txn, 0o700 | shared | mode & (stat.S_ISVTX | stat.S_ISGID))
+                set_rights(txn, Rights(0o700 | shared | mode & (stat.S_ISVTX | stat.S_ISGID), gid))
     make_directories(txn, durable=durable)
 
 
-def _require_trusted(root: bytes, txn_fd: int) -> None:
-    """Raise ``PermissionError`` where another user could change what is staged: in a sticky directory anybody may make
-    a ``.ringpool``, and has all in it.
+def _require_trusted(root: bytes, directory: bytes) -> None:
+    """Raise ``PermissionError`` where another user could change what is staged in ``directory``: in a sticky directory
+    anybody may make a ``.ringpool``, and has all in it.
     """
     found = calls.stat(root)
-    if found.st_mode & stat.S_ISVTX:
-        owners = {calls.stat(os.path.join(root, DIRECTORY)).st_uid, calls.fstat(txn_fd).st_uid}
-        if not owners <= {os.geteuid(), found.st_uid, 0}:
-            reason = "its .ringpool is another user's, who could change what is staged there; take a base of your own"
-            raise PermissionError(errno.EPERM, reason)
+    if found.st_mode & stat.S_ISVTX and calls.stat(directory).st_uid not in (os.geteuid(), found.st_uid, 0):
+        reason = (
+            f"{os.fsdecode(directory)} is another user's, who could change what is staged there; "
+            "take a base of your own"
+        )
+        raise PermissionError(errno.EPERM, reason)
+
+
+def _require_right(author: int, directory_fd: int, directory: bytes) -> None:
+    """Raise ``PermissionError`` where that user may make no files: then a journal of his is not of a transaction, and
+    who carries it out would do for him what he may not do. Group and ACL are not looked up: whom they let in, may.
+    """
+    found = calls.fstat(directory_fd)
+    if found.st_uid != author and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        reason = (
+            f"a journal of user {author} names files in {os.fsdecode(directory)}, where that user may make none: "
+            "lock one of them as that user, or remove the journal"
+        )
+        raise PermissionError(errno.EPERM, reason)
+
+
+def mount_of(fd: int) -> tuple[int, bytes]:
+    """What a rename or a link cannot cross: the file system, and the mount. Source: proc(5), fdinfo."""
+    mount = b""
+    with suppress(OSError), open(f"/proc/self/fdinfo/{fd}", "rb") as facts:
+        mount = next((line for line in facts if line.startswith(b"mnt_id:")), b"")
+    return calls.fstat(fd).st_dev, mount

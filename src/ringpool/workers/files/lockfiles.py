@@ -162,7 +162,7 @@ def _open(path: bytes, flags: int) -> int:
 def _make_lock_file(path: bytes) -> int:
     fd = _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
-        share(fd, calls.stat(os.path.dirname(path)).st_mode)
+        share(fd, rights_of(calls.stat(os.path.dirname(path))))
     except BaseException:
         calls.close(fd)
         raise
@@ -182,53 +182,78 @@ def _refused(path: bytes, error: OSError) -> OSError:
     return OSError(error.errno, reason, error.filename)
 
 
-def share(fd: int, directory_mode: int) -> None:
+class Rights(NamedTuple):
+    """Those of a directory: its mode, without the type, and the group that the mode's second digit is about."""
+
+    mode: int
+    gid: int
+
+
+def rights_of(found: os.stat_result) -> Rights:
+    """What ``stat`` says of them."""
+    return Rights(stat.S_IMODE(found.st_mode), found.st_gid)
+
+
+def share(fd: int, directory: Rights) -> None:
     """Let those write to our new file who may make files in its directory, and those read it who may list that: they
     lock shared. Whatever our umask says.
     """
-    writers = directory_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    wanted = writers | writers << 1 | directory_mode & (stat.S_IRGRP | stat.S_IROTH)
+    writers = directory.mode & (stat.S_IWGRP | stat.S_IWOTH)
+    wanted = writers | writers << 1 | directory.mode & (stat.S_IRGRP | stat.S_IROTH)
     mode = stat.S_IMODE(calls.fstat(fd).st_mode)
-    if wanted & ~mode:
-        calls.fchmod(fd, mode | wanted)
+    _set_rights(fd, Rights(mode | wanted, directory.gid))
+
+
+def _set_rights(fd: int, wanted: Rights) -> None:
+    """Set those of a file or directory that is ours, and new. Where we may not give it to that group, which is none of
+    ours, its group may do what all others may: else another group would have the rights that are meant for that one.
+    """
+    found, mode = calls.fstat(fd), wanted.mode
+    if found.st_gid != wanted.gid:
+        try:
+            calls.fchown(fd, -1, wanted.gid)
+        except PermissionError:
+            mode = mode & ~(stat.S_IRWXG | stat.S_ISGID) | mode & (mode & stat.S_IRWXO) << 3
+    if mode != stat.S_IMODE(found.st_mode):
+        (calls.chmod if stat.S_ISDIR(found.st_mode) else calls.fchmod)(fd, mode)
 
 
 def _make_lock_directories(locks: bytes) -> None:
     """Make ``<base>/.ringpool/locks``, open to whom the base is open to: who may make files there may lock them."""
     ours = os.path.dirname(locks)
-    mode = mode_to_share(os.path.dirname(ours))  # raises where the base itself is gone
+    rights = rights_to_share(os.path.dirname(ours))  # raises where the base itself is gone
     with suppress(FileNotFoundError):  # removed under our hands: the caller tries again
-        make_shared(mode, ours, locks)
+        make_shared(rights, ours, locks)
 
 
-def make_shared(mode: int, *directories: bytes) -> None:
-    """Make those of ``directories`` that are not there, with that mode. Raises ``OSError``."""
+def make_shared(rights: Rights, *directories: bytes) -> None:
+    """Make those of ``directories`` that are not there, with those rights. Raises ``OSError``."""
     for directory in directories:
         with suppress(FileExistsError):
             calls.mkdir(directory, 0o777)
-            set_mode(directory, mode)
+            set_rights(directory, rights)
 
 
-def mode_to_share(base: bytes) -> int:
-    """The mode of a directory that is to be open to whom ``base`` is open to. Where an ACL stands that new directories
+def rights_to_share(base: bytes) -> Rights:
+    """Those of a directory that is to be open to whom ``base`` is open to. Where an ACL stands that new directories
     do not inherit, what the mode says of its group is the mask of all the others: the group's own rights count.
     Raises ``OSError``. Source: acl(5), linux/posix_acl_xattr.h.
     """
-    mode = stat.S_IMODE(calls.stat(base).st_mode)
+    found = rights_of(calls.stat(base))
     acl = access_acl(base)
     if acl is None or default_acl(base) is not None:
-        return mode
+        return found
     [rights] = (rights for tag, rights, _ in _ACL_ENTRY.iter_unpack(acl[4:]) if tag == _GROUP_OBJ)
-    return mode & ~stat.S_IRWXG | mode & rights << 3
+    return found._replace(mode=found.mode & ~stat.S_IRWXG | found.mode & rights << 3)
 
 
-def set_mode(directory: bytes, mode: int) -> None:
-    """Set the mode of a directory that this process has just made: not of one to which a link leads, that the owner of
+def set_rights(directory: bytes, rights: Rights) -> None:
+    """Set those of a directory that this process has just made: not of one to which a link leads, that the owner of
     the directory around it has put in its place. Raises ``OSError``.
     """
     fd = calls.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        calls.chmod(fd, mode)
+        _set_rights(fd, rights)
     finally:
         calls.close(fd)
 

@@ -60,13 +60,13 @@ def recover_root(
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return 0
     try:
-        if not _ids_in(txn_fd):
-            return 0
+        if not _ids_of_trusted(root, txn_fd):
+            return 0  # and what we have nothing to do with may be locked by whom it likes
         turn_fd = _turn_to_recover(root, txn_fd, deadline_s)
         if turn_fd is None:
             return 0
         try:
-            mine = [identity for identity in _ids_in(txn_fd) if _is_trusted(root, txn_fd, identity)]
+            mine = _ids_of_trusted(root, txn_fd)
             return sum(_recover_or_leave(root, txn_fd, identity, spares) for identity in mine)
         finally:
             holds.let_go(turn_fd)
@@ -86,9 +86,10 @@ def _recover_or_leave(root: bytes, txn_fd: int, identity: bytes, spares: Callabl
         return False
 
 
-def _ids_in(txn_fd: int) -> list[bytes]:
+def _ids_of_trusted(root: bytes, txn_fd: int) -> list[bytes]:
     names = map(os.fsencode, calls.listdir(txn_fd))
-    return sorted({identity for name in names if (identity := id_of(name))})
+    found = sorted({identity for name in names if (identity := id_of(name))})
+    return [identity for identity in found if _is_trusted(root, txn_fd, identity)]
 
 
 def _turn_to_recover(root: bytes, txn_fd: int, deadline_s: float | None) -> int | None:
