@@ -15,6 +15,7 @@ GROUP = 12345
 FOR_USER_1000 = bytes.fromhex(
     "02000000 01000600ffffffff 02000600e8030000 04000400ffffffff 10000600ffffffff 20000000ffffffff"
 )
+FOR_USER_2000 = FOR_USER_1000.replace(bytes.fromhex("e8030000"), bytes.fromhex("d0070000"))
 DEFAULT, ACCESS = "system.posix_acl_default", "system.posix_acl_access"
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
 
@@ -63,6 +64,38 @@ def test_a_new_output_has_the_default_acl_of_its_directory_but_not_where_its_mod
     run("cp {src} {dst}; chmod 600 {dst}")
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
     assert ACCESS not in os.listxattr(path)
+
+
+@pytest.mark.parametrize("own", [None, FOR_USER_2000])
+def test_a_new_output_has_nothing_of_the_default_acl_of_the_jobs_directory(place: Path, own: bytes | None) -> None:
+    try:
+        os.setxattr(place / "out", DEFAULT, FOR_USER_1000)
+        if own is not None:
+            os.setxattr(place / "out/shared", DEFAULT, own)
+    except OSError:
+        pytest.skip("this file system has no ACLs")
+    run("cp {src} {dst}")
+    for directory in ("out/shared", "out"):
+        (place / directory / "made").touch()
+    for output, made in (("out/shared/a", "out/shared/made"), ("out/b", "out/made")):
+        found = [
+            os.getxattr(place / each, ACCESS) if ACCESS in os.listxattr(place / each) else b""
+            for each in (output, made)
+        ]
+        assert found[0] == found[1]
+        assert os.stat(place / output).st_mode == os.stat(place / made).st_mode
+
+
+@as_root
+@pytest.mark.parametrize("which", [".ringpool", ".ringpool/staging"])
+def test_no_job_stages_where_another_user_could_change_it(place: Path, which: str) -> None:
+    (place / "out/.ringpool/staging").mkdir(parents=True)
+    os.chown(place / "out" / which, GROUP, GROUP)
+    (place / "out").chmod(0o1777)
+    with pytest.raises(PermissionError, match="is another user's, who could change what is staged there"):
+        Job(command="cp {src} {dst}", inputs="in", output="out/{relpath}").run(1)
+    os.chown(place / "out", GROUP, GROUP)
+    run("cp {src} {dst}")
 
 
 @as_root

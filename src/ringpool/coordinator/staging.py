@@ -21,7 +21,9 @@ from collections.abc import Sequence
 
 from ringpool.workers.groupcommit import keep
 
-_STAGING = b".ringpool/staging"
+STAGING = b"staging"
+_STAGING = b".ringpool/" + STAGING
+_DEFAULT_ACL = "system.posix_acl_default"
 _TOKEN = re.compile(rb"[0-9a-f]{16}")
 _BEGUN = b".begun"
 STAGING_MODE = 0o770  # nobody else: what is staged may go where they may not look
@@ -39,13 +41,11 @@ def prepare(directory: bytes, bases: Sequence[bytes], token: str) -> tuple[bytes
     ``directory`` (the job's) and ``bases``: absolute, and there. Raises ``OSError``.
     """
     own = staging_directory(directory, token)
-    os.makedirs(own, STAGING_MODE, exist_ok=True)
     _begin(own)
     mount = _mount_of(own)
     places = [own if _mount_of(base) == mount else staging_directory(base, token) for base in bases]
     for number, place in enumerate(dict.fromkeys(place for place in places if place != own)):
         os.symlink(place, os.path.join(own, _ELSEWHERE + b"%d" % number))
-        os.makedirs(place, STAGING_MODE, exist_ok=True)
         _begin(place)
     return tuple(places)
 
@@ -64,6 +64,9 @@ def _mount_of(directory: bytes) -> tuple[int, bytes]:
 
 
 def _begin(place: bytes) -> None:
+    os.makedirs(place, STAGING_MODE, exist_ok=True)
+    with contextlib.suppress(OSError):  # it has none; or its file system
+        os.removexattr(place, _DEFAULT_ACL)  # outputs have those of the directories where they go
     os.close(os.open(place + _BEGUN, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 

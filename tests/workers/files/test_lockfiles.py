@@ -348,6 +348,17 @@ def test_in_a_sticky_directory_a_strangers_base_does_not_serve_what_lies_deeper(
     assert root_of(os.fsencode(tmp_path / "mine")) == os.fsencode(tmp_path), "the directory owner's"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_a_strangers_link_to_what_is_the_directory_owners_is_a_strangers_base(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "locks").mkdir()
+    (tmp_path / ".ringpool").symlink_to(".")
+    os.chmod(tmp_path, 0o1777)
+    assert root_of(os.fsencode(tmp_path / "mine")) == os.fsencode(tmp_path), "its owner's link"
+    os.chown(tmp_path / ".ringpool", 12345, 12345, follow_symlinks=False)
+    assert root_of(os.fsencode(tmp_path / "mine")) == os.fsencode(tmp_path / "mine")
+
+
 @pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.EPERM])
 def test_a_lock_file_that_may_only_be_read_serves(tmp_path: Path, error: int) -> None:
     def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -53,7 +53,14 @@ import msgspec
 
 from ringpool.workers.files import holds
 from ringpool.workers.files.durability import close_quietly, make_directories, sync
-from ringpool.workers.files.lockfiles import Rights, rights_of, rights_to_share, set_rights, share
+from ringpool.workers.files.lockfiles import (
+    Rights,
+    require_trusted,
+    rights_of,
+    rights_to_share,
+    set_rights,
+    share,
+)
 from ringpool.workers.files.naming import random_token
 from ringpool.workers.files.oslayer import calls, write_all
 
@@ -131,11 +138,11 @@ class Journal:
         """Take a new id. Raises ``OSError``."""
         ours = os.path.join(root, DIRECTORY)
         make_directories(ours, durable=durable)
-        _require_trusted(root, ours)
+        require_trusted(root, ours)
         _make_txn_directory(root, durable=durable)
         txn_fd = calls.open(txn_directory(root), DIRECTORY_FLAGS)
         try:
-            _require_trusted(root, txn_directory(root))
+            require_trusted(root, txn_directory(root))
             for _ in range(IDS_TRIED_MAX):
                 identity = random_token().encode()
                 with suppress(BlockingIOError):  # a recovery was faster, and takes it for dead
@@ -396,19 +403,6 @@ def _make_txn_directory(root: bytes, *, durable: bool) -> None:
             if shared:
                 set_rights(txn, Rights(0o700 | shared | mode & (stat.S_ISVTX | stat.S_ISGID), gid))
     make_directories(txn, durable=durable)
-
-
-def _require_trusted(root: bytes, directory: bytes) -> None:
-    """Raise ``PermissionError`` where another user could change what is staged in ``directory``: in a sticky directory
-    anybody may make a ``.ringpool``, and has all in it.
-    """
-    found = calls.stat(root)
-    if found.st_mode & stat.S_ISVTX and calls.stat(directory).st_uid not in (os.geteuid(), found.st_uid, 0):
-        reason = (
-            f"{os.fsdecode(directory)} is another user's, who could change what is staged there; "
-            "take a base of your own"
-        )
-        raise PermissionError(errno.EPERM, reason)
 
 
 def _require_right(author: int, directory_fd: int, directory: bytes) -> None:

@@ -305,9 +305,26 @@ def _serves_others(directory: bytes, marker: bytes) -> bool:
     """Whether its ``.ringpool`` serves what lies deeper: else anybody could take all locks below /tmp for himself."""
     try:
         found = calls.stat(directory)
-        return not found.st_mode & stat.S_ISVTX or calls.stat(marker).st_uid in (found.st_uid, 0)
+        if not found.st_mode & stat.S_ISVTX:
+            return True
+        # A link is its maker's, wherever it leads.
+        owners = {calls.stat(marker, follow_symlinks=follow).st_uid for follow in (True, False)}
+        return owners <= {found.st_uid, 0}
     except FileNotFoundError:
         return False
+
+
+def require_trusted(base: bytes, directory: bytes) -> None:
+    """Raise ``PermissionError`` where another user could change what is staged in ``directory``, in the ``.ringpool``
+    of ``base``: in a sticky directory anybody may make one, and has all in it.
+    """
+    found = calls.stat(base)
+    if found.st_mode & stat.S_ISVTX:
+        owner = calls.stat(directory, follow_symlinks=False).st_uid
+        if owner not in (os.geteuid(), found.st_uid, 0):
+            name = os.fsdecode(os.path.basename(directory))
+            reason = f"{name} is another user's, who could change what is staged there; use a directory of your own"
+            raise PermissionError(errno.EPERM, reason, os.fsdecode(directory))
 
 
 def _leads_to(path: bytes, device: int, inode: int) -> bool:
