@@ -443,6 +443,31 @@ def test_close_leaves_one_file_and_a_reader_in_the_middle_does_not_hold_it_up(tm
     assert os.listdir(tmp_path / ".ringpool") == ["ledger.db"]
 
 
+@pytest.mark.parametrize("is_over", [False, True])
+def test_who_reads_the_file_alone_is_told_when_a_run_writes_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_over: bool
+) -> None:
+    """Another user, who may not make a log's index there: he gets no mixture of two runs."""
+    with Ledger.open(tmp_path) as ledger:
+        job = ledger.job("a", b"")
+        write(ledger, job, *(row(b"%04d" % i) for i in range(1000)))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: 34567)
+        reader = Ledger.open(tmp_path, read_only=True)
+    with reader:
+        assert len(list(reader.rows(job))) == 1000
+        stream = reader.rows(job)
+        next(stream)
+        ledger = Ledger.open(tmp_path)
+        write(ledger, job, *(row(b"%04d" % i, size=BATCH_ROWS) for i in range(1000)))
+        if is_over:
+            ledger.close()
+        with pytest.raises(LedgerError, match="a run has begun to write to it"):
+            list(stream)
+        ledger.close()
+        assert len({one.size for one in reader.rows(job)}) == 1, "what is asked anew"
+
+
 def test_close_puts_all_into_the_file_while_a_reader_looks_on(tmp_path: Path) -> None:
     ledger = Ledger.open(tmp_path)
     job = ledger.job("a", b"")

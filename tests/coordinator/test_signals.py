@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.coordinator import signal_functions as functions
-from tests.coordinator.program import WATCHDOG_S, Program
+from tests.coordinator.program import WATCHDOG_S, Program, shared_memory_of
 
 from ringpool import RingPoolExecutor
 
@@ -293,3 +293,36 @@ if __name__ == "__main__":
     done = subprocess.run(command, capture_output=True, text=True, timeout=2 * WATCHDOG_S, check=False)
     said = [line for line in done.stderr.splitlines() if "fork()" not in line]  # CPython 3.12 and later warn of it
     assert (done.returncode, done.stdout, said) == (143, "ended\n", [])
+
+
+@pytest.mark.parametrize(
+    ("made", "used"),
+    [
+        ("RingPoolExecutor(1)", "None"),  # with nothing to do yet
+        ("RingPoolExecutor(1)", "on_a_thread(pool.submit, int).result()"),
+        ("on_a_thread(RingPoolExecutor, 1)", "pool.submit(int).result()"),
+    ],
+)
+def test_a_sigterm_leaves_nothing_of_a_pool_that_has_no_task_yet_or_belongs_to_two_threads(
+    run_program: Callable[..., Program], made: str, used: str
+) -> None:
+    program = run_program(
+        f"""
+        with {made} as pool:
+            {used}
+            say("about to wait")
+            time.sleep({WATCHDOG_S})
+        """,
+        top=f"""{TOP}
+from concurrent.futures import ThreadPoolExecutor
+
+def on_a_thread(call, *arguments):
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(call, *arguments).result()
+""",
+    )
+    program.wait_for("about to wait")
+    assert shared_memory_of(program.pid)
+    program.signal(signal.SIGTERM, group=False)
+    assert program.finish() == 143, program.err
+    assert not shared_memory_of(program.pid)

@@ -385,6 +385,24 @@ def test_a_local_exception_class_arrives_in_words() -> None:
     assert found.message == "here"
 
 
+class FramesError(Exception):
+    """Pickled as tblib has exceptions pickled: with the traceback."""
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.__traceback__ is not None,)
+
+
+def test_frames_are_not_pickled_they_travel_as_text() -> None:
+    """A thousand of them, of a RecursionError, would be too deep for pickle."""
+    try:
+        raise FramesError
+    except FramesError as error:
+        arrived = values.decode_error(pickle.loads(values.encode_error(error).body))
+    assert isinstance(arrived, FramesError)
+    assert arrived.args == (False,)
+    assert "in test_frames_are_not_pickled" in str(arrived.__cause__)
+
+
 def test_causes_and_notes_stand_in_the_traceback() -> None:
     error = PlainError("outer")
     error.__cause__ = ValueError("inner")

@@ -37,6 +37,7 @@ from urllib.parse import quote
 from ringpool.coordinator import ledgerrows
 from ringpool.coordinator.inputs import OWN_DIRECTORY
 from ringpool.coordinator.ledgerqueries import (
+    ALONE,
     DAMAGES,
     Cause as Cause,
     Counts as Counts,
@@ -391,7 +392,7 @@ def _open_for_reading(path: Path, directory: Path) -> Ledger:
     """
     uri = _uri(path, "ro")
     if os.geteuid() not in (0, path.stat().st_uid) and not os.path.exists(f"{path}-wal"):
-        uri = _uri(path, "ro", "&immutable=1")
+        uri = _uri(path, "ro", ALONE)
     for is_last in (False, True):
         connection = _connected(path, uri)
         try:
@@ -405,7 +406,7 @@ def _open_for_reading(path: Path, directory: Path) -> Ledger:
                 # Nobody who writes is there without a log: the file alone is whole, until one comes.
                 if is_last or error.sqlite_errorcode & 0xFF not in _NO_INDEX or _has_log(path):
                     raise explained(path, error) from error
-                uri = _uri(path, "ro", "&immutable=1")
+                uri = _uri(path, "ro", ALONE)
             else:
                 raise
     raise AssertionError("not reached")

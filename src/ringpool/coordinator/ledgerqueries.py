@@ -34,6 +34,8 @@ import msgspec
 from ringpool.errors import LedgerError
 
 BUSY_S = 10.0
+ALONE = "&immutable=1"  # of the address of a ledger that is read without its log
+ROWS_AT_ONCE = 64
 
 
 class State(IntEnum):
@@ -234,6 +236,7 @@ class LedgerQueries:
         self.path = path
         self._db = connection
         self._reading_uri = reading_uri
+        self._is_alone = reading_uri.endswith(ALONE)
 
     # ---- jobs and runs
 
@@ -351,18 +354,43 @@ class LedgerQueries:
 
     def _stream(self, asked: str, *parameters: object) -> Generator[Row]:
         with self._snapshot() as db:
-            for found in db.execute(asked, parameters):
-                yield as_row(*found)
+            before = self._standing()
+            rows = db.execute(asked, parameters)
+            while some := rows.fetchmany(ROWS_AT_ONCE):
+                self._require(before)
+                for found in some:
+                    yield as_row(*found)
 
     @contextmanager
     def _snapshot(self) -> Generator[sqlite3.Connection]:
-        """A connection to which the ledger stays as it is at its first question."""
+        """A connection to which the ledger stays as it is at its first question. Raises ``LedgerError`` where it cannot
+        stay so: where we read the file alone, and a run has begun.
+        """
+        before = self._standing()
         try:
             with closing(connect(self._reading_uri)) as db:
                 db.execute("BEGIN")
                 yield db
         except DAMAGES as error:
+            self._require(before)
             raise explained(self.path, error) from error
+        self._require(before)
+
+    def _standing(self) -> tuple[int, ...]:
+        """What tells whether anybody has written: nothing where SQLite sees to that. Of a file that it reads alone it
+        trusts that nobody does; who writes makes a log first.
+        """
+        if not self._is_alone:
+            return ()
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            return (-1,)
+        return found.st_ino, found.st_size, found.st_mtime_ns, os.path.exists(f"{self.path}-wal")
+
+    def _require(self, standing: tuple[int, ...]) -> None:
+        if standing != self._standing():
+            raise LedgerError(str(self.path), "a run has begun to write to it while it was read; ask again")
 
 
 # ---- rows and totals -------------------------------------------------------------------------------------------------

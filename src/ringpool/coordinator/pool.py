@@ -125,10 +125,15 @@ class Pool:
         context = self.context = context_of(mp_context)
         require_directory(context)
         leftovers.reclaim_dead()
-        self._signals_installed = False
         self._retains = retains
         arguments_of = _arguments_of_workers(context, limits)
-        self._segment = segment.create(slots, n_workers, claims_max, kept=retains)
+        self._signals_installed = True
+        signals.install()  # from now on there is something that a signal would leave behind
+        try:
+            self._segment = segment.create(slots, n_workers, claims_max, kept=retains)
+        except BaseException:
+            self._uninstall_signals()
+            raise
         try:
             header = self._segment.header
             name = self.name = self._segment.name
@@ -150,6 +155,7 @@ class Pool:
         except BaseException:
             _open.discard(self)
             segment.unlink(self._segment.name)
+            self._uninstall_signals()
             raise
         if not on_demand:
             try:
@@ -161,8 +167,7 @@ class Pool:
     def _begin(self) -> None:
         """Start the threads. Raises ``ThreadStartError``, having ended all."""
         try:
-            self._signals_installed = True
-            signals.install()
+            signals.handle()  # where the pool was made by another thread than the main one, and this is that one
             self.pump.staff.supervisor = self.supervisor
             self.supervisor.begin()  # first: to start a process takes longest
             self.pump.begin()
@@ -324,10 +329,7 @@ class Pool:
             if self._on_ended is not None:
                 self._on_ended()
             stopped = self.pump.stop()
-            if self._signals_installed:
-                self._signals_installed = False
-                signals.uninstall()
-            signals.restore()  # also where another thread, which could not, has closed it meanwhile
+            self._uninstall_signals()
         finally:
             if not self._retains:
                 with self.lock:  # an arena that is being made is there now
@@ -340,6 +342,12 @@ class Pool:
                     self.pump.publisher.arena.close()
             self.closed = True
         _open.discard(self)
+
+    def _uninstall_signals(self) -> None:
+        if self._signals_installed:
+            self._signals_installed = False
+            signals.uninstall()
+        signals.restore()  # also where another thread, which could not, has closed it meanwhile
 
 
 def _arguments_of_workers(context: BaseContext, limits: WorkerLimits) -> Callable[[str, int, int], WorkerArguments]:

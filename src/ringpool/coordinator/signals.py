@@ -180,12 +180,18 @@ def is_in_finalizer(frame: FrameType | None) -> bool:
 
 
 def install() -> None:
-    """Handle the signals, if this is the main thread and nobody else does; until as many ``uninstall``."""
+    """There is one more pool, until ``uninstall``: ``handle``."""
     global _pools
     with _lock:
         _pools += 1
-        if threading.current_thread() is not threading.main_thread():
-            return
+    handle()
+
+
+def handle() -> None:
+    """Handle the signals, if this is the main thread and nobody else does; until there is no pool."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    with _lock:
         for number in _HANDLED:
             if signal.getsignal(number) is signal.SIG_DFL:
                 signal.signal(number, _end_program)

@@ -33,6 +33,7 @@ _unpack: Callable[[bytes | memoryview], Any] = msgspec.msgpack.Decoder().decode
 _MSGPACK, _PICKLE, _BLOB = int(Encoding.MSGPACK), int(Encoding.PICKLE), int(Encoding.BLOB)
 # Not by attribute: a class may forbid that (a frozen dataclass), or hide it. TypeError for what is no exception.
 _get_traceback: Callable[[BaseException], TracebackType | None] = vars(BaseException)["__traceback__"].__get__
+_set_traceback: Callable[[object, TracebackType | None], None] = vars(BaseException)["__traceback__"].__set__
 _set_cause: Callable[[object, BaseException | None], None] = vars(BaseException)["__cause__"].__set__
 
 
@@ -125,6 +126,7 @@ def encode_result(value: object) -> Encoded:
 def encode_error(error: BaseException) -> Encoded:
     """An exception with its traceback. One that cannot be pickled and rebuilt becomes a ``RemoteError`` in words."""
     text = _traceback_of(error)
+    _set_traceback(error, None)  # which some programs have pickled as well (``tblib``), frame by frame
     try:
         try:
             body = _dumps_error(error, text)
