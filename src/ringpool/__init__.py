@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         LockTimeoutError as LockTimeoutError,
         RingpoolError as RingpoolError,
         StatusTimeoutError as StatusTimeoutError,
+        TargetExistsError as TargetExistsError,
         TransactionConflictError as TransactionConflictError,
         TransactionError as TransactionError,
         TransactionInDoubtError as TransactionInDoubtError,
@@ -130,8 +131,8 @@ _HOMES = {
         "coordinator.job": "Job JobOptions Report",
         "errors": (
             "AtomicWriteError BatchWriteError CommittedWithErrors DurabilityError FileMissingError "
-            "FileOperationError LockTimeoutError RingpoolError StatusTimeoutError TransactionConflictError "
-            "TransactionError TransactionInDoubtError WorkerDiedError "
+            "FileOperationError LockTimeoutError RingpoolError StatusTimeoutError TargetExistsError "
+            "TransactionConflictError TransactionError TransactionInDoubtError WorkerDiedError "
         ),
         "shm.status": "FileStatus FileStatusTable FileState unlink_status_table",
         "workers.files.aiostore": "AsyncFileStore",

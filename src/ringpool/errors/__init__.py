@@ -49,6 +49,7 @@
         WrongThreadError           a future's callback would wait for it, in its own thread
       FileOperationError         ``workers.files``: an operation on one file (also an OSError)
         AtomicWriteError           the target was not replaced; its old content stands
+          TargetExistsError          it was to be made, and is there (also a FileExistsError)
         BatchWriteError            a batch ended early; so many of its files stand
         DurabilityError            the kernel could not promise that it is on disk
         PathNameError              a path that can name no file here
@@ -98,6 +99,7 @@ from ringpool.errors.files import (
     LockUpgradeError as LockUpgradeError,
     PathNameError as PathNameError,
     PathOutsideError as PathOutsideError,
+    TargetExistsError as TargetExistsError,
     TransactionConflictError as TransactionConflictError,
     TransactionError as TransactionError,
     TransactionInDoubtError as TransactionInDoubtError,

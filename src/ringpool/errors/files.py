@@ -32,6 +32,19 @@ class AtomicWriteError(FileOperationError):
     """The target was not replaced: what stood there still stands, and no temporary file is left."""
 
 
+class TargetExistsError(AtomicWriteError, FileExistsError):
+    """The target is there, and was to be made: ``exclusive``, or the mode ``"x"``. ``errno`` is EEXIST."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        operation: str = "make the file",
+        error: int = errno.EEXIST,
+        reason: str = os.strerror(errno.EEXIST),
+    ) -> None:
+        super().__init__(path, operation, error, reason)
+
+
 class DurabilityError(FileOperationError):
     """fsync failed. It is not retried, since the kernel may have dropped the pages that it could not write."""
 

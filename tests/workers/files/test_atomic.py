@@ -341,6 +341,7 @@ def test_an_exclusive_write_makes_a_file_once(tmp_path: Path, level: Durability,
         atomic_write(path, b"first", exclusive=True, durability=level)
         with pytest.raises(FileOperationError) as caught:
             atomic_write(path, b"second", exclusive=True, durability=level)
+        assert isinstance(caught.value, FileExistsError)
         assert caught.value.errno == errno.EEXIST
         (tmp_path / "dangling").symlink_to("nowhere")
         with pytest.raises(FileOperationError):
@@ -363,6 +364,7 @@ def test_an_exclusive_write_loses_to_one_that_came_after_its_look(tmp_path: Path
 
     with intercepted(meanwhile), pytest.raises(AtomicWriteError) as caught:
         atomic_write(path, b"ours", exclusive=True)
+    assert isinstance(caught.value, FileExistsError)
     assert caught.value.errno == errno.EEXIST
     assert path.read_text() == "theirs"
     assert names(tmp_path) == {"a"}

@@ -14,7 +14,7 @@ import os
 import stat
 from typing import Literal, overload
 
-from ringpool.errors import FileOperationError
+from ringpool.errors import FileOperationError, TargetExistsError
 from ringpool.workers.files.durability import Durability, level_of
 from ringpool.workers.files.naming import FilePath, encoded, unusable
 from ringpool.workers.files.oslayer import calls
@@ -41,7 +41,8 @@ def atomic_write(
     ``mode`` is the new file's, exactly; without it that of the file that is replaced, else what the umask leaves of
     0666. Owner and extended attributes are kept as far as this process may set them; set-id bits are not. ``symlinks``
     says what happens to a symlink at ``path``. A file with several hard links loses this one to the new content, unless
-    ``hard_links`` is ``"refuse"``. With ``exclusive`` the file must not exist (errno EEXIST). With ``dir_fd`` the path
+    ``hard_links`` is ``"refuse"``. With ``exclusive`` the file must not exist
+    (``TargetExistsError``). With ``dir_fd`` the path
     is a name in that open directory, and a symlink there is not followed but refused: see ``Contained``.
 
     Raises ``AtomicWriteError``: the old content stands. ``DurabilityError``: fsync failed; its ``operation`` says
@@ -170,6 +171,8 @@ def _write_in_place(
         one.close_file()
     except FileOperationError:
         raise
+    except FileExistsError as error:
+        raise TargetExistsError(os.fsdecode(path)) from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise FileOperationError(os.fsdecode(path), "write in place", error.errno or errno.EIO, reason) from error

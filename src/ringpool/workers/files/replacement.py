@@ -21,7 +21,7 @@ import os
 import stat
 from typing import Literal
 
-from ringpool.errors import FileOperationError
+from ringpool.errors import FileOperationError, TargetExistsError
 from ringpool.workers.files.durability import Durability, close_quietly, sync
 from ringpool.workers.files.naming import check_path, random_staging_name, unusable
 from ringpool.workers.files.oslayer import calls, write_all
@@ -45,12 +45,15 @@ class Replacement:
         self.temp: bytes | None = None  # its name, while there may be one
         self.dir_fd = -1
         self.fd = -1
+        self.exclusive = False
 
     def give_up(self, error: BaseException) -> None:
         """After ``error``: leave nothing, and raise ``AtomicWriteError`` in place of an ``OSError``."""
         self.drop()
         self.close()
         if isinstance(error, OSError) and not isinstance(error, FileOperationError):
+            if self.exclusive and error.errno == errno.EEXIST:
+                raise TargetExistsError(os.fsdecode(self.path)) from error
             raise failed(self.path, self.step, error) from error
 
     def begin(
@@ -74,7 +77,7 @@ class Replacement:
             found = self._past_link(found, symlinks)
         if found is not None:
             if exclusive:
-                raise refused(self.path, errno.EEXIST)
+                raise TargetExistsError(os.fsdecode(self.path))
             if hard_links == "refuse" and found.st_nlink > 1:
                 raise linked_elsewhere(self.path)
         self.replaced = found  # what stands there
@@ -199,7 +202,7 @@ class Replacement:
     def _past_link(self, found: os.stat_result, symlinks: Symlinks) -> os.stat_result | None:
         """What stands where the symlink at the path leads; None: nothing, or nothing of which anything is kept."""
         if self.exclusive:
-            raise refused(self.path, errno.EEXIST)
+            raise TargetExistsError(os.fsdecode(self.path))
         if stat.S_ISLNK(found.st_mode):
             if symlinks == "replace":
                 return None
