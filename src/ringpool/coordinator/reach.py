@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from ringpool.coordinator.inputs import OWN_DIRECTORY, Filters, Glob, is_glob, list_of, place_of, split_glob
+from ringpool.coordinator.globs import Filters, Glob, is_glob, split_glob
+from ringpool.coordinator.inputs import OWN_DIRECTORY, list_of, place_of
 
 DIRECTORIES_KNOWN_MAX = 1024
 _SLASH = re.compile("/")
