@@ -790,7 +790,7 @@ def test_what_a_killed_writer_left_in_such_a_directory_is_read_whole_or_not_at_a
         child.wait_for("began -1")
         child.wait_for("wrote 0")
         child.kill()
-    assert ledgers._has_log(path_of(tmp_path))
+    assert ledgers.has_log(path_of(tmp_path))
     for file in (tmp_path / ".ringpool").iterdir():
         if file.name.endswith("-shm") and not with_index:
             file.unlink()

@@ -146,3 +146,9 @@ def kill_before_the_result(src: Path, dst: Path, *, pid: int) -> None:
 def megabyte(src: str) -> bytes:
     """A value that takes its room."""
     return b"x" * 1_000_000
+
+
+def copy_to_all(src: Path, dst: dict[str, Path]) -> None:
+    """The input, as every output."""
+    for path in dst.values():
+        path.write_bytes(src.read_bytes())

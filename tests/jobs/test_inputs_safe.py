@@ -125,14 +125,49 @@ def test_a_link_from_an_output_to_an_input_that_is_found_through_a_link_is_repla
     assert (place / "out/a.txt").read_text() == "CONTENT OF SRC/A.TXT"
 
 
-@pytest.mark.parametrize(("to", "exclude"), [("other/d.txt", []), ("z/b.txt", ["l/"])])
-def test_a_link_from_an_output_to_where_no_inputs_are_is_followed(place: Path, to: str, exclude: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("to", "inputs", "exclude"),
+    [
+        ("other/d.txt", "src", []),
+        ("z/b.txt", "src", ["l/"]),
+        ("z/b.txt", "src/*.txt", []),
+        ("gone/e.txt", "src", []),
+        ("gone/e.txt", "src/**/*.txt", []),
+    ],
+)
+def test_a_link_from_an_output_to_where_no_inputs_are_is_followed(
+    place: Path, to: str, inputs: str, exclude: list[str]
+) -> None:
     make(place, "src/a.txt", "z/b.txt", "other/d.txt")
     (place / "src/l").symlink_to(place / "z")
+    (place / "src/dangling").symlink_to(place / "gone/e.txt")
     (place / "out").mkdir()
+    (place / "gone").mkdir()
     (place / "out/a.txt").symlink_to(place / to)
-    assert Job(command=UPPER, inputs="src", output="out/{relpath}", exclude=exclude).run(1).ok
+    assert Job(command=UPPER, inputs=inputs, output="out/{relpath}", exclude=exclude).run(1).ok
     assert (place / to).read_text() == "CONTENT OF SRC/A.TXT"
+
+
+def test_links_are_replaced_and_followed_among_many_outputs_of_an_input(place: Path) -> None:
+    make(place, "src/a.txt", "z/b.txt", "other/d.txt")
+    (place / "src/l").symlink_to(place / "z")
+    outputs = {f"o{number}": f"out/{number}/{{relpath}}" for number in range(70)}
+    for number, to in ((66, "z/b.txt"), (67, "other/d.txt")):
+        (place / f"out/{number}").mkdir(parents=True)
+        (place / f"out/{number}/a.txt").symlink_to(place / to)
+    assert Job("tests.jobs.job_functions:copy_to_all", "src", outputs).run(1).ok
+    assert (place / "z/b.txt").read_text() == "content of z/b.txt"
+    assert (place / "other/d.txt").read_text() == "content of src/a.txt"
+
+
+def test_an_input_below_a_link_to_the_root_is_one_too(place: Path) -> None:
+    make(place, "src/a.txt", "z/b.txt")
+    (place / "src/root").symlink_to("/")
+    (place / "out").mkdir()
+    (place / "out/a.txt").symlink_to(place / "z/b.txt")
+    inputs = ["src/*.txt", f"src/root{place}/z/*.txt", f"src/*/{str(place)[1:]}/z/*.txt"]
+    assert Job(command=UPPER, inputs=inputs[2:] + inputs[:1], output="out/{name}").run(1).ok
+    assert (place / "z/b.txt").read_text() == "content of z/b.txt"
 
 
 def test_an_output_in_the_place_that_a_named_link_leads_to_is_refused(place: Path) -> None:

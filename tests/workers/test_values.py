@@ -386,21 +386,45 @@ def test_a_local_exception_class_arrives_in_words() -> None:
 
 
 class FramesError(Exception):
-    """Pickled as tblib has exceptions pickled: with the traceback."""
+    """Pickled as tblib has exceptions pickled: with the traceback, frame by frame."""
 
     def __reduce__(self) -> Any:
-        return type(self), (self.__traceback__ is not None,)
+        n_frames, frame = 0, self.__traceback__
+        while frame is not None:
+            n_frames, frame = n_frames + 1, frame.tb_next
+        if n_frames > 50:
+            raise RecursionError("maximum recursion depth exceeded while pickling an object")
+        return type(self), (n_frames,)
 
 
-def test_frames_are_not_pickled_they_travel_as_text() -> None:
-    """A thousand of them, of a RecursionError, would be too deep for pickle."""
-    try:
-        raise FramesError
-    except FramesError as error:
-        arrived = values.decode_error(pickle.loads(values.encode_error(error).body))
-    assert isinstance(arrived, FramesError)
-    assert arrived.args == (False,)
-    assert "in test_frames_are_not_pickled" in str(arrived.__cause__)
+def raise_deep(error: BaseException, n_frames: int) -> None:
+    if n_frames:
+        raise_deep(error, n_frames - 1)
+    raise error
+
+
+@pytest.mark.parametrize(("n_frames", "arrived"), [(3, 4), (60, 0)])
+@pytest.mark.parametrize("of", ["itself", "cause", "member"])
+def test_frames_that_are_pickled_as_well_are_left_out_where_they_are_too_many(
+    n_frames: int, arrived: int, of: str
+) -> None:
+    """As a thousand are, of a RecursionError."""
+    inner = FramesError()
+    with pytest.raises(FramesError):
+        raise_deep(inner, n_frames - 1)
+    error: BaseException = inner
+    if of == "cause":
+        error = FramesError()
+        error.__cause__ = inner
+    elif of == "member":
+        error = ExceptionGroup("several", [inner])
+    before = inner.__traceback__
+    found = values.decode_error(pickle.loads(values.encode_error(error).body))
+    assert type(found) is type(error)
+    assert inner.__traceback__ is before is not None
+    if of == "itself":
+        assert found.args == (arrived,)
+        assert "in raise_deep" in str(found.__cause__)
 
 
 def test_causes_and_notes_stand_in_the_traceback() -> None:

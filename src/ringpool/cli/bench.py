@@ -98,11 +98,12 @@ def _ended_by_hangup() -> Generator[None]:
 
     In the turn of the plain loop, and between turns, there is no pool.
     """
-    signals.install()
+    turns = object()
+    signals.install(turns)
     try:
         yield
     finally:
-        signals.uninstall()
+        signals.uninstall(turns)
 
 
 def _option(context: click.Context, name: str) -> str:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 OWN_DIRECTORY = ".ringpool"
 SCRATCH_CACHE_KIB = 16_384
+_PATH_BYTES_MAX = 4096  # PATH_MAX, with a zero at the end: what is longer says nothing of where it leads
 _LEADS_NOWHERE = (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)  # a link, like one to a file that is gone
 
 
@@ -304,7 +305,7 @@ def _kind(entry: os.DirEntry[str], is_link: bool) -> tuple[bool, bool]:
     try:
         return entry.is_dir(), entry.is_file()
     except OSError as error:
-        if is_link and error.errno in _LEADS_NOWHERE:
+        if is_link and error.errno in _LEADS_NOWHERE and len(os.fsencode(entry.path)) < _PATH_BYTES_MAX:
             return False, False
         raise
 

@@ -234,6 +234,7 @@ class Job:
             self.directory.mkdir(parents=True, exist_ok=True)
             for place in self._places():
                 held.enter_context(JobLock(place))
+                staging.require_trusted(os.fsencode(place))
             ledger = Ledger.open(self.directory, synchronous=self.options.durability in ("data", "full"))
             try:
                 job = ledger.job(self.identity, self._spec)

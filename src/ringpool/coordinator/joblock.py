@@ -5,7 +5,6 @@ In it are the pid and start time of the process that has it, for people.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -14,11 +13,9 @@ from pathlib import Path
 from types import TracebackType
 
 from ringpool.coordinator.inputs import OWN_DIRECTORY
-from ringpool.coordinator.staging import STAGING
 from ringpool.errors import JobBusyError
 from ringpool.shm.owner import Owner, this_process
 from ringpool.workers.files.durability import make_directories
-from ringpool.workers.files.lockfiles import require_trusted
 
 LOCK_NAME = "job.lock"
 _RECORD = struct.Struct("@hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid, as the compiler aligns it
@@ -43,14 +40,8 @@ class JobLock:
         self._fd = -1
 
     def acquire(self) -> None:
-        """Take it. Raises ``JobBusyError`` at once where another has it, in this process as well; ``PermissionError``
-        where another user could change what is staged there; ``OSError``.
-        """
-        ours = os.fsencode(self.path.parent)
-        make_directories(ours, durable=False)
-        for directory in (ours, os.path.join(ours, STAGING)):
-            with contextlib.suppress(FileNotFoundError):
-                require_trusted(os.fsencode(self.directory), directory)
+        """Take it. Raises ``JobBusyError`` at once where another has it, in this process as well; ``OSError``."""
+        make_directories(os.fsencode(self.path.parent), durable=False)
         for _ in range(_TRIES):
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:

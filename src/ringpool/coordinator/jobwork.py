@@ -18,7 +18,7 @@ class Work(NamedTuple):
     own: bytes
     own_digest: bytes
     parameters: bytes
-    apart: int
+    apart: tuple[int, ...]
 
 
 class Planned(NamedTuple):

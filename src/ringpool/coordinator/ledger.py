@@ -54,6 +54,7 @@ from ringpool.coordinator.ledgerqueries import (
     as_text,
     connect,
     explained,
+    has_log,
 )
 from ringpool.errors import JobMissingError, LedgerError
 from ringpool.workers.files.durability import make_directories
@@ -341,21 +342,13 @@ def _is_ledger(db: sqlite3.Connection, path: Path) -> bool:
         raise LedgerError(str(path), reason)
     [(n_pages,)], [(page_bytes,)] = db.execute("PRAGMA page_count"), db.execute("PRAGMA page_size")
     size = path.stat().st_size
-    if size < n_pages * page_bytes and not _has_log(path):  # the log is looked at last: a writer may be coming
+    if size < n_pages * page_bytes and not has_log(path):  # the log is looked at last: a writer may be coming
         raise LedgerError(
             str(path),
             f"it was cut off at {size} of {n_pages * page_bytes} bytes; put a copy in its place, or move "
             f"{OWN_DIRECTORY} away, and the job begins anew",
         )
     return True
-
-
-def _has_log(path: Path) -> bool:
-    """Whether there is a log with something in it, which the file alone does not have."""
-    try:
-        return os.stat(f"{path}-wal").st_size > 0
-    except FileNotFoundError:
-        return False
 
 
 def _make(db: sqlite3.Connection) -> None:
@@ -404,7 +397,7 @@ def _open_for_reading(path: Path, directory: Path) -> Ledger:
             connection.close()
             if isinstance(error, sqlite3.Error):
                 # Nobody who writes is there without a log: the file alone is whole, until one comes.
-                if is_last or error.sqlite_errorcode & 0xFF not in _NO_INDEX or _has_log(path):
+                if is_last or error.sqlite_errorcode & 0xFF not in _NO_INDEX or has_log(path):
                     raise explained(path, error) from error
                 uri = _uri(path, "ro", ALONE)
             else:

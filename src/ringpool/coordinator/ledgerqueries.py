@@ -386,11 +386,19 @@ class LedgerQueries:
             found = os.stat(self.path)
         except FileNotFoundError:
             return (-1,)
-        return found.st_ino, found.st_size, found.st_mtime_ns, os.path.exists(f"{self.path}-wal")
+        return found.st_ino, found.st_size, found.st_mtime_ns, has_log(self.path)
 
     def _require(self, standing: tuple[int, ...]) -> None:
         if standing != self._standing():
             raise LedgerError(str(self.path), "a run has begun to write to it while it was read; ask again")
+
+
+def has_log(path: Path) -> bool:
+    """Whether there is a log with something in it, which the file alone does not have."""
+    try:
+        return os.stat(f"{path}-wal").st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 # ---- rows and totals -------------------------------------------------------------------------------------------------

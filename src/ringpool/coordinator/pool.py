@@ -127,9 +127,8 @@ class Pool:
         leftovers.reclaim_dead()
         self._retains = retains
         arguments_of = _arguments_of_workers(context, limits)
-        self._signals_installed = True
-        signals.install()  # from now on there is something that a signal would leave behind
         try:
+            signals.install(self)  # from now on there is something that a signal would leave behind
             self._segment = segment.create(slots, n_workers, claims_max, kept=retains)
         except BaseException:
             self._uninstall_signals()
@@ -329,12 +328,12 @@ class Pool:
             if self._on_ended is not None:
                 self._on_ended()
             stopped = self.pump.stop()
-            self._uninstall_signals()
         finally:
             if not self._retains:
                 with self.lock:  # an arena that is being made is there now
                     self._removed = True
                     segment.unlink(self.name)
+        self._uninstall_signals()
         with self.lock:
             if stopped and not self.closed:
                 self._end.close()
@@ -344,9 +343,7 @@ class Pool:
         _open.discard(self)
 
     def _uninstall_signals(self) -> None:
-        if self._signals_installed:
-            self._signals_installed = False
-            signals.uninstall()
+        signals.uninstall(self)
         signals.restore()  # also where another thread, which could not, has closed it meanwhile
 
 

@@ -27,6 +27,7 @@ from ringpool.coordinator.globs import Filters, Glob, is_glob, split_glob
 from ringpool.coordinator.inputs import OWN_DIRECTORY, list_of, place_of
 
 DIRECTORIES_KNOWN_MAX = 1024
+LED_TO_MAX = 16_384
 _SLASH = re.compile("/")
 
 
@@ -73,6 +74,7 @@ class Reach:
         self._known: dict[str, tuple[str, list[tuple[_Walk, str]]]] = {}  # directories, see ``_find_out``
         self._entered: set[str] = set()  # directories that links lead to; all with a slash, here and below
         self._taken_in: set[str] = set()  # those of files that links lead to
+        self._is_anywhere = False  # there are too many of both to be remembered
         ways: tuple[tuple[_Walks, Callable[[str], str]], ...] = ((self._walks, _real), (self._spelled, place_of))
         bases = [tuple(os.path.join(spell(os.fspath(place)), "") for place in places) for _, spell in ways]
         self._bases = bases[0]
@@ -103,17 +105,30 @@ class Reach:
         """A walk, of a glob perhaps, has found a link at ``path``, and is to take the file to which that leads, or with
         a slash at the end, to enter the directory.
         """
+        if not self._bases:
+            return
         real = self._led_to(path.rstrip("/"))
-        if not path.endswith("/"):
-            self._taken_in.add(os.path.dirname(real) + "/")
-        elif self._filters is None or self._filters.enters(relpath):
-            self._entered.add(real + "/")
+        self._note(path, relpath, real, glob)
         if not real.startswith(self._bases):
             return
         if not path.endswith("/"):
             self._files.add(real)
         elif real + "/" not in self._bases:  # which it would not enter
             self._add(self._walks, real + "/", relpath, self._bases, glob)
+
+    def _note(self, path: str, relpath: str, real: str, glob: Glob | None) -> None:
+        """That inputs are where the link leads, if anything is there, and the walk takes it."""
+        if len(self._taken_in) + len(self._entered) >= LED_TO_MAX:
+            self._is_anywhere = True  # from then on, links among the outputs lead to inputs
+        elif not path.endswith("/"):
+            if os.path.exists(path):
+                self._taken_in.add(os.path.join(os.path.dirname(real), ""))
+        elif (
+            os.path.isdir(path)
+            and (self._filters is None or self._filters.enters(relpath))
+            and (glob is None or functools.reduce(glob.states_below, relpath[:-1].split("/"), glob.start))
+        ):
+            self._entered.add(os.path.join(real, ""))
 
     def _led_to(self, link: str) -> str:
         """Where ``link`` leads: of many in a directory, nearly all to few others."""
@@ -140,7 +155,9 @@ class Reach:
         """Whether what stands at that absolute path is a link to a place where others have found inputs by links."""
         if not (self._taken_in or self._entered) or not os.path.islink(output):
             return False
-        directory = os.path.dirname(_real(output)) + "/"
+        if self._is_anywhere:
+            return True
+        directory = os.path.join(os.path.dirname(_real(output)), "")
         above = (directory[: slash.end()] for slash in _SLASH.finditer(directory))
         return directory in self._taken_in or any(each in self._entered for each in above)
 

@@ -50,7 +50,7 @@ _ALL = [int(number) for number in signal.valid_signals()]
 _libc: Any = ctypes.CDLL(None)
 _set_mask = cast("Any", _signal).pthread_sigmask  # without Python code, amid which it might be interrupted
 _lock = threading.Lock()
-_pools = 0
+_pools: set[int] = set()
 _installed: list[signal.Signals] = []
 _forking: dict[int, set[int]] = {}  # threads that are about it, with the masks that they had
 _n_ended = 0
@@ -179,11 +179,9 @@ def is_in_finalizer(frame: FrameType | None) -> bool:
     return False
 
 
-def install() -> None:
-    """There is one more pool, until ``uninstall``: ``handle``."""
-    global _pools
-    with _lock:
-        _pools += 1
+def install(pool: object) -> None:
+    """There is that pool, until ``uninstall``: ``handle``. Either may be called again."""
+    _pools.add(id(pool))
     handle()
 
 
@@ -198,11 +196,9 @@ def handle() -> None:
                 _installed.append(number)
 
 
-def uninstall() -> None:
+def uninstall(pool: object) -> None:
     """The pool that called ``install`` is closed. After the last one, ``restore``."""
-    global _pools
-    with _lock:
-        _pools -= 1
+    _pools.discard(id(pool))
 
 
 def restore() -> None:
@@ -291,12 +287,13 @@ def _unmask() -> None:
 
 def _let_go() -> None:
     """In a fork of the program, before any code of its own: the handlers are its parent's, and so may the lock be."""
-    global _lock, _pools, _n_ended, _late, _hung_up, _has_main_ended
+    global _lock, _n_ended, _late, _hung_up, _has_main_ended
     _lock = threading.Lock()
     if _late:  # this one ends with its own status
         _libc.on_exit(_libc._exit, None)
         _libc.__cxa_atexit(_libc.fflush, None, None)
-    _pools, _n_ended, _late, _hung_up, _has_main_ended = 0, 0, 0, False, False
+    _pools.clear()
+    _n_ended, _late, _hung_up, _has_main_ended = 0, 0, False, False
     _patience.renew()
     for number in _installed:
         if signal.getsignal(number) is _end_program:

@@ -19,10 +19,11 @@ import shutil
 import stat
 from collections.abc import Sequence
 
+from ringpool.workers.files import lockfiles
 from ringpool.workers.groupcommit import keep
 
-STAGING = b"staging"
-_STAGING = b".ringpool/" + STAGING
+_OURS = b".ringpool"
+_STAGING = b".ringpool/staging"
 _DEFAULT_ACL = "system.posix_acl_default"
 _TOKEN = re.compile(rb"[0-9a-f]{16}")
 _BEGUN = b".begun"
@@ -33,6 +34,13 @@ _ELSEWHERE = b"elsewhere."  # what is staged has a name that begins with a numbe
 def staging_directory(base: bytes, token: str) -> bytes:
     """Where the run whose segment has that token stages outputs below ``base``. Source: section 6 of the design."""
     return os.path.join(base, _STAGING, token.encode())
+
+
+def require_trusted(directory: bytes) -> None:
+    """Raise ``PermissionError`` where another user could change what is staged below ``directory``."""
+    for inner in (_OURS, _STAGING):
+        with contextlib.suppress(FileNotFoundError):
+            lockfiles.require_trusted(directory, os.path.join(directory, inner))
 
 
 def prepare(directory: bytes, bases: Sequence[bytes], token: str) -> tuple[bytes, ...]:

@@ -110,7 +110,7 @@ class Works:
             else:
                 own_digest, packed, parameters = b"", b"", self._digest
             source = _absolute(file.path, here) if self._options.fingerprints else naming.encoded(file.path)
-            apart = 0
+            apart: tuple[int, ...] = ()
             for number, target in enumerate(targets):
                 if target == source:
                     self._refuse_output(number, target, " of itself; write the outputs somewhere else")
@@ -119,7 +119,7 @@ class Works:
                         number, target, ", which is an input too, or would be one of the next run: " + _APART
                     )
                 if reach is not None and reach.leads_to_inputs(os.fsdecode(target)):
-                    apart |= 1 << number
+                    apart = (*apart, number)
                 if _OWN_DIRECTORY in target:
                     self._refuse_output(number, target, f", and {OWN_DIRECTORY} is where ledgers and locks are")
             yield Work(file.path, source, targets, packed, own_digest, parameters, apart)

@@ -87,15 +87,15 @@ class JobSpec(msgspec.Struct, frozen=True, array_like=True):
 
 
 class JobPayload(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One file: where it is, where its outputs go, its own parameters, pickled, and their digest. ``apart``: a bit for
-    each of ``targets`` in whose place a link leads to where inputs are that were found by links.
+    """One file: where it is, where its outputs go, its own parameters, pickled, and their digest. ``apart``: the
+    numbers of those ``targets`` in whose place a link leads to where inputs are that were found by links.
     """
 
     source: bytes
     targets: tuple[bytes, ...] = ()
     parameters: bytes = b""
     own_digest: bytes = b""
-    apart: int = 0
+    apart: tuple[int, ...] = ()
 
 
 class Fingerprint(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -367,8 +367,8 @@ def leads_to_another(spec: JobSpec, task: JobPayload, number: int) -> bool:
     if not os.path.islink(target):
         return False
     file = os.path.realpath(target)
-    is_among_them = task.apart >> number & 1 or file.startswith(spec.bases)
-    return bool(is_among_them) and not os.path.isdir(file) and file != os.path.realpath(task.source)
+    is_among_them = number in task.apart or file.startswith(spec.bases)
+    return is_among_them and not os.path.isdir(file) and file != os.path.realpath(task.source)
 
 
 def fingerprint(path: bytes, with_checksum: bool) -> Fingerprint:

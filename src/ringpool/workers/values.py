@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import NoneType, TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgspec
 
@@ -126,7 +126,6 @@ def encode_result(value: object) -> Encoded:
 def encode_error(error: BaseException) -> Encoded:
     """An exception with its traceback. One that cannot be pickled and rebuilt becomes a ``RemoteError`` in words."""
     text = _traceback_of(error)
-    _set_traceback(error, None)  # which some programs have pickled as well (``tblib``), frame by frame
     try:
         try:
             body = _dumps_error(error, text)
@@ -143,9 +142,37 @@ def encode_error(error: BaseException) -> Encoded:
 
 def _dumps_error(error: BaseException, text: str) -> bytes:
     try:
+        return _dumps_as_it_is(error, text)
+    except RecursionError:  # of frames, it may be, which some programs have pickled as well (``tblib``)
+        frames = [(each, _get_traceback(each)) for each in _all_of(error)]
+        try:
+            for each, _ in frames:
+                _set_traceback(each, None)
+            return _dumps_as_it_is(error, text)
+        finally:
+            for each, its_frames in frames:
+                _set_traceback(each, its_frames)
+
+
+def _dumps_as_it_is(error: BaseException, text: str) -> bytes:
+    try:
         return reducers.dumps((error, text), None, None)
     except TypeError:
         return reducers.dumps_by_table((error, text), None)
+
+
+def _all_of(error: BaseException) -> list[BaseException]:
+    """It, what led to it, and the members of groups."""
+    found: dict[int, BaseException] = {}
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and id(one) not in found:
+            found[id(one)] = one
+            waiting += [one.__cause__, one.__context__]
+            if isinstance(one, BaseExceptionGroup):
+                waiting += cast("BaseExceptionGroup[BaseException]", one).exceptions
+    return list(found.values())
 
 
 def _traceback_of(error: BaseException) -> str:

@@ -358,8 +358,8 @@ def test_what_a_group_shares_its_members_may_recover_whatever_the_umask(tmp_path
         os.umask(before)
     made.close()
     txn_path = Path(os.fsdecode(txn_directory(os.fsencode(tmp_path))))
-    for name in (f"{made.id.decode()}.lock", f"{made.id.decode()}.journal"):
-        assert stat.S_IMODE((txn_path / name).stat().st_mode) == 0o660
+    for suffix, mode in ((".lock", 0o660), (".journal", 0o640)):  # which nobody but its author is to write
+        assert stat.S_IMODE((txn_path / (made.id.decode() + suffix)).stat().st_mode) == mode
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
@@ -387,6 +387,19 @@ def test_a_journal_is_carried_out_only_where_its_author_may_make_files(tmp_path:
     os.chown(os.path.join(txn_directory(os.fsencode(tmp_path)), made.id) + b".journal", 12345, 12345)
     assert recover_root(os.fsencode(tmp_path)) == 1
     assert (tmp_path / "a").read_bytes() == b"new 0"
+
+
+def test_a_link_to_another_file_is_no_journal(tmp_path: Path) -> None:
+    """Its owner would be taken for the author."""
+    made = make(tmp_path, [Effect(b"a", True, 0)], staged=1)
+    made.close()
+    journal_file = os.path.join(txn_directory(os.fsencode(tmp_path)), made.id) + b".journal"
+    os.link(journal_file, tmp_path / "of somebody")
+    with pytest.raises(PermissionError, match="is a link to another file"):
+        recover_root(os.fsencode(tmp_path))
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "of somebody").unlink()
+    assert recover_root(os.fsencode(tmp_path)) == 1
 
 
 def test_what_is_on_another_mount_by_now_is_neither_done_nor_forgotten(

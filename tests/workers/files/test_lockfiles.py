@@ -336,6 +336,38 @@ def test_what_is_open_to_a_group_is_open_to_the_bases_group_and_to_no_other(tmp_
     assert stat.S_IMODE((tmp_path / ".ringpool/txn").stat().st_mode) == (0o770 if is_member else 0o700)
 
 
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EINVAL])
+def test_where_a_group_cannot_be_given_those_whom_an_acl_lets_in_stay_in(tmp_path: Path, error: int) -> None:
+    """EINVAL: it is no group in this container."""
+    named = bytes.fromhex(
+        "02000000 01000700ffffffff 02000700d2040000 04000700ffffffff 10000700ffffffff 20000000ffffffff"
+    )
+    try:
+        for kind in ("access", "default"):
+            os.setxattr(tmp_path, f"system.posix_acl_{kind}", named)
+    except OSError:
+        pytest.skip("this file system has no ACLs")
+    asked: list[int] = []
+
+    def around(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == "fchown":
+            asked.append(args[2])
+            raise OSError(error, os.strerror(error))
+        if name in ("stat", "fstat") and args[0] == os.fsencode(tmp_path):
+            found = call(*args, **kwargs)
+            return os.stat_result((*found[:5], 5000, *found[6:]))
+        return call(*args, **kwargs)
+
+    with intercepted(around), PathLock(tmp_path / "a"):
+        pass
+    assert asked == [5000, 5000]
+    for path in (tmp_path / ".ringpool", tmp_path / ".ringpool/locks"):
+        acl = os.getxattr(path, "system.posix_acl_access")
+        assert acl == named.replace(bytes.fromhex("04000700"), bytes.fromhex("04000000")), (
+            "the owning group's part alone"
+        )
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
 def test_in_a_sticky_directory_a_strangers_base_does_not_serve_what_lies_deeper(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()

@@ -211,9 +211,9 @@ class Journal:
                 self._sync_directory(parent, BEFORE)
             self._sync_txn("fsync of the staged files' directory")
         temp, final = self.id + b".tmp", self.id + b".journal"
-        fd = calls.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=self.txn_fd)
+        fd = calls.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=self.txn_fd)
         try:
-            share(fd, rights_of(calls.fstat(self.txn_fd)))
+            share(fd, rights_of(calls.fstat(self.txn_fd)), read_only=True)
             write_all(fd, encode(effects))
             if self.durable:
                 sync(fd, self._path, "fsync of the journal")
@@ -282,6 +282,9 @@ class Journal:
     def _require_possible(self, effects: Sequence[Effect]) -> None:
         """Raise ``OSError``, before anything is done, where a recovery may not do it, or could do a part only."""
         mount, found = mount_of(self.txn_fd), lstat_at(self.id + b".journal", self.txn_fd)
+        if found is not None and found.st_nlink > 1:
+            reason = f"{self.id.decode()}.journal is a link to another file: nobody knows whose it is; remove it"
+            raise PermissionError(errno.EPERM, reason)
         author = None if found is None or found.st_uid in (0, os.geteuid()) else found.st_uid
         for parent, _ in _by_parent(effects):
             with self._directory(parent) as parent_fd:

@@ -28,7 +28,7 @@ from typing import NamedTuple
 from unicodedata import normalize
 
 from ringpool.workers.files.oslayer import calls
-from ringpool.workers.files.target import access_acl, default_acl
+from ringpool.workers.files.target import ACL, access_acl, default_acl
 
 DIRECTORY = b".ringpool"
 DIRECTORIES_REMEMBERED_MAX = 256
@@ -54,7 +54,7 @@ _identity = struct.Struct("=QQ")
 _f_type = struct.Struct("=q")  # the first member of struct statfs, on 64-bit Linux
 _STATFS_BYTES = 120
 _ACL_ENTRY = struct.Struct("<HHI")  # linux/posix_acl_xattr.h
-_GROUP_OBJ = 0x04
+_GROUP_OBJ, _OTHER = 0x04, 0x20
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -194,12 +194,12 @@ def rights_of(found: os.stat_result) -> Rights:
     return Rights(stat.S_IMODE(found.st_mode), found.st_gid)
 
 
-def share(fd: int, directory: Rights) -> None:
+def share(fd: int, directory: Rights, *, read_only: bool = False) -> None:
     """Let those write to our new file who may make files in its directory, and those read it who may list that: they
-    lock shared. Whatever our umask says.
+    lock shared. Whatever our umask says. ``read_only``: all of them read it.
     """
     writers = directory.mode & (stat.S_IWGRP | stat.S_IWOTH)
-    wanted = writers | writers << 1 | directory.mode & (stat.S_IRGRP | stat.S_IROTH)
+    wanted = (0 if read_only else writers) | writers << 1 | directory.mode & (stat.S_IRGRP | stat.S_IROTH)
     mode = stat.S_IMODE(calls.fstat(fd).st_mode)
     _set_rights(fd, Rights(mode | wanted, directory.gid))
 
@@ -212,10 +212,23 @@ def _set_rights(fd: int, wanted: Rights) -> None:
     if found.st_gid != wanted.gid:
         try:
             calls.fchown(fd, -1, wanted.gid)
-        except PermissionError:
-            mode = mode & ~(stat.S_IRWXG | stat.S_ISGID) | mode & (mode & stat.S_IRWXO) << 3
+        except OSError:  # we are not in that group, or it is none here, as in a container
+            acl = access_acl(fd)
+            if acl is not None:  # where what the mode says of the group is the mask of all the others
+                calls.setxattr(fd, ACL, _without_its_group(acl))
+            else:
+                mode = mode & ~(stat.S_IRWXG | stat.S_ISGID) | mode & (mode & stat.S_IRWXO) << 3
     if mode != stat.S_IMODE(found.st_mode):
         (calls.chmod if stat.S_ISDIR(found.st_mode) else calls.fchmod)(fd, mode)
+
+
+def _without_its_group(acl: bytes) -> bytes:
+    """That ACL, in which the owning group may do no more than all others."""
+    entries = list(_ACL_ENTRY.iter_unpack(acl[4:]))
+    [others] = (rights for tag, rights, _ in entries if tag == _OTHER)
+    return acl[:4] + b"".join(
+        _ACL_ENTRY.pack(tag, rights & others if tag == _GROUP_OBJ else rights, who) for tag, rights, who in entries
+    )
 
 
 def _make_lock_directories(locks: bytes) -> None:

@@ -20,7 +20,7 @@ from ringpool.workers.umask import umask
 
 Symlinks = Literal["follow", "replace", "refuse"]
 
-_ACL = "system.posix_acl_access"
+ACL = "system.posix_acl_access"
 _DEFAULT_ACL = "system.posix_acl_default"
 _UMASK_UNKNOWN = 0o077
 _OF_THE_OLD_CONTENT = frozenset(
@@ -124,9 +124,9 @@ def _copy_xattrs(fd: int, path: bytes) -> bool:
         except OSError as error:
             if error.errno not in _UNKEPT:
                 raise
-    if _ACL in ours and _ACL not in theirs:  # inherited from the directory: it would let in whom the old file did not
-        calls.removexattr(fd, _ACL)
-    return _ACL in ours or _ACL in theirs
+    if ACL in ours and ACL not in theirs:  # inherited from the directory: it would let in whom the old file did not
+        calls.removexattr(fd, ACL)
+    return ACL in ours or ACL in theirs
 
 
 def default_acl(directory: int | bytes) -> bytes | None:
@@ -134,9 +134,9 @@ def default_acl(directory: int | bytes) -> bytes | None:
     return _attribute(directory, _DEFAULT_ACL)
 
 
-def access_acl(path: bytes) -> bytes | None:
+def access_acl(file: int | bytes) -> bytes | None:
     """The ACL of what is there, in the kernel's form; None: its mode says it all."""
-    return _attribute(path, _ACL)
+    return _attribute(file, ACL)
 
 
 def _attribute(file: int | bytes, name: str) -> bytes | None:
@@ -155,13 +155,13 @@ def give_rights(fd: int, inherited: bytes | None) -> None:
     set, nobody else gets in.
     """
     if inherited is None:
-        if _ACL in _xattr_names(fd):
-            calls.removexattr(fd, _ACL)
+        if ACL in _xattr_names(fd):
+            calls.removexattr(fd, ACL)
         mask = umask()
         calls.fchmod(fd, 0o666 & ~(_UMASK_UNKNOWN if mask is None else mask))
         return
     try:
-        calls.setxattr(fd, _ACL, inherited)
+        calls.setxattr(fd, ACL, inherited)
     except OSError as error:
         if error.errno not in _UNKEPT:
             raise
