@@ -326,3 +326,33 @@ def on_a_thread(call, *arguments):
     program.signal(signal.SIGTERM, group=False)
     assert program.finish() == 143, program.err
     assert not shared_memory_of(program.pid)
+
+
+def test_a_signal_that_comes_as_soon_as_it_is_handled_has_its_default_action_after_the_last_pool(
+    run_program: Callable[..., Program],
+) -> None:
+    program = run_program(
+        """
+        real = signal.signal
+
+        def strike(number, handler):
+            before = real(number, handler)
+            if number == signal.SIGTERM and not times:
+                times.append(number)
+                os.kill(os.getpid(), number)
+            return before
+
+        signal.signal = strike
+        try:
+            RingPoolExecutor(1)
+        except SystemExit:
+            say("ended")
+        signal.signal = real
+        with RingPoolExecutor(1) as pool:
+            pool.submit(int).result()
+        say(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, signal.getsignal(signal.SIGHUP) is signal.SIG_DFL)
+        """,
+        top=f"{TOP}\ntimes = []",
+    )
+    assert program.finish() == 0, program.err
+    assert program.out == "ended\nTrue True\n"

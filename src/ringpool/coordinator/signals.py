@@ -192,8 +192,8 @@ def handle() -> None:
     with _lock:
         for number in _HANDLED:
             if signal.getsignal(number) is signal.SIG_DFL:
+                _installed.append(number)  # first: it may come as soon as it is handled
                 signal.signal(number, _end_program)
-                _installed.append(number)
 
 
 def uninstall(pool: object) -> None:
