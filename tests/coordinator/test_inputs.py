@@ -196,6 +196,14 @@ def test_what_lies_beside_a_directory_that_cannot_be_read_is_found_before_that_i
         list_inputs([f"{tmp_path}/one/*/b"])
     excluded = list_inputs([tmp_path / "one"], exclude=["locked"])
     assert [file.relpath for file in excluded] == ["a", "z/c"]
+    glob = f"{tmp_path}/one/*/moved"
+    with pytest.raises(PermissionError, match="one/locked"):
+        list_inputs([glob], exclude=["x"], have_matched=lambda _matches: True)
+    assert not list(list_inputs([glob], exclude=["locked"], have_matched=lambda _matches: True)), (
+        "all of them were moved"
+    )
+    with pytest.raises(InputMissingError):
+        list_inputs([glob], exclude=["locked"])
 
 
 @pytest.mark.parametrize("missing", ["nothing", "nothing/*.txt", "*.nothing", "a/x", "a/*", "", "x\0y"])

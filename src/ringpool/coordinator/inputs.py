@@ -158,16 +158,19 @@ def _open_glob(source: str, limits: _Limits, gone: _Gone) -> Iterator[InputFile]
     prefix, parts = split_glob(source)
     glob = Glob(parts, takes_dots=False)
     root = _Directory(prefix, "", frozenset(), glob.start)
-    unfiltered = limits if limits.filters is None else limits._replace(filters=None, refused=[], on_link=_ignore)
-    matches = _walk(root, unfiltered, glob)
+    asked = limits if limits.filters is None else limits._replace(filters=None, refused=[], on_link=_ignore)
+    matches = _walk(root, asked, glob)
     first = next(matches, None)
+    if first is None and limits.filters is not None:
+        asked = limits._replace(refused=[], on_link=_ignore)  # what they leave out need not be read
+        first = next(_walk(root, asked, glob), None)
     if first is None:
         place = os.path.join(place_of(prefix or "."), "")
-        if not unfiltered.refused and gone.have_matched(
+        if not asked.refused and gone.have_matched(
             lambda path: path.startswith(place) and glob.matches(path[len(place) :])
         ):
             return matches
-        raise unfiltered.refused[0] if unfiltered.refused else InputMissingError(source)
+        raise asked.refused[0] if asked.refused else InputMissingError(source)
     if limits.filters is None:
         return chain((first,), matches)
     return _walk(root, limits, glob)  # what matches may all be filtered out: that is no mistake in the source

@@ -357,7 +357,7 @@ class LedgerQueries:
             before = self._standing()
             rows = db.execute(asked, parameters)
             while some := rows.fetchmany(ROWS_AT_ONCE):
-                self._require(before)
+                self._require_unwritten(before)
                 for found in some:
                     yield as_row(*found)
 
@@ -372,9 +372,9 @@ class LedgerQueries:
                 db.execute("BEGIN")
                 yield db
         except DAMAGES as error:
-            self._require(before)
+            self._require_unwritten(before)
             raise explained(self.path, error) from error
-        self._require(before)
+        self._require_unwritten(before)
 
     def _standing(self) -> tuple[int, ...]:
         """What tells whether anybody has written: nothing where SQLite sees to that. Of a file that it reads alone it
@@ -388,7 +388,7 @@ class LedgerQueries:
             return (-1,)
         return found.st_ino, found.st_size, found.st_mtime_ns, has_log(self.path)
 
-    def _require(self, standing: tuple[int, ...]) -> None:
+    def _require_unwritten(self, standing: tuple[int, ...]) -> None:
         if standing != self._standing():
             raise LedgerError(str(self.path), "a run has begun to write to it while it was read; ask again")
 
