@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ringpool import InputFile, Job
+from ringpool.coordinator.reach import Reach
 from ringpool.errors import OutputPatternError
 
 UPPER = "tr a-z A-Z < {src} > {dst}"
@@ -274,3 +275,12 @@ def test_a_pattern_that_leads_up_and_through_a_link_knows_what_was_moved_away(
     for n_done in (1, 0):
         report = Job(command="mv {src} {dst}", inputs="../sub/in/*.txt", output="../o/{relpath}").run(1)
         assert (report.ok, report.progress.done) == (True, n_done)
+
+
+def test_a_named_link_to_a_file_at_the_root_tells_where_inputs_are(place: Path) -> None:
+    (place / "link").symlink_to("/ringpool-input-that-need-not-be-there")
+    (place / "out").mkdir()
+    (place / "out/a").symlink_to("/ringpool-another")
+    (place / "out/b").symlink_to("/usr/ringpool-another")
+    reach = Reach(["link"], [place / "out"])
+    assert [reach.leads_to_inputs(str(place / "out" / name)) for name in "ab"] == [True, False]

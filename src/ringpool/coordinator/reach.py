@@ -87,7 +87,7 @@ class Reach:
                 if os.path.islink(named):
                     real = self._led_to(named)
                     self._files.add(real)
-                    self._taken_in.add(os.path.dirname(real) + "/")
+                    self._taken_in.add(os.path.join(os.path.dirname(real), ""))
             elif not names_only:
                 prefix, parts = (named, []) if is_directory else split_glob(named)
                 glob = Glob(parts, takes_dots=False) if parts else None

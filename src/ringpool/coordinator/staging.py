@@ -20,11 +20,11 @@ import stat
 from collections.abc import Sequence
 
 from ringpool.workers.files import lockfiles
+from ringpool.workers.files.attributes import mount_of
+from ringpool.workers.files.target import DEFAULT_ACL
 from ringpool.workers.groupcommit import keep
 
-_OURS = b".ringpool"
-_STAGING = b".ringpool/staging"
-_DEFAULT_ACL = "system.posix_acl_default"
+_STAGING = os.path.join(lockfiles.DIRECTORY, b"staging")
 _TOKEN = re.compile(rb"[0-9a-f]{16}")
 _BEGUN = b".begun"
 STAGING_MODE = 0o770  # nobody else: what is staged may go where they may not look
@@ -38,7 +38,7 @@ def staging_directory(base: bytes, token: str) -> bytes:
 
 def require_trusted(directory: bytes) -> None:
     """Raise ``PermissionError`` where another user could change what is staged below ``directory``."""
-    for inner in (_OURS, _STAGING):
+    for inner in (lockfiles.DIRECTORY, _STAGING):
         with contextlib.suppress(FileNotFoundError):
             lockfiles.require_trusted(directory, os.path.join(directory, inner))
 
@@ -64,9 +64,7 @@ def _mount_of(directory: bytes) -> tuple[int, bytes]:
     """
     fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with open(f"/proc/self/fdinfo/{fd}", "rb") as lines:
-            mount = next((line for line in lines if line.startswith(b"mnt_id:")), b"")
-        return os.fstat(fd).st_dev, mount
+        return mount_of(fd)
     finally:
         os.close(fd)
 
@@ -74,7 +72,7 @@ def _mount_of(directory: bytes) -> tuple[int, bytes]:
 def _begin(place: bytes) -> None:
     os.makedirs(place, STAGING_MODE, exist_ok=True)
     with contextlib.suppress(OSError):  # it has none; or its file system
-        os.removexattr(place, _DEFAULT_ACL)  # outputs have those of the directories where they go
+        os.removexattr(place, DEFAULT_ACL)  # outputs have those of the directories where they go
     os.close(os.open(place + _BEGUN, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 

@@ -42,8 +42,8 @@ def atomic_write(
     0666. Owner and extended attributes are kept as far as this process may set them; set-id bits are not. ``symlinks``
     says what happens to a symlink at ``path``. A file with several hard links loses this one to the new content, unless
     ``hard_links`` is ``"refuse"``. With ``exclusive`` the file must not exist
-    (``TargetExistsError``). With ``dir_fd`` the path
-    is a name in that open directory, and a symlink there is not followed but refused: see ``Contained``.
+    (``TargetExistsError``). With ``dir_fd`` the path is a name in that open directory, and a symlink there is not
+    followed but refused: see ``Contained``.
 
     Raises ``AtomicWriteError``: the old content stands. ``DurabilityError``: fsync failed; its ``operation`` says
     whether before the rename (the old content stands) or after it (the new one does). ``PathNameError``: the path can

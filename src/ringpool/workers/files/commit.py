@@ -24,9 +24,9 @@ from ringpool.errors import (
     TransactionError,
     TransactionInDoubtError,
 )
-from ringpool.workers.files.attributes import APPEND_ONLY, IMMUTABLE, attributes_of
+from ringpool.workers.files.attributes import APPEND_ONLY, IMMUTABLE, attributes_of, mount_of
 from ringpool.workers.files.durability import close_quietly, sync
-from ringpool.workers.files.journal import Effect, Journal, Stage, lstat_at, mount_of, open_directory
+from ringpool.workers.files.journal import Effect, Journal, Stage, lstat_at, open_directory
 from ringpool.workers.files.locks import LockSet
 from ringpool.workers.files.operations import File, New, Original
 from ringpool.workers.files.oslayer import calls, write_all

@@ -52,6 +52,7 @@ from typing import Annotated
 import msgspec
 
 from ringpool.workers.files import holds
+from ringpool.workers.files.attributes import mount_of
 from ringpool.workers.files.durability import close_quietly, make_directories, sync
 from ringpool.workers.files.lockfiles import (
     Rights,
@@ -419,11 +420,3 @@ def _require_right(author: int, directory_fd: int, directory: bytes) -> None:
             "lock one of them as that user, or remove the journal"
         )
         raise PermissionError(errno.EPERM, reason)
-
-
-def mount_of(fd: int) -> tuple[int, bytes]:
-    """What a rename or a link cannot cross: the file system, and the mount. Source: proc(5), fdinfo."""
-    mount = b""
-    with suppress(OSError), open(f"/proc/self/fdinfo/{fd}", "rb") as facts:
-        mount = next((line for line in facts if line.startswith(b"mnt_id:")), b"")
-    return calls.fstat(fd).st_dev, mount

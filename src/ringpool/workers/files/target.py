@@ -21,7 +21,7 @@ from ringpool.workers.umask import umask
 Symlinks = Literal["follow", "replace", "refuse"]
 
 ACL = "system.posix_acl_access"
-_DEFAULT_ACL = "system.posix_acl_default"
+DEFAULT_ACL = "system.posix_acl_default"
 _UMASK_UNKNOWN = 0o077
 _OF_THE_OLD_CONTENT = frozenset(
     {"security.capability", "security.ima", "security.evm"}
@@ -131,7 +131,7 @@ def _copy_xattrs(fd: int, path: bytes) -> bool:
 
 def default_acl(directory: int | bytes) -> bytes | None:
     """What the directory, open or not, hands on to new files in place of the umask; None: nothing."""
-    return _attribute(directory, _DEFAULT_ACL)
+    return _attribute(directory, DEFAULT_ACL)
 
 
 def access_acl(file: int | bytes) -> bytes | None:
