@@ -18,15 +18,15 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
-from itertools import islice
 from typing import Any
 
 import msgspec
 
 from ringpool.coordinator.ending import Ending
+from ringpool.coordinator.items import Items
 from ringpool.coordinator.pieces import Failure, MapInbox, Piece
 from ringpool.coordinator.pool import Pool
-from ringpool.coordinator.sizer import REFILL_AT, VECTOR_ITEMS_MAX, Sizer
+from ringpool.coordinator.sizer import REFILL_AT, Sizer
 from ringpool.coordinator.tickets import Part, Ticket
 from ringpool.errors import CoordinatorClosedError
 from ringpool.shm import vectors
@@ -36,9 +36,6 @@ from ringpool.workers import calls
 
 HELD_ITEMS_MAX = 16_384
 HELD_BYTES_MAX = 1 << 26
-DRAW_S = 0.001  # an iterator that takes longer has its items sent before it is asked for more
-DRAW_GROUP_MAX = 32
-SLOW_S, SLOW_FOR = 0.02, 20  # one that has taken longer counts as slow, so many times as long as it took
 BUFFER_PARTS = 8  # a buffer whose size is given is filled again when so small a part of it is free
 TURN_S = 1.0  # how long who closes the pool waits for a thread that draws
 FILL_S = 0.001  # how long items are drawn while results wait to be taken
@@ -80,33 +77,22 @@ class MapRun:
         self._pool = pool
         self._function = function
         self._function_id = function_id
-        self._items = items
+        self._items = Items(items, at_hand=at_hand)
         self._starred = starred
         self._options = options
         self.inbox = MapInbox(on_retired, options.retries)
         self._sizer = Sizer(1 if options.timeout_s is not None else options.chunksize, pool.n_workers)
-        self._group = VECTOR_ITEMS_MAX if at_hand else 1
-        self._group_max = VECTOR_ITEMS_MAX if at_hand else DRAW_GROUP_MAX
         self._held: dict[int, Piece] = {}
         self._held_bytes = 0
         self._next_index = 0
         self._n_drawn = self._n_given = self._n_unsent = 0
         self._n_taken = 0  # pieces
-        self._exhausted = self._closed = self._begun = self._unbounded = False
-        self._at_hand = at_hand
+        self._closed = self._begun = self._unbounded = False
         # Of who draws: the caller, the pump, or the one who closes the pool; who may do so in a signal handler, which
         # comes while its own thread has it.
         self._turn = threading.RLock()
         self._is_filling = self._is_missed = False
-        self._drawing: list[Any] | None = (
-            None  # what is being drawn, so far: it grows while its last item is waited for
-        )
-        self._is_drawing = threading.Lock()  # of who takes from ``_drawing``: the one who draws, or the pump
-        self._n_sent_meanwhile = 0  # of ``_drawing``, by the pump
-        self._draw_began_s = self._waited_s = self._slow_until_s = 0.0
-        self._n_quick = 0  # items that came without a wait
         self._ending: Ending | None = None  # of the thread that draws what is left, where nobody takes results
-        self._input_error: Exception | None = None
         self._is_bound = False  # that thread failed before it had drawn anything: the items may be another thread's
         self._pid = os.getpid()
         if at_hand and options.buffersize is None:
@@ -139,12 +125,12 @@ class MapRun:
         began_s = time.monotonic()
         if not self._wants_more():
             return
-        while not self._exhausted and (n := self._room()) > 0:
-            items = self._draw(n)
+        while not self._items.exhausted and (n := self._room()) > 0:
+            items = self._items.draw(n)
             if items:
                 self._send_next(items)
                 sent = True
-            if sent and (not self._at_hand or time.monotonic() - began_s > FILL_S):  # to draw more may take long
+            if sent and (not self._items.at_hand or time.monotonic() - began_s > FILL_S):  # to draw more may take long
                 self._pool.pump.wake()
                 if arrived and time.monotonic() - began_s > FILL_S:
                     return
@@ -167,7 +153,7 @@ class MapRun:
         """After a turn: the pump, if it came meanwhile, comes again. Where nothing is under way it might not."""
         if self._is_missed:
             self._is_missed = False
-            if not self._exhausted and self._wants_more():
+            if not self._items.exhausted and self._wants_more():
                 self._pool.pump.call_soon(self.inbox.settle)
 
     def _wants_more(self) -> bool:
@@ -192,57 +178,10 @@ class MapRun:
         full = n_given_out >= max(HELD_ITEMS_MAX, 2 * most) or self._held_bytes > HELD_BYTES_MAX
         return 0 if full and not self._unbounded else n
 
-    def _draw(self, n: int) -> list[Any]:
-        """Up to ``n`` items; fewer where they take long to come. Without those that were sent meanwhile."""
-        self._drawing = items = list[Any]()
-        self._draw_began_s = began_s = time.monotonic()
-        try:
-            while len(items) < n:
-                wanted = min(n, len(items) + self._group)
-                items.extend(islice(self._items, wanted - len(items)))
-                if len(items) < wanted:
-                    self._exhausted = True
-                    break
-                if not self._at_hand and time.monotonic() - began_s > DRAW_S:
-                    break
-                self._n_quick += self._group
-                if self._n_quick >= DRAW_GROUP_MAX and (self._at_hand or began_s > self._slow_until_s):
-                    self._group = min(self._group_max, 2 * self._group)
-        except Exception as error:  # raised again when what was drawn before it has been given out
-            self._exhausted = True
-            self._input_error = error
-        except BaseException:  # Ctrl-C
-            self._drawing = None
-            raise
-        if not self._at_hand:
-            self._judge(time.monotonic(), began_s)
-        with self._is_drawing:
-            self._drawing = None
-            n_sent, self._n_sent_meanwhile = self._n_sent_meanwhile, 0
-        return items[n_sent:]
-
-    def _judge(self, now_s: float, began_s: float) -> None:
-        """An iterator that has taken its time is asked for one item; one that took long, for a while one by one."""
-        waited_s = now_s - began_s
-        if waited_s > DRAW_S:
-            self._group = 1
-        if waited_s > SLOW_S and (waited_s >= self._waited_s or now_s > self._slow_until_s):
-            self._n_quick = 0
-            self._waited_s, self._slow_until_s = waited_s, now_s + SLOW_FOR * waited_s
-
     def send_drawn(self) -> None:
         """In the pump's thread: items that were drawn do not wait for the next one, where that takes its time."""
-        drawing = self._drawing
-        if not drawing or self._closed or time.monotonic() - self._draw_began_s < DRAW_S:
-            return
-        if self._is_drawing.acquire(blocking=False):
-            try:
-                if self._drawing is drawing:
-                    items = drawing[self._n_sent_meanwhile :]
-                    self._n_sent_meanwhile += len(items)
-                    self._send_next(items)
-            finally:
-                self._is_drawing.release()
+        if not self._closed:
+            self._items.send_drawn(self._send_next)
 
     def _send_next(self, items: list[Any]) -> None:
         if items:
@@ -252,14 +191,14 @@ class MapRun:
     @property
     def holds_items(self) -> bool:
         """Whether items were drawn, and wait for the next one. A hint, for the pump's thread."""
-        return bool(self._drawing)
+        return self._items.are_held
 
     @property
     def _waits_long(self) -> bool:
         """Whether drawing has lately taken longer than an item does: then results that are there are given out first.
         Otherwise more is drawn first, or the workers might run out of items.
         """
-        return time.monotonic() < self._slow_until_s and self._waited_s > self._sizer.mean_ns / 1e9
+        return self._items.take_longer_than(self._sizer.mean_ns / 1e9)
 
     def _send(self, items: list[Any], index: int) -> None:
         if len(items) == 1:
@@ -315,7 +254,7 @@ class MapRun:
                 else:
                     while outcomes:
                         yield outcomes.pop()  # which keeps nothing that the caller has let go of
-            error, self._input_error = self._input_error, None
+            error = self._items.take_error()
             if error is not None:
                 try:
                     raise error
@@ -363,7 +302,7 @@ class MapRun:
                 piece.decode()
                 return piece
             self._fill()
-            if self.inbox.arrived or (not self._exhausted and self._n_drawn == self._n_given):
+            if self.inbox.arrived or (not self._items.exhausted and self._n_drawn == self._n_given):
                 continue
             if self._n_drawn == self._n_given:
                 return None
@@ -397,7 +336,7 @@ class MapRun:
             self.close()
             return
         self.inbox.discards = True
-        if self._exhausted:
+        if self._items.exhausted:
             self._report()
             self._retire()
             return
@@ -412,7 +351,7 @@ class MapRun:
         try:
             self._send_rest()
         finally:
-            self._is_bound = self._input_error is not None and n_drawn == self._n_drawn
+            self._is_bound = self._items.error is not None and n_drawn == self._n_drawn
             if not self._is_bound:
                 self._report()
                 self._retire()
@@ -431,16 +370,16 @@ class MapRun:
 
     def _draw_bound(self) -> None:
         """What this map's own thread could not begin to draw may belong to the thread that closes the pool."""
-        error, n_drawn = self._input_error, self._n_drawn
-        self._is_bound = self._exhausted = False
-        self._input_error = None
+        items, n_drawn = self._items, self._n_drawn
+        error = items.take_error()
+        self._is_bound = items.exhausted = False
         self._send_rest()
-        if self._input_error is None and n_drawn == self._n_drawn:
-            self._input_error = error  # a generator that has raised says the next time that it is at its end
+        if items.error is None and n_drawn == self._n_drawn:
+            items.error = error  # a generator that has raised says the next time that it is at its end
 
     def _report(self) -> None:
         """Nobody will take the results, and with them the error of the input."""
-        error, self._input_error = self._input_error, None
+        error = self._items.take_error()
         if error is not None and not isinstance(error, CancelledError | CoordinatorClosedError):  # these: by us
             text = "".join(traceback.format_exception(error))
             reason = (
@@ -456,12 +395,11 @@ class MapRun:
         pool, or an item as it is drawn.
         """
         ending = self._ending
-        if cancel or (self._begun and not self._at_hand) or self._is_filling_here():
+        if cancel or (self._begun and not self._items.at_hand) or self._is_filling_here():
             has_turn = self._turn.acquire(timeout=TURN_S)  # or another thread has it, whose next item may never come
             try:
-                if not self._exhausted:
-                    self._exhausted = True
-                    self._input_error = (
+                if not self._items.exhausted:
+                    self._items.end(
                         CancelledError()
                         if cancel
                         else RuntimeError(
@@ -492,18 +430,17 @@ class MapRun:
     def _send_rest(self) -> None:
         """Draw and send until the items are at their end."""
         self._unbounded = True
-        while not self._exhausted:
+        while not self._items.exhausted:
             with self._turn:
                 if self._pool.closed:  # meanwhile, by another thread that did not wait
-                    self._exhausted = True
-                    self._input_error = self._pool.pump.ended_error()
+                    self._items.end(self._pool.pump.ended_error())
                     break
                 self._sort()
                 if self.inbox.discards:
                     self._held.clear()
                     self._held_bytes = 0
                 self._fill()
-            if not self._exhausted:
+            if not self._items.exhausted:
                 self.inbox.wait_beside(1.0)
         self.inbox.tell_taken()
 
@@ -511,9 +448,9 @@ class MapRun:
         """Take no more: what has not started is cancelled, what runs is left to end, and its result is dropped."""
         if self._closed or os.getpid() != self._pid:  # in a fork of the program, the results are its parent's
             return
-        self._closed = self._exhausted = self.inbox.closed = True
+        self._closed = self.inbox.closed = True
+        self._items.let_go()
         self.inbox.refill = None  # which leads back here: without a garbage collection, all would stay
-        self._items = iter(())
         self.inbox.arrived.clear()
         self._held.clear()
         self._leave()
