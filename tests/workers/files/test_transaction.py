@@ -17,6 +17,7 @@ from hypothesis import given, strategies as st
 from tests.workers.files import child_transaction
 from tests.workers.files.child import Child
 from tests.workers.files.child_transaction import NEW, OLD, lay_out, make, transact
+from tests.workers.files.trials import room
 
 from ringpool.errors import (
     CommittedWithErrors,
@@ -256,6 +257,33 @@ def test_a_new_file_has_the_group_that_its_own_directory_gives(base: Path) -> No
         for name in names:
             transaction.write(name, "new")
     assert [os.stat(base / name).st_gid for name in names] == [2345, os.getegid(), 3456]
+
+
+@as_root
+@pytest.mark.parametrize("way_in", ["an ACL", "the rights of all"])
+def test_a_user_who_is_not_in_the_group_that_a_base_hands_on_commits_there(way_in: str) -> None:
+    # user::rwx user:65534:rwx group::rwx mask::rwx other::---, as acl(5) and linux/posix_acl_xattr.h lay it out
+    acl = bytes.fromhex("02000000 01000700ffffffff 02000700feff0000 04000700ffffffff 10000700ffffffff 20000000ffffffff")
+    with room() as directory:
+        directory.chmod(0o755)
+        base = directory / "base"
+        base.mkdir()
+        os.chown(base, -1, 2345)
+        base.chmod(0o2770 if way_in == "an ACL" else 0o2777)
+        if way_in == "an ACL":
+            try:
+                for kind in ("access", "default"):
+                    os.setxattr(base, f"system.posix_acl_{kind}", acl)
+            except OSError:
+                pytest.skip("this file system has no ACLs")
+        os.seteuid(65_534)
+        try:
+            with FileTransaction(base) as transaction:
+                transaction.write("a", "new")
+        finally:
+            os.seteuid(0)
+        assert (base / "a").read_text() == "new"
+        assert os.stat(base / "a").st_gid == (2345 if way_in == "an ACL" else os.getegid())
 
 
 @as_root

@@ -130,11 +130,12 @@ class Commit:
             if replaced is not None and like is not None:
                 take_over(fd, calls.fstat(fd), replaced, like, None)
             else:
-                parent = calls.fstat(parent_fd)
-                if parent.st_mode & stat.S_ISGID:
-                    calls.fchown(fd, -1, parent.st_gid)
-                elif calls.fstat(journal.txn_fd).st_mode & stat.S_ISGID:  # whose group it has
-                    calls.fchown(fd, -1, os.getegid())
+                parent, txn = calls.fstat(parent_fd), calls.fstat(journal.txn_fd)
+                with suppress(PermissionError):  # the kernel would have asked nobody; we are not in that group
+                    if parent.st_mode & stat.S_ISGID:
+                        calls.fchown(fd, -1, parent.st_gid)
+                    elif txn.st_mode & stat.S_ISGID:  # whose group it has
+                        calls.fchown(fd, -1, os.getegid())
                 if not is_right:
                     give_rights(fd, inherited)
             if self.durable:

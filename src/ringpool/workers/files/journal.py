@@ -400,10 +400,12 @@ def _make_txn_directory(root: bytes, *, durable: bool) -> None:
     """Open to whom the root is open for writing, and to nobody else: what is staged may be secret where it goes."""
     txn = txn_directory(root)
     if not calls.access(txn, os.F_OK, effective_ids=True):
+        mode, gid = rights_to_share(root)
+        shared = sum(7 * (bit >> 1) for bit in (stat.S_IWGRP, stat.S_IWOTH) if mode & bit)
         with suppress(FileExistsError):
-            calls.mkdir(txn, 0o700)
-            mode, gid = rights_to_share(root)
-            shared = sum(7 * (bit >> 1) for bit in (stat.S_IWGRP, stat.S_IWOTH) if mode & bit)
+            # Where it has the right group at once it has the right mode, too: chmod(2) by somebody who is not in that
+            # group, but let in by an ACL, takes the bit away by which what is staged has that group.
+            calls.mkdir(txn, 0o700 | (shared if mode & stat.S_ISGID else 0))
             if shared:
                 set_rights(txn, Rights(0o700 | shared | mode & (stat.S_ISVTX | stat.S_ISGID), gid))
     make_directories(txn, durable=durable)
