@@ -155,7 +155,7 @@ def _end_by(number: int) -> None:
     for name, argument in (("_exit", 128 + number), ("raise", number), ("fflush", None)):  # the last is called first
         # Python's own handlers are gone by then. Process 1 of a container the kernel spares: it exits.
         _libc.__cxa_atexit(getattr(_libc, name), ctypes.c_void_p(argument), None)
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(RuntimeError):  # CPython 3.12.0 to 3.12.2 start no thread any more: it takes its time
         _thread.start_new_thread(_insist, (number,))
 
 
