@@ -71,6 +71,11 @@ def fail_on_odd(src: Path) -> int:
     return number
 
 
+def fail_on_odd_name(src: Path) -> None:
+    if src.name.startswith("odd"):
+        raise ValueError("café \x1b[31mred\n" + 5000 * "x")
+
+
 def fail(src: Path) -> None:
     raise LookupError(src.name)
 

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from tests.cli.command import ROOT, Terminal, finish, run, start, wait_until
+from tests.cli.command import ROOT, Terminal, finish, run, run_redirected, start, wait_until
 
 from ringpool.bench import peers, quick
 from ringpool.cli.bench import POOL_CASES
@@ -124,8 +124,38 @@ def test_a_plot_is_an_svg_with_the_functions_name(numbers: Path, here: Path) -> 
 def test_figures_that_cannot_be_kept_are_shown(numbers: Path) -> None:
     done = run("bench", f"{FUNCTIONS}:size", "in", *BRIEF, "--json", "/dev/full")
     assert done.returncode == 1
-    assert "ringpool: --json /dev/full cannot be written: No space left on device; the figures are above" in done.stderr
+    assert "ringpool: --json /dev/full cannot be written: No space left on device; the figures are on" in done.stderr
     assert "size: 20 files, by Coordinator.run_file_tasks" in done.stdout
+
+
+def test_figures_that_cannot_be_shown_are_kept(numbers: Path, here: Path) -> None:
+    done = run_redirected(">/dev/full", "bench", f"{FUNCTIONS}:size", "in", *BRIEF, "--json", "found.json")
+    assert done.returncode == 1
+    assert done.stderr.endswith(
+        "ringpool: standard output: No space left on device; make room, or let it go somewhere else\n"
+    )
+    assert json.loads((here / "found.json").read_text())["n_inputs"] == 20
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
+def test_names_and_errors_of_any_characters_are_shown_and_have_no_power(numbers: Path, encoding: str) -> None:
+    (numbers / os.fsdecode(b"odd\xe9.txt")).touch()
+    command = start("bench", f"{FUNCTIONS}:fail_on_odd_name", "in", *BRIEF, PYTHONIOENCODING=encoding)
+    done = finish(command)
+    assert done.returncode == 1
+    [note] = re.findall("first in/odd.*", done.stdout)
+    assert note.startswith("first in/odd\\udce9.txt: ValueError: caf")
+    assert "\\x1b[31m" in note
+    assert len(note) < 700
+
+
+def test_what_is_left_of_a_benchmark_is_told_by_its_turns(numbers: Path) -> None:
+    words = ("--rounds", "1", "--turn", "1", "--workers", "1")
+    with Terminal("bench", f"{FUNCTIONS}:size", "in", *words) as terminal:
+        terminal.wait_for(r"round 1 of 1: 1 worker")
+        assert terminal.finish() == 0
+        left_s = [int(found) for frame in terminal.screen.frames for found in re.findall(r"about (\d+) s left", frame)]
+    assert left_s[-1] < left_s[0]
 
 
 def test_a_narrow_terminal_cuts_no_figure(numbers: Path) -> None:

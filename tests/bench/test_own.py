@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.bench import functions
+from tests.cli.command import WATCHDOG_S, environment, wait_until
 
 import ringpool
 from ringpool.bench import measure, tables
@@ -155,6 +158,11 @@ def test_a_sample_is_the_same_each_time(numbers: Path) -> None:
         ({"workers": [1, 1]}, ValueError, "names a number twice"),
         ({"rounds": 0}, ValueError, "rounds must be 1 or more"),
         ({"turn_s": 0}, ValueError, "turn_s must be more than 0"),
+        ({"turn_s": float("inf")}, ValueError, "turn_s must be more than 0 seconds, and have an end, not inf"),
+        ({"turn_s": float("nan")}, ValueError, "and have an end, not nan"),
+        ({"turn_s": "1"}, TypeError, "turn_s must be a number of seconds, not '1'"),
+        ({"rounds": 1.5}, TypeError, "rounds must be a whole number, not 1.5"),
+        ({"sample": 2.5}, TypeError, "sample must be a whole number, not 2.5"),
         ({"sample": 0}, ValueError, "sample must be 1 or more"),
         ({"mp_context": "thread"}, ValueError, "mp_context must be one of"),
         ({"files": False, "output": "o/{name}"}, ValueError, "output is for files"),
@@ -180,7 +188,10 @@ def test_what_is_wrong_is_named_before_anything_is_measured(
         (tables.duration(0.0045), "4.5 ms"),
         (tables.duration(0.99999), "1 s"),
         (tables.duration(1234.5), "1,234 s"),
+        (tables.duration(999.7), "1,000 s"),
         (tables.rate(12345.6), "12,346"),
+        (tables.rate(999.7), "1,000"),
+        (tables.mib(999.7 * (1 << 20)), "1,000 MiB"),
         (tables.rate(0.123), "0.123"),
         (tables.factor(1.944), "1.94x"),
         (tables.factor(0.0342), "0.034x"),
@@ -193,6 +204,35 @@ def test_what_is_wrong_is_named_before_anything_is_measured(
 )
 def test_figures_are_written_as_one_reads_them(written: str, expected: str) -> None:
     assert written == expected
+
+
+def test_deaths_and_cpu_are_those_of_the_passes_that_count(numbers: Path) -> None:
+    report = ringpool.benchmark(functions.end_process_on_7, [f"in/{n}.txt" for n in (7, 8)], [1], **BRIEF)
+    [turn] = report.turns[1]
+    assert turn.deaths == 3 * turn.n_failed, "three attempts each"
+    copied = ringpool.benchmark(functions.copy, "in", [1], output="out/{name}", rounds=1, turn_s=0.3)
+    [alone] = copied.turns[0]
+    assert alone.spent.worker_cpu_s <= 1.05 * alone.seconds, "without what was done between passes; it has one thread"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_in_the_plain_loop_leaves_no_output(numbers: Path, here: Path, number: signal.Signals) -> None:
+    (here / "program.py").write_text(
+        "import ringpool\n"
+        "from tests.bench.functions import begin_and_wait\n"
+        "if __name__ == '__main__':\n"
+        "    ringpool.benchmark(begin_and_wait, 'in', [1], output='out/{name}', params={'begun': 'begun'}, rounds=1)\n"
+    )
+    program = subprocess.Popen([sys.executable, "program.py"], env=environment())
+    try:
+        wait_until((here / "begun").exists, "the first call")
+        program.send_signal(number)
+        assert program.wait(WATCHDOG_S) == 128 + number
+    finally:
+        program.kill()
+        program.wait()
+    assert sorted(path.name for path in here.iterdir()) == ["begun", "in", "program.py"]
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 class SendsSignalAtItsEnd:

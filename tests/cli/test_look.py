@@ -27,6 +27,8 @@ from tests.cli.command import (
     wait_until,
 )
 
+from ringpool.cli import look
+from ringpool.coordinator.joblock import JobLock
 from ringpool.coordinator.ledger import Ledger
 from ringpool.shm import segment
 
@@ -121,6 +123,33 @@ def test_status_has_every_job_of_the_directory_the_last_one_first() -> None:
     assert run("status", "out").stdout.splitlines()[0] == f"job        {TASKS}:copy -> out/{{relpath}}"
 
 
+@pytest.mark.parametrize("meanwhile", ["it ends", "another begins", "nothing"])
+def test_a_run_that_ends_while_one_looks_was_not_killed(here: Path, meanwhile: str) -> None:
+    """Who runs a job and what the ledger says of it are two questions."""
+    with Ledger.open(here) as ledger:
+        job = ledger.job("a job")
+        run_id = ledger.begin_run(job, "a segment", 1)
+
+        class Lock(JobLock):
+            """One whose holder goes just after one has looked at the ledger."""
+
+            def holder(self) -> int | None:
+                if meanwhile == "it ends" and not ended:
+                    ended.append(run_id)
+                    ledger.end_run(run_id, "ended", b"{}")
+                elif meanwhile == "another begins" and not ended:
+                    ended.append(run_id)
+                    ledger.end_run(run_id, "ended", b"{}")
+                    ledger.begin_run(job, "another", 2)
+                return 2 if meanwhile == "another begins" else None
+
+        ended: list[int] = []
+        found = look._last_run(ledger, ledger.jobs()[0], Lock(here))
+        assert found is not None
+        expected = {"it ends": ("ended", 1), "another begins": ("running", 2), "nothing": ("killed", 1)}
+        assert (found["outcome"], found["pid"]) == expected[meanwhile]
+
+
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
@@ -149,6 +178,27 @@ def test_results_have_outputs_sizes_and_digests_in_both_forms(here: Path) -> Non
     assert (rows[2]["output_1"], rows[2]["output_2"]) == (f"{here}/t/2.txt", f"{here}/m/2.json")
     assert rows[0]["digest_1"] == first["outputs"][0]["digest"]
     assert (rows[2]["input_bytes"], rows[2]["attempts"]) == ("3", "1")
+
+
+@pytest.mark.usefixtures("mixed")
+def test_csv_has_its_header_where_no_file_is_done() -> None:
+    assert run("run", f"{TASKS}:fail_unless", "in/bad1.txt", "--param", "healed=x", "--attempts", "1").returncode == 1
+    header = "path,value,input_bytes,attempts,deaths,duration_s,started_s,peak_rss_bytes"
+    assert run("results", "--format", "csv").stdout.splitlines() == [header]
+    run(
+        "run",
+        "--exec",
+        "false {dst.one} {dst.two}",
+        "in/bad1.txt",
+        "--out",
+        "one=a/{name}",
+        "--out",
+        "two=b/{name}",
+        "--job",
+        "j",
+    )
+    outputs = "output_1,output_bytes_1,digest_1,output_2,output_bytes_2,digest_2"
+    assert run("results", "j", "--format", "csv").stdout.splitlines() == [f"{header},{outputs}"]
 
 
 @pytest.mark.parametrize("odd", ["a\nb", "a\rb", "a\r\nb", 'a"b', "a,b"])
@@ -297,6 +347,11 @@ def test_clean_forgets_the_ledger_where_that_is_said_and_confirmed() -> None:
     assert run("clean", "out").returncode == 1
     assert run("clean", "out", "--ledger", "--yes").returncode == 0
     assert run("status", "out").returncode == 1
+    Path("out/.ringpool/ledger.db").write_bytes(b"")
+    assert "its ledger was never finished" in run("clean", "out").stderr
+    assert run("clean", "out", "--ledger", "--yes").returncode == 0
+    assert not Path("out/.ringpool/ledger.db").exists()
+    assert run("clean", "out", "--ledger", "--yes").returncode == 1, "there is nothing to forget"
 
 
 def test_help_of_every_command_is_no_error() -> None:
@@ -321,6 +376,15 @@ def test_a_directory_without_a_name_is_not_the_current_one(verb: str) -> None:
     done = run(verb, "")
     assert (done.returncode, done.stdout) == (2, "")
     assert "it is empty; write . for the current directory" in done.stderr
+
+
+@pytest.mark.usefixtures("mixed")
+def test_a_command_to_go_on_with_names_any_directory(here: Path) -> None:
+    odd = "new\nline 'and\x9b more"
+    assert run("run", f"{TASKS}:size", "in", "--job", odd).returncode == 0
+    line = next(line for line in run("status", odd).stdout.splitlines() if line.startswith("go on"))
+    bash = ["bash", "-c", f"ringpool() {{ printf '%s' \"$2\"; }}; {line.removeprefix('go on')}"]
+    assert os.fsdecode(subprocess.run(bash, capture_output=True, check=True).stdout) == odd
 
 
 @pytest.mark.usefixtures("mixed")

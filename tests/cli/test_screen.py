@@ -19,7 +19,7 @@ def drawn(progress: Progress, width: int = 100) -> list[str]:
     screen = Screen(progress)
     console = Console(width=width, force_terminal=True, color_system=None, legacy_windows=False)
     with console.capture() as capture:
-        console.print(screen.draw())
+        console.print(screen.draw(width))
     return [re.sub(r"\x1b\[[\d;]*m", "", line).rstrip() for line in capture.get().splitlines()]
 
 
@@ -42,11 +42,11 @@ def test_until_the_number_of_inputs_is_known_no_share_is_shown() -> None:
 
 def test_a_run_that_stops_says_what_it_waits_for() -> None:
     progress = Progress(total=9, workers=2, under_way=3, stopping="Ctrl-C")
-    assert drawn(progress)[1] == "stopping: 3 files still run, Ctrl-C again to stop at once"
+    assert drawn(progress)[1] == "stopping: 2 files still run, Ctrl-C again to stop at once", "one has not begun"
     progress = Progress(total=9, workers=2, under_way=1, stopping="more than 2 failures")
     assert drawn(progress)[1] == "stopping (more than 2 failures): 1 file still runs, Ctrl-C to stop at once"
     progress = Progress(total=9, workers=2, under_way=1000, stopping="Ctrl-C")
-    assert drawn(progress)[1] == "stopping: some files still run, Ctrl-C again to stop at once"
+    assert drawn(progress)[1] == "stopping: 2 files still run, Ctrl-C again to stop at once"
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
@@ -55,6 +55,18 @@ def test_a_frame_has_two_lines_at_any_width(width: int) -> None:
     lines = drawn(progress, width)
     assert len(lines) == 2
     assert all(len(line) <= width for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("width", "line"),
+    [
+        (20, "60 %"),
+        (41, "60 %   1,200 of 2,000 files   0 files/s"),
+        (59, "60 %   1,200 of 2,000 files   0 files/s   -:--:-- left"),
+    ],
+)
+def test_a_narrow_terminal_has_fewer_facts_and_each_of_them_whole(width: int, line: str) -> None:
+    assert drawn(Progress(total=2000, done=1200, workers=2), width)[0] == line
 
 
 def test_more_files_than_were_counted_are_no_more_than_all() -> None:

@@ -258,7 +258,7 @@ def _sentence(case: Case, outcome: Outcome) -> str:
 
 
 def _digits(figure: float) -> str:
-    return f"{figure:,.0f}" if figure >= 1000 else f"{figure:.3g}"
+    return f"{figure:,.0f}" if figure >= 999.5 else f"{figure:.3g}"
 
 
 def summarise(cases: Sequence[Case]) -> None:

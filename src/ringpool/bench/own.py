@@ -8,6 +8,7 @@ their own on the file system of the real ones, and removed after each pass.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import random
@@ -19,6 +20,7 @@ from typing import Any, cast
 from ringpool.bench import measure, ways
 from ringpool.bench.scaling import BenchmarkReport
 from ringpool.bench.ways import Load, Turn
+from ringpool.coordinator import signals
 from ringpool.coordinator.coordinator import Coordinator
 from ringpool.coordinator.inputs import InputFile, list_inputs
 from ringpool.coordinator.job import Inputs, Job
@@ -85,7 +87,8 @@ def benchmark(
     contestants = {NO_POOL: partial(_checked_turn, name, partial(ways.alone, load))}
     contestants |= {_label(n): partial(_checked_turn, name, partial(way, load, n)) for n in workers}
     machine = measure.describe_machine("ringpool")
-    series, others = measure.take_turns(contestants, rounds, on_turn)
+    with signals.handled():  # in the turn of the plain loop, and between turns, there is no pool
+        series, others = measure.take_turns(contestants, rounds, on_turn)
     turns = {0: series[NO_POOL]} | {n: series[_label(n)] for n in workers}
     noun = "file" if files else "item"
     return BenchmarkReport(name, how, noun, len(items), n_listed, rounds, turn_s, turns, others, machine)
@@ -108,7 +111,7 @@ def _checked_turn(name: str, run: Callable[[], Turn]) -> Turn:
     """A turn. Raises ``BenchmarkError`` where all of its calls failed."""
     turn = run()
     if turn.n and turn.n_failed == turn.n:
-        kinds = "; ".join(f"{failure.n:,} times, first {failure.first}" for failure in turn.failures.values())
+        kinds = "; ".join(failure.in_words() for failure in turn.failures.values())
         raise BenchmarkError(name, f"all {turn.n:,} calls failed: {kinds}")
     return turn
 
@@ -125,12 +128,15 @@ def _check_numbers(workers: Sequence[int], rounds: int, turn_s: float, sample: i
         layout.check_number("workers", n, layout.WORKERS_MAX)
     if len({*workers}) < len(workers):
         raise ValueError(f"workers names a number twice: {', '.join(map(str, workers))}; leave one of them away")
-    if rounds < 1:
-        raise ValueError(f"rounds must be 1 or more, not {rounds!r}")
-    if not turn_s > 0:
-        raise ValueError(f"turn_s must be more than 0 seconds, not {turn_s!r}")
-    if sample is not None and sample < 1:
-        raise ValueError(f"sample must be 1 or more, not {sample!r}")
+    for what, number in (("rounds", rounds), ("sample", 1 if sample is None else sample)):
+        if not isinstance(number, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"{what} must be a whole number, not {number!r}")
+        if number < 1:
+            raise ValueError(f"{what} must be 1 or more, not {number!r}")
+    if not isinstance(turn_s, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"turn_s must be a number of seconds, not {turn_s!r}")
+    if not 0 < turn_s < math.inf:
+        raise ValueError(f"turn_s must be more than 0 seconds, and have an end, not {turn_s!r}")
     methods = multiprocessing.get_all_start_methods()
     if method not in methods:
         raise ValueError(f"mp_context must be one of {', '.join(methods)}, not {method!r}")

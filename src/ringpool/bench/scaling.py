@@ -174,7 +174,7 @@ class BenchmarkReport(msgspec.Struct, frozen=True):
             notes.append(
                 f"FAILED: {sum(failure.n for failure in self.failures.values()):,} of {n:,} calls in all turns"
             )
-            notes.extend(f"  {failure.n:,} times, first {failure.first}" for failure in self.failures.values())
+            notes.extend(f"  {failure.in_words()}" for failure in self.failures.values())
         return notes
 
     # ---- kept

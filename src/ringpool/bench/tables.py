@@ -64,7 +64,7 @@ def _drawn(table: Table) -> RichTable:
 
 def rate(figure: float) -> str:
     """Such as 12,345, 87.3, 0.25."""
-    return f"{figure:,.0f}" if figure >= 1000 else f"{figure:.3g}"
+    return f"{figure:,.0f}" if figure >= 999.5 else f"{figure:.3g}"  # which :.3g writes as 1e+03
 
 
 def duration(seconds: float) -> str:
@@ -72,14 +72,14 @@ def duration(seconds: float) -> str:
     for unit, factor in (("us", 1e6), ("ms", 1e3)):
         if seconds < 1000 / factor * 0.9995:
             return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:,.0f} s"
+    return f"{rate(seconds)} s"
 
 
 def mib(n_bytes: float) -> str:
     """Such as 32.5 MiB; a dash where it is not known."""
     if not n_bytes:
         return "-"
-    return f"{n_bytes / (1 << 20):,.3g} MiB" if n_bytes < 1000 << 20 else f"{n_bytes / (1 << 20):,.0f} MiB"
+    return f"{rate(n_bytes / (1 << 20))} MiB"
 
 
 def percent(share: float) -> str:

@@ -46,6 +46,7 @@ from ringpool.coordinator.jobwork import Work
 from ringpool.coordinator.ledger import Row, State
 from ringpool.coordinator.outputs import NamedOutputs, OutputPattern
 from ringpool.errors import BenchmarkError, RemoteError, words_of
+from ringpool.errors.words import one_line, printable
 from ringpool.workers import tasks
 
 WAKE_S_MAX = 10.0  # for all workers to have had an input
@@ -69,6 +70,11 @@ class Failure(NamedTuple):
 
     n: int
     first: str
+
+    def in_words(self) -> str:
+        """In one line, for a screen: what cannot be written there is escaped."""
+        first = printable(one_line(self.first)).encode("utf-8", "backslashreplace").decode()
+        return f"{self.n:,} times, first {first}"
 
 
 class Spent(NamedTuple):
@@ -222,12 +228,12 @@ def _loop(sender: Any, packed: bytes, directory: str) -> None:
     calls, places = _calls(load, directory)
     tally, clock = Tally(), time.perf_counter
     inodes = _inodes(load.items) if directory else []
-    seconds, began_cpu_s = 0.0, _cpu_s()
+    seconds = cpu_s = 0.0
     while seconds < load.turn_s:
         if directory and _gone(load.items, inodes) is not None:
             break  # or what it has moved to its outputs would be removed with them: the parent says so
         _empty(directory, places)
-        began_s = clock()
+        began_s, began_cpu_s = clock(), _cpu_s()
         for call, item in zip(calls, load.items, strict=True):
             before_s = clock()
             try:
@@ -238,7 +244,8 @@ def _loop(sender: Any, packed: bytes, directory: str) -> None:
             else:
                 tally.add(clock() - before_s)
         seconds += clock() - began_s
-    sender.send(tally.turn(seconds, Spent(_cpu_s() - began_cpu_s, 0.0, _peak_rss_bytes("self"), 0)))
+        cpu_s += _cpu_s() - began_cpu_s
+    sender.send(tally.turn(seconds, Spent(cpu_s, 0.0, _peak_rss_bytes("self"), 0)))
 
 
 def _end_with_parent() -> None:
@@ -295,7 +302,7 @@ def filerun(load: Load, workers: int) -> Turn:
             return pool.run_file_tasks(load.function, some, params=load.params)
 
         start_s = _wake(lambda: (result.worker for result in run(paths[:workers])), workers, began_s)
-        meter = Meter()
+        meter, n_died = Meter(), pool.stats().worker_deaths
         while seconds < load.turn_s:
             began_s = time.perf_counter()
             for result in run(paths):
@@ -303,7 +310,7 @@ def filerun(load: Load, workers: int) -> Turn:
                 if result.error is not None:
                     tally.fail(_kind_of(result.error), words_of(result.error), result.path)
             seconds += time.perf_counter() - began_s
-        spent, deaths = meter.read(_peak_of(pool.worker_pids)), pool.stats().worker_deaths
+        spent, deaths = meter.read(_peak_of(pool.worker_pids)), pool.stats().worker_deaths - n_died
     return tally.turn(seconds, spent, start_s=start_s, deaths=deaths)
 
 
@@ -316,7 +323,7 @@ def mapped(load: Load, workers: int) -> Turn:
         few = load.items[:workers]
         pid_of = partial(_pid_after, call)
         start_s = _wake(lambda: pool.map(pid_of, few, return_exceptions=True), workers, began_s)
-        meter, timed = Meter(), partial(_timed, call)
+        meter, n_died, timed = Meter(), pool.stats().worker_deaths, partial(_timed, call)
         while seconds < load.turn_s:
             began_s = time.perf_counter()
             for item, found in zip(load.items, pool.map(timed, load.items, return_exceptions=True), strict=True):
@@ -329,7 +336,7 @@ def mapped(load: Load, workers: int) -> Turn:
                     if error is not None:
                         tally.fail(error[0], error[1], name_of(item))
             seconds += time.perf_counter() - began_s
-        spent, deaths = meter.read(_peak_of(pool.worker_pids)), pool.stats().worker_deaths
+        spent, deaths = meter.read(_peak_of(pool.worker_pids)), pool.stats().worker_deaths - n_died
     return tally.turn(seconds, spent, start_s=start_s, deaths=deaths)
 
 

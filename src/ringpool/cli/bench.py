@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ringpool.cli import EXIT_FAILED
-from ringpool.cli.lines import say
+from ringpool.cli.lines import may_redraw, say, written
 from ringpool.cli.options import Call, Number, pairs_of
 from ringpool.cli.stopping import stopper
 from ringpool.coordinator import signals
@@ -72,6 +72,9 @@ def bench(context: click.Context, words: tuple[str, ...], **options: Any) -> int
     Without a function: what a task costs in ringpool and in the pools that are installed beside it. Cases: no-ops, one
     by one and mapped, a round trip, the start of a pool, 1 KiB files, a lock for each output.
     """
+    reconfigure: Callable[..., object] | None = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")  # names, and what errors say, are of any characters
     for option in ("json_file", "plot"):
         _require_directory(options[option])
     if options["plot"] and not options["plot"].endswith(".svg"):
@@ -82,28 +85,13 @@ def bench(context: click.Context, words: tuple[str, ...], **options: Any) -> int
                 raise click.UsageError(
                     f"{_option(context, name)} is for a benchmark without a function: leave one of both away"
                 )
-        with _ended_by_hangup():
-            return _bench_own(words, options)
+        return _bench_own(words, options)
     given = [name for name in _ONLY_FOR_FUNCTIONS if options[name] not in (None, ())]
     if given:
         option = _option(context, given[0])
         raise click.UsageError(f"{option} needs a function to measure: give MODULE:FUNCTION and INPUTS")
-    with _ended_by_hangup():
+    with signals.handled():  # a closed terminal leaves no scratch directory, in the turns of others either
         return _bench_pools(options)
-
-
-@contextlib.contextmanager
-def _ended_by_hangup() -> Generator[None]:
-    """Meanwhile a closed terminal ends the command as it does while a pool lives: nothing stays in a scratch directory.
-
-    In the turn of the plain loop, and between turns, there is no pool.
-    """
-    turns = object()
-    signals.install(turns)
-    try:
-        yield
-    finally:
-        signals.uninstall(turns)
 
 
 def _option(context: click.Context, name: str) -> str:
@@ -173,11 +161,12 @@ def _bench_own(words: tuple[str, ...], options: dict[str, Any]) -> int:
         return EXIT_FAILED
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    print(_machine_of(report), end="\n\n")
-    for table in report.as_tables():
-        show(table)
-    are_kept = _keep("--json", options["json_file"], report.write_json)
+    are_kept = _keep("--json", options["json_file"], report.write_json)  # first: printing may fail
     are_kept &= _keep("--plot", options["plot"], report.plot)
+    with written():
+        print(_machine_of(report), end="\n\n")
+        for table in report.as_tables():
+            show(table)
     return 0 if report.ok and are_kept else EXIT_FAILED
 
 
@@ -208,7 +197,7 @@ def _keep(option: str, file: str | None, write: Callable[[str], object]) -> bool
         if file is not None:
             write(file)
     except OSError as error:
-        say(f"{option} {file} cannot be written: {error.strerror or error}; the figures are above")
+        say(f"{option} {file} cannot be written: {error.strerror or error}; the figures are on standard output")
         return False
     return True
 
@@ -227,16 +216,18 @@ def _bench_pools(options: dict[str, Any]) -> int:
     rounds = options["rounds"] or scale.rounds
     scale = scale._replace(rounds=rounds)
     machine = quick.describe()
-    measure.print_machine(machine, rounds)
-    print(quick.peers_in_words(machine), end="\n\n", flush=True)
+    with written():
+        measure.print_machine(machine, rounds)
+        print(quick.peers_in_words(machine), end="\n\n", flush=True)
     start_server({signal.SIGINT})  # pools of others end their workers by SIGTERM
     cases: list[measure.Case] = []
     for name in options["cases"] or POOL_CASES:
         with _shown(rounds) as on_turn:
             found = quick.CASES[name](scale, on_turn)
-        for case in found:
-            show(quick.as_table(case))
-            cases.append(case)
+        cases += found
+        with written():
+            for case in found:
+                show(quick.as_table(case))
     is_kept = _keep("--json", options["json_file"], lambda file: measure.write_json(Path(file), machine, cases))
     return 0 if is_kept else EXIT_FAILED
 
@@ -248,14 +239,19 @@ def _bench_pools(options: dict[str, Any]) -> int:
 def _shown(rounds: int) -> Generator[OnTurn]:
     """Say whose turn it is meanwhile: in one line that changes, or where that cannot be, now and then."""
     began_s = time.monotonic()
+    names: set[str] = set()
+    n_ended = -1
 
     def sentence(number: int, name: str) -> str:
+        nonlocal n_ended
+        names.add(name)
+        n_ended += 1
         if not number:
             return f"warming up: {name}"
-        left_s = (time.monotonic() - began_s) / number * (rounds + 1 - number)
+        left_s = (time.monotonic() - began_s) / n_ended * max(0, len(names) * (rounds + 1) - n_ended)
         return f"round {number} of {rounds}: {name}; about {left_s:.0f} s left"
 
-    if sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+    if may_redraw():
         from rich.console import Console
 
         with Console(stderr=True, emoji=False).status("warming up") as status:
@@ -272,9 +268,10 @@ def _shown(rounds: int) -> Generator[OnTurn]:
     def on_turn(number: int, name: str) -> None:
         nonlocal said_s
         stopper.heed()
+        words = sentence(number, name)
         if time.monotonic() - said_s >= SAY_EVERY_S:
             said_s = time.monotonic()
-            say(sentence(number, name))
+            say(words)
 
     yield on_turn
     stopper.heed()

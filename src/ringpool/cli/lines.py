@@ -23,17 +23,14 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import PurePath
 from typing import Any
 
 import msgspec
 
 from ringpool.cli.stopping import Stopped, stopper
-
-MESSAGE_LENGTH_MAX, MESSAGE_BEGIN_LENGTH = 600, 240
-_CONTROLS = {code: ascii(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0))}
-
+from ringpool.errors.words import one_line as one_line, printable as printable
 
 # ---- lines -----------------------------------------------------------------------------------------------------------
 
@@ -45,19 +42,26 @@ def say(sentence: str) -> None:
         os.write(2, _as_bytes(f"ringpool: {printable(sentence)}\n"))
 
 
-def printable(text: str) -> str:
-    """``text`` without the power to do anything to a terminal: control characters, new lines too, are escaped."""
-    return text.translate(_CONTROLS)
+def may_redraw() -> bool:
+    """Whether standard error is a terminal on which lines can change."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
 
 
 def print_line(line: str) -> None:
-    """``line`` on standard output, at once. Raises ``Stopped`` where nobody reads it any more, ``JobError`` where it
+    """``line`` on standard output, at once. Raises as ``written`` does."""
+    with written():
+        sys.stdout.buffer.write(_as_bytes(line) + b"\n")
+        sys.stdout.buffer.flush()
+
+
+@contextlib.contextmanager
+def written() -> Generator[None]:
+    """Standard output is written meanwhile. Raises ``Stopped`` where nobody reads it any more, ``JobError`` where it
     cannot be written.
     """
     stopper.is_writing = True
     try:
-        sys.stdout.buffer.write(_as_bytes(line) + b"\n")
-        sys.stdout.buffer.flush()
+        yield
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
         if isinstance(error, BrokenPipeError):
@@ -76,16 +80,6 @@ def _as_bytes(text: str) -> bytes:
         return text.encode("utf-8", "backslashreplace")
 
 
-def one_line(error: BaseException | str) -> str:
-    """What an error says, in one line that is not too long. What is cut is its middle: where it begins it says what is
-    wrong, and where it ends, why, and what to do.
-    """
-    text = " ".join(str(error).split()) or type(error).__name__
-    if len(text) <= MESSAGE_LENGTH_MAX:
-        return text
-    return f"{text[:MESSAGE_BEGIN_LENGTH]} ... {text[MESSAGE_BEGIN_LENGTH + 5 - MESSAGE_LENGTH_MAX :]}"
-
-
 def counted(n: int, noun: str, nouns: str = "") -> str:
     """``n`` of something, such as ``1 file``, ``2 files``."""
     return f"{n} {noun if n == 1 else nouns or noun + 's'}"
@@ -94,16 +88,24 @@ def counted(n: int, noun: str, nouns: str = "") -> str:
 def size_in_words(n_bytes: float) -> str:
     """Such as ``36 B``, ``1.5 kB``, ``2.13 GB``."""
     for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 1000:
+        if n_bytes < 999.5:  # which is written as 1e+03
             return f"{n_bytes:.3g} {unit}"
         n_bytes /= 1000
     return f"{n_bytes:.4g} TB"
 
 
 def command(verb: str, directory: str, *words: str) -> str:
-    """A command line that a shell takes as it stands."""
+    """A command line that a shell takes as it stands: bash, ksh or zsh, where there are control characters in it."""
     where = f"./{directory}" if directory.startswith("-") else directory
-    return shlex.join(["ringpool", verb, where, *words])
+    return " ".join(map(_quoted, ["ringpool", verb, where, *words]))
+
+
+def _quoted(word: str) -> str:
+    if printable(word) == word:
+        return shlex.quote(word)
+    from ringpool.workers.commands import ansi_quoted
+
+    return ansi_quoted(os.fsencode(word))
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------

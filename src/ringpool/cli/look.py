@@ -24,6 +24,7 @@ from ringpool.cli.lines import command, counted, one_line, print_line, printable
 from ringpool.cli.options import DIRECTORY
 
 if TYPE_CHECKING:
+    from ringpool.coordinator.joblock import JobLock
     from ringpool.coordinator.ledger import Cause, JobInfo, Ledger, RunInfo
 
 RUNNING, KILLED = "running", "killed"
@@ -43,9 +44,10 @@ def status(directory: str, as_object: bool) -> int:
     from ringpool.coordinator.ledger import Ledger
     from ringpool.errors import JobMissingError
 
+    lock = JobLock(Path(directory))
     with Ledger.open(Path(directory), create=False, read_only=True) as ledger:
-        running = JobLock(Path(directory)).holder()
-        jobs = [_facts(ledger, job, running if number == 0 else None) for number, job in enumerate(ledger.jobs())]
+        jobs = [_facts(ledger, job, lock if number == 0 else None) for number, job in enumerate(ledger.jobs())]
+        running = lock.holder()
     if not jobs:
         raise JobMissingError(directory, "none was begun; `ringpool run` begins one")
     if as_object:
@@ -65,8 +67,10 @@ def _dumps(value: dict[str, Any]) -> str:
     return json.dumps(value)
 
 
-def _facts(ledger: Ledger, job: JobInfo, running: int | None) -> dict[str, Any]:
-    """What there is to say of a job, as JSON has it."""
+def _facts(ledger: Ledger, job: JobInfo, lock: JobLock | None) -> dict[str, Any]:
+    """What there is to say of a job, as JSON has it. ``lock``: that of its directory, where it is the last one there,
+    and may be under way.
+    """
     counts = ledger.counts(job.id)
     return {
         "identity": job.identity,
@@ -76,7 +80,7 @@ def _facts(ledger: Ledger, job: JobInfo, running: int | None) -> dict[str, Any]:
         "input_bytes": counts.input_bytes,
         "output_bytes": counts.output_bytes,
         "duration_s": counts.duration_s,
-        "last_run": _run_facts(ledger.last_run(job.id), running),
+        "last_run": _last_run(ledger, job, lock),
         "causes": [_cause_facts(cause) for cause in ledger.failures_by_cause(job.id)],
     }
 
@@ -99,12 +103,16 @@ def _call(job: JobInfo) -> dict[str, Any] | None:
     return call
 
 
-def _run_facts(run: RunInfo | None, running: int | None) -> dict[str, Any] | None:
-    if run is None:
-        return None
-    outcome = run.outcome
-    if run.ended_s is None:
-        outcome = RUNNING if running in (run.pid, 0) else KILLED  # 0: a process that cannot be told
+def _last_run(ledger: Ledger, job: JobInfo, lock: JobLock | None) -> dict[str, Any] | None:
+    run, seen = ledger.last_run(job.id), None
+    while run is not None and run.ended_s is None and run != seen:
+        if lock is not None and lock.holder() in (run.pid, 0):  # 0: a process that cannot be told
+            return _run_facts(run, RUNNING)
+        run, seen = ledger.last_run(job.id), run  # it may have ended between the two questions
+    return None if run is None else _run_facts(run, KILLED if run.ended_s is None else run.outcome)
+
+
+def _run_facts(run: RunInfo, outcome: str) -> dict[str, Any]:
     counts = msgspec.json.decode(run.counts) if run.counts else None
     facts = {"outcome": outcome, "pid": run.pid, "started_s": run.started_s, "ended_s": run.ended_s, "counts": counts}
     return {**facts, "is_drained": bool(run.is_drained)}
@@ -219,16 +227,24 @@ def results(directory: str, form: str) -> int:
             raise JobMissingError(directory, "none was begun; `ringpool run` begins one")
         _find_modules_of(job)
         files = filelines.Files()
-        is_first = True
+        has_header = form != "csv"
         for row in ledger.rows(job.id):
             if row.state != State.DONE:
                 continue
-            if form == "csv" and is_first:
+            if not has_header:
                 print_line(filelines.csv_header(len(filelines.made_of(row))))
-            is_first = False
+                has_header = True
             line = files.as_object(row, os.fsdecode(row.input)) if form == "jsonl" else filelines.csv_row(row)
             print_line(line)
+        if not has_header:  # most readers take a file without one for a mistake
+            print_line(filelines.csv_header(_n_outputs_of(job)))
     return 0
+
+
+def _n_outputs_of(job: JobInfo) -> int:
+    """How many outputs each file of a job has; 0 of a program's job, where nothing tells."""
+    call = _call(job)
+    return 0 if call is None else len(call["call"].get("out", ()))
 
 
 def _find_modules_of(job: JobInfo) -> None:
@@ -252,14 +268,15 @@ def clean(directory: str, forgets: bool, yes: bool) -> int:
     a run of another version of ringpool has left in /dev/shm, which else only that version can collect.
     """
     from ringpool.coordinator.joblock import JobLock
-    from ringpool.coordinator.ledger import Ledger
-    from ringpool.errors import LedgerError
+    from ringpool.coordinator.ledger import LEDGER_NAME, OWN_DIRECTORY, Ledger
+    from ringpool.errors import JobMissingError, LedgerError
 
     place = Path(directory)
     try:
         Ledger.open(place, create=False, read_only=True).close()
-    except LedgerError:
-        if not forgets:
+    except (JobMissingError, LedgerError):
+        found = place / OWN_DIRECTORY / LEDGER_NAME
+        if not forgets or not os.path.lexists(found) or found.is_dir():
             raise
     if forgets and not yes:
         _confirm(directory)
@@ -290,7 +307,7 @@ def _collect(place: Path, *, forgets: bool) -> int:
     from ringpool.coordinator.ledger import Ledger
     from ringpool.coordinator.leftovers import reclaim_dead
     from ringpool.coordinator.takeover import take_over_dead_runs
-    from ringpool.errors import LedgerError
+    from ringpool.errors import JobMissingError, LedgerError
 
     reclaim_dead()
     try:
@@ -299,7 +316,7 @@ def _collect(place: Path, *, forgets: bool) -> int:
             for name in ledger.open_segments():
                 ledger.forget_segment(name)
             return n_files
-    except LedgerError:
+    except (JobMissingError, LedgerError):
         if not forgets:
             raise
     return 0

@@ -14,7 +14,6 @@ time, in a thread. Where Ctrl-C has come, the second line says what is waited fo
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import threading
 import time
@@ -22,9 +21,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING
 
-from ringpool.cli.lines import command, counted, one_line, say, size_in_words
+from ringpool.cli.lines import command, counted, may_redraw, one_line, say, size_in_words
 from ringpool.cli.stopping import REASONS
-from ringpool.shm import layout
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -36,7 +34,7 @@ REDRAWS_PER_S = 8
 FAILURES_SHOWN_MAX = 20
 RATE_OVER_S = 10.0  # the rate that is shown, and what is left by it, is that of so many seconds
 COUNT_STEP, COUNT_PAUSE_S = 256, 0.005  # the run goes before
-BAR_COLUMNS_MAX = 40
+BAR_COLUMNS_MIN, BAR_COLUMNS_MAX, GAP_COLUMNS = 10, 40, 3
 
 
 # ---- in words --------------------------------------------------------------------------------------------------------
@@ -153,26 +151,18 @@ class Screen:
         self._progress = progress
         self._samples: deque[tuple[float, int]] = deque()
 
-    def draw(self) -> RenderableType:
-        """The lines as they are now."""
+    def draw(self, columns: int) -> RenderableType:
+        """The lines as they are now, for a terminal that has so many columns."""
         from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
 
         progress = self._progress
         seen, total = progress.seen, progress.total
         if total is not None:
             total = max(total, seen)
-        rate_per_s = self._rate_per_s(seen)
-        line = Table.grid(padding=(0, 3, 0, 0))
-        line.add_column(min_width=10, max_width=BAR_COLUMNS_MAX, ratio=1)
-        facts = self._facts(seen, total, rate_per_s)
-        for _ in facts:
-            line.add_column(no_wrap=True)
-        bar = ProgressBar(total=total, completed=seen, pulse=total is None)
-        line.add_row(bar, *facts)
-        line.expand = True
-        return Group(line, self._state())
+        facts = self._facts(seen, total, self._rate_per_s(seen))
+        if _columns_of(facts) + GAP_COLUMNS + BAR_COLUMNS_MIN > columns:
+            return Group(_narrow(facts, columns), self._state())
+        return Group(_with_bar(facts, seen, total), self._state())
 
     def _facts(self, seen: int, total: int | None, rate_per_s: float) -> list[str]:
         if total is None:
@@ -186,11 +176,9 @@ class Screen:
 
         progress = self._progress
         if progress.stopping:
-            n = progress.under_way
+            n = min(progress.under_way, progress.workers)  # others are claimed, and will not begin
             why = "" if progress.stopping in REASONS.values() else f" ({progress.stopping})"
             run = f"{counted(n, 'file')} still {'runs' if n == 1 else 'run'}"
-            if n > progress.workers * layout.CLAIMS_MAX:  # as it was before those were dropped that have not begun
-                run = "some files still run"
             words = f"stopping{why}: {run}, Ctrl-C {'' if why else 'again '}to stop at once"
             return Text(words, "yellow", no_wrap=True, overflow="ellipsis")
         parts = [
@@ -218,6 +206,32 @@ class Screen:
         return (seen - first) / (now_s - first_s) if now_s > first_s else 0.0
 
 
+def _with_bar(facts: list[str], seen: int, total: int | None) -> RenderableType:
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    line = Table.grid(padding=(0, GAP_COLUMNS, 0, 0), expand=True)
+    line.add_column(min_width=BAR_COLUMNS_MIN, max_width=BAR_COLUMNS_MAX, ratio=1)
+    for _ in facts:
+        line.add_column(no_wrap=True)
+    line.add_row(ProgressBar(total=total, completed=seen, pulse=total is None), *facts)
+    return line
+
+
+def _narrow(facts: list[str], columns: int) -> RenderableType:
+    """As many of them, from the first on, as there is room for."""
+    from rich.text import Text
+
+    n = len(facts)
+    while n > 1 and _columns_of(facts[:n]) > columns:
+        n -= 1
+    return Text((" " * GAP_COLUMNS).join(facts[:n]), no_wrap=True, overflow="ellipsis")
+
+
+def _columns_of(facts: list[str]) -> int:
+    return sum(map(len, facts)) + GAP_COLUMNS * (len(facts) - 1)
+
+
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(min(seconds, 359_999)), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
@@ -236,7 +250,7 @@ def shown(
     is_terminal = sys.stderr.isatty()
     if quiet or (prints and is_terminal and sys.stdout.isatty()):
         yield None
-    elif is_terminal and os.environ.get("TERM", "dumb") != "dumb":
+    elif may_redraw():
         with contextlib.ExitStack() as stack:
             if progress.total is None:
                 stack.enter_context(Count(progress, files))
@@ -254,7 +268,7 @@ def _live(screen: Screen) -> Generator[None]:
     console = Console(stderr=True, emoji=False)
     with Live(
         console=console,
-        get_renderable=screen.draw,
+        get_renderable=lambda: screen.draw(console.width),
         refresh_per_second=REDRAWS_PER_S,
         transient=True,
         redirect_stdout=False,

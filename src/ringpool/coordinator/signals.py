@@ -214,6 +214,18 @@ def restore() -> None:
                 signal.signal(number, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def handled() -> Generator[None]:
+    """As while a pool lives, meanwhile: what makes pools now and then leaves nothing in between either."""
+    who = object()
+    install(who)
+    try:
+        yield
+    finally:
+        uninstall(who)
+        restore()
+
+
 def around_forks(before: Callable[[], None], in_parent: Callable[[], None], in_child: Callable[[], None]) -> None:
     """As ``os.register_at_fork``, for what a signal is not to interrupt. None of them may raise; ``in_parent`` may be
     called again, where it was interrupted all the same.

@@ -285,12 +285,17 @@ def _shown(value: bytes, found: _Found) -> str:
     elif printable and text and shlex.quote(text) == text:
         shown = text
     else:
-        escaped = "".join(chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\x{b:02x}" for b in value)
         around = found.place.around or ("$(printf %%s %s)" if found.place is _HERE else '"%s"')
-        shown = around % (shlex.quote(text) if printable else f"$'{escaped}'")
+        shown = around % (shlex.quote(text) if printable else ansi_quoted(value))
     for _ in range(found.n_backquotes):
         shown = re.sub(r"[\\`]", r"\\\g<0>", shown)
     return shown
+
+
+def ansi_quoted(value: bytes) -> str:
+    """``value`` in the shell's $'...', in which all of it can be printed."""
+    escaped = "".join(chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\x{b:02x}" for b in value)
+    return f"$'{escaped}'"
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
