@@ -36,9 +36,8 @@ from urllib.parse import quote
 
 from ringpool.coordinator import ledgerrows
 from ringpool.coordinator.inputs import OWN_DIRECTORY
+from ringpool.coordinator.ledgerfile import ALONE, DAMAGES, connect, explained, has_log
 from ringpool.coordinator.ledgerqueries import (
-    ALONE,
-    DAMAGES,
     Cause as Cause,
     Counts as Counts,
     Found as Found,
@@ -52,9 +51,6 @@ from ringpool.coordinator.ledgerqueries import (
     Totals,
     as_key,
     as_text,
-    connect,
-    explained,
-    has_log,
 )
 from ringpool.errors import JobMissingError, LedgerError
 from ringpool.workers.files.durability import make_directories
