@@ -26,7 +26,7 @@ from tests.cli.command import (
     wait_until,
 )
 
-from ringpool.cli.lines import MESSAGE_LENGTH_MAX, one_line
+from ringpool.errors.words import MESSAGE_LENGTH_MAX, one_line
 
 
 def sizes(done: subprocess.CompletedProcess[str]) -> dict[str, str]:

@@ -463,6 +463,11 @@ def test_each_exit_of_a_worker_is_told_with_its_reason() -> None:
     assert len(exits.seen) == 3, "the end of the pool is no exit of a worker"
 
 
+def test_what_cannot_be_called_is_told_of_no_exit() -> None:
+    with pytest.raises(TypeError, match="on_worker_exit must be a callable, not 3"):
+        RingPoolExecutor(1, on_worker_exit=3)  # type: ignore[arg-type]
+
+
 def test_an_error_in_on_worker_exit_harms_nobody(capfd: pytest.CaptureFixture[str]) -> None:
     def refuse(_exit: Any) -> None:
         raise ValueError("refused")

@@ -320,6 +320,23 @@ def test_idle_workers_end_after_their_time(joblib: Any) -> None:
     wait_until(lambda: not any(map(is_alive, pids)), "the end of the workers")
 
 
+@pytest.mark.parametrize(("timeout", "error"), [("x", TypeError), (-1, ValueError), (float("nan"), ValueError)])
+def test_a_time_to_keep_workers_that_is_none_is_refused(joblib: Any, timeout: Any, error: type[Exception]) -> None:
+    with (
+        joblib.parallel_config(backend="ringpool", n_jobs=2, idle_worker_timeout=timeout),
+        pytest.raises(error, match="idle_worker_timeout must be"),
+    ):
+        joblib.Parallel()([joblib.delayed(tasks.square)(1)] * 4)
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), None, 10**10])
+def test_workers_may_be_kept_for_ever(joblib: Any, timeout: Any, recwarn: pytest.WarningsRecorder) -> None:
+    with joblib.parallel_config(backend="ringpool", n_jobs=2, idle_worker_timeout=timeout):
+        assert joblib.Parallel()([joblib.delayed(tasks.square)(2)] * 4) == [4] * 4
+        assert joblib.Parallel()([joblib.delayed(tasks.square)(3)] * 4) == [9] * 4
+    assert not recwarn.list  # such as that of a thread which has ended by an exception
+
+
 def test_calls_in_several_threads_do_not_share_a_pool(joblib: Any) -> None:
     def call(factor: int) -> list[int]:
         parallel = joblib.Parallel(n_jobs=2, backend="ringpool")

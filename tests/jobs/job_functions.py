@@ -69,6 +69,29 @@ def fail_at_first(src: Path, dst: Path, *, log: Path) -> None:
     dst.write_bytes(src.read_bytes())
 
 
+def die_once(src: Path, *, marks: Path) -> str:
+    """Of "bad", an error once "dies" runs. "dies" is killed, the first time, when the run has been told to stop."""
+    begun, stopped, died = (marks / name for name in ("begun", "stopped", "died"))
+    if src.name == "bad":
+        while not begun.exists():
+            time.sleep(0.01)
+        raise ValueError("bad")
+    if src.name == "dies" and not died.exists():
+        begun.touch()
+        while not stopped.exists():
+            time.sleep(0.01)
+        time.sleep(0.5)
+        died.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return src.name
+
+
+def fail_slowly(src: Path, *, seconds: float = 0.0) -> None:
+    """An error, or too late for one."""
+    time.sleep(seconds)
+    raise ValueError(src.name)
+
+
 def fail_by_name(src: Path, dst: Path) -> None:
     """Each kind of ending that a file's name asks for."""
     kind = src.suffix

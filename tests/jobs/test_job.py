@@ -599,6 +599,52 @@ def test_a_stop_lets_what_runs_end_and_a_resume_does_the_rest(tmp_path: Path) ->
     assert counts(again) == (200 - report.progress.done, report.progress.done, 0, 0)
 
 
+def test_a_file_whose_worker_dies_while_the_run_stops_is_not_set_aside(tmp_path: Path) -> None:
+    """Nothing is begun again then; the next run does that."""
+    source = named(tmp_path / "in", "bad", "dies")
+
+    def run(**options: Any) -> Report:
+        job = Job(functions.die_once, str(source), params={"marks": tmp_path}, directory=tmp_path / "job", **options)
+        return job.run(2, on_row=lambda *_: (tmp_path / "stopped").touch())
+
+    report = run(max_failures=0)
+    assert report.stopped == "more than 0 failures"
+    assert counts(report) == (0, 0, 1, 0)
+    assert (tmp_path / "died").exists()
+    assert counts(run()) == (1, 0, 1, 0)
+
+
+def test_calls_deaths_and_time_of_a_file_that_failed_are_counted(tmp_path: Path) -> None:
+    source = named(tmp_path / "in", "a")
+    retry = RetryPolicy(max_attempts=4, delay_s=0, on=ValueError)
+    job = Job(functions.fail_slowly, str(source), directory=tmp_path / "called", retry=retry)
+    report = job.run(1)
+    row = rows_of(tmp_path / "called")["a"]
+    assert (row.attempts, row.deaths, report.progress.retried) == (4, 0, 1)
+    late = Job(
+        functions.fail_slowly,
+        str(source),
+        directory=tmp_path / "late",
+        params={"seconds": 60},
+        timeout_s=0.3,
+        attempts_max=2,
+    )
+    late.run(1)
+    row = rows_of(tmp_path / "late")["a"]
+    assert (row.kind, row.attempts, row.deaths) == ("TaskTimeoutError", 2, 2)
+    assert row.duration_s >= 0.3
+
+
+def test_a_wait_between_two_calls_does_not_become_a_timeout(tmp_path: Path) -> None:
+    source = named(tmp_path / "in", "a")
+    retry = RetryPolicy(max_attempts=9, delay_s=1.5, factor=1, jitter=0, on=ValueError)
+    job = Job(functions.fail_slowly, str(source), directory=tmp_path / "job", retry=retry, timeout_s=2.5)
+    report = job.run(1)
+    row = rows_of(tmp_path / "job")["a"]
+    assert (row.kind, row.attempts, row.deaths) == ("ValueError", 2, 0)
+    assert report.kinds == {"ValueError": 1}
+
+
 def test_a_stop_while_the_run_starts_is_heard_and_one_before_it_is_none(tmp_path: Path) -> None:
     source = named(tmp_path / "in", "a", "b", "c", "d")
     job = Job(functions.copy, str(source), f"{tmp_path}/out/{{name}}")
@@ -699,6 +745,12 @@ def test_two_inputs_with_one_output_are_named(source: Path, tmp_path: Path) -> N
         (lambda: Job(command="wc {src} {dst}", inputs="in"), CommandTemplateError),
         (lambda: Job(command="wc {src}", inputs="in", params={"template": "x"}), CommandTemplateError),
         (lambda: Job(command="wc {src}", inputs="in", params={"fields": {}}), CommandTemplateError),
+        (
+            lambda: Job(command="wc {src}", inputs="in", params={"environment": {"RINGPOOL_SRC": "x"}}),
+            CommandTemplateError,
+        ),
+        (lambda: Job(command="wc {src}", inputs="in", params={"environment": {"A=B": "x"}}), CommandTemplateError),
+        (lambda: Job(command="wc {src}", inputs="in", params={"environment": {"A": "x\0"}}), CommandTemplateError),
         (lambda: Job(functions.compress, "in", {"a-b": "out/{name}"}), OutputPatternError),
         (lambda: Job(functions.compress, "in", "out/{name}", attempts_max=0), ValueError),
         (lambda: Job(functions.compress, "in", "out/{name}", timeout_s=0), ValueError),

@@ -140,10 +140,10 @@ def test_a_task_record_is_as_the_table_says() -> None:
 
 def test_a_result_record_is_as_the_table_says() -> None:
     word, *head, payload = table()["RESULT"]
-    names = ("duration_ns", "blob_bytes", "worker", "encoding", "device", "inode")
+    names = ("duration_ns", "blob_bytes", "worker", "calls", "encoding", "device", "inode")
     assert word == (0, "Q", "word")
     assert head == rows_of(layout.RESULT, names, 8)
-    assert head[:4] == rows_of(layout.RESULT_HEAD, names[:4], 8)
+    assert head[:5] == rows_of(layout.RESULT_HEAD, names[:5], 8)
     assert payload == (layout.PAYLOAD_AT, f"{layout.INLINE_BYTES}s", "payload")
 
 

@@ -233,15 +233,22 @@ class RingMachine(RuleBasedStateMachine):
         assert worker.results.read_task(entry) == (task.function, task.payload, task.blob, task.form, is_cancelled)
         if is_cancelled:
             worker.results.post(entry, Status.CANCELLED, 0, b"", 0)
-            self.results[entry] = self.record(worker, entry, Status.CANCELLED, b"", 0, 0)
+            self.results[entry] = self.record(worker, entry, Status.CANCELLED, b"", 0, 0, 0)
         else:
             worker.running = entry
 
     def record(
-        self, worker: ModelWorker, entry: int, status: Status, payload: bytes, duration_ns: int, blob_bytes: int
+        self,
+        worker: ModelWorker,
+        entry: int,
+        status: Status,
+        payload: bytes,
+        duration_ns: int,
+        blob_bytes: int,
+        calls: int,
     ) -> ResultRecord:
         index = worker.end.index
-        return ResultRecord(status, layout.attempt_of(entry), 0, payload, duration_ns, blob_bytes, index)
+        return ResultRecord(status, layout.attempt_of(entry), 0, payload, duration_ns, blob_bytes, index, calls)
 
     @rule(
         number=st.integers(0, 2),
@@ -249,8 +256,9 @@ class RingMachine(RuleBasedStateMachine):
         length=st.sampled_from([0, 1, 100, INLINE_BYTES]),
         duration_ns=st.integers(0, 2**64 - 1),
         blob_bytes=st.sampled_from([0, 1 << 40]),
+        calls=st.sampled_from([0, 2, layout.CALLS_MAX]),
     )
-    def post(self, number: int, status: Status, length: int, duration_ns: int, blob_bytes: int) -> None:
+    def post(self, number: int, status: Status, length: int, duration_ns: int, blob_bytes: int, calls: int) -> None:
         worker = self.some_worker(number, lambda it: it.running is not None and it.running not in self.results)
         if worker is None:
             return
@@ -260,10 +268,11 @@ class RingMachine(RuleBasedStateMachine):
         if status is Status.STAGED:
             worker.results.stage(entry, Encoding.MSGPACK, payload, duration_ns, blob_bytes, 2**63 + 7, 2**64 - 1)
             assert self.coordinator.results.staged_file(entry) == (2**63 + 7, 2**64 - 1)
+            calls = 0
         else:
-            worker.results.post(entry, status, Encoding.MSGPACK, payload, duration_ns, blob_bytes)
+            worker.results.post(entry, status, Encoding.MSGPACK, payload, duration_ns, blob_bytes, calls)
             worker.running = None
-        self.results[entry] = self.record(worker, entry, status, payload, duration_ns, blob_bytes)
+        self.results[entry] = self.record(worker, entry, status, payload, duration_ns, blob_bytes, calls)
 
     @rule(number=st.integers(0, 2), fails=st.booleans())
     def end_commit(self, number: int, fails: bool) -> None:
@@ -274,7 +283,7 @@ class RingMachine(RuleBasedStateMachine):
         assert entry is not None
         if fails:
             worker.results.post(entry, Status.ERROR, Encoding.MSGPACK, b"why", 5)
-            self.results[entry] = self.record(worker, entry, Status.ERROR, b"why", 5, 0)
+            self.results[entry] = self.record(worker, entry, Status.ERROR, b"why", 5, 0, 0)
         else:
             worker.results.finish(entry)
             self.results[entry] = _with_status(self.results[entry], Status.OK)
@@ -293,7 +302,8 @@ class RingMachine(RuleBasedStateMachine):
     def settle(self, disk: Disk, dies_while_blaming: bool) -> None:
         worker = next(worker for worker in self.workers if worker.dead)
         claims = self.coordinator.claims_of_dead(worker.end.index)
-        assert claims == [
+        assert all(claim.started or not claim.ran_ns for claim in claims)
+        assert [claim._replace(ran_ns=0) for claim in claims] == [
             ClaimedTask(
                 entry,
                 Status(self.results[entry].status) if entry in self.results else Status.EMPTY,
@@ -332,7 +342,7 @@ class RingMachine(RuleBasedStateMachine):
         again: list[int],
         blamed: list[int],
     ) -> None:
-        entry, status, started, deaths = claim
+        entry, status, started, deaths, _ = claim
         may_retry = deaths + 1 < ATTEMPTS_MAX
         action = recovery.decide(
             Where.CLAIMED, alive=False, result=status, started=started, disk=disk, may_retry=may_retry
@@ -566,7 +576,7 @@ def test_a_task_that_was_taken_back_at_its_start_is_not_blamed_on_its_next_claim
         assert not worker.start(first, 1)
         assert worker.exchange(3, False) == [first]  # it gets it again, and dies before it starts
         [claim] = it.coordinator.claims_of_dead(0)
-        assert claim == (first, Status.EMPTY, False, 0)
+        assert claim == (first, Status.EMPTY, False, 0, 0)
 
 
 def test_a_result_belongs_to_its_attempt_only() -> None:

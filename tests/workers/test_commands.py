@@ -22,7 +22,8 @@ from tests.coordinator.program import WATCHDOG_S, Program, is_alive, wait_until
 from ringpool import Coordinator, RingPoolExecutor, TaskOptions, WorkerDiedError
 from ringpool.errors import CommandError, CommandTemplateError, TaskTimeoutError
 from ringpool.workers import commands
-from ringpool.workers.commands import Template, run_command
+from ringpool.workers.commands import run_command
+from ringpool.workers.templates import Template
 
 FUNCTION = "ringpool.workers.commands:run_command"
 BASH = shutil.which("bash") or ""
@@ -216,10 +217,17 @@ def test_the_command_of_an_error_can_be_typed(tmp_path: Path, name: bytes) -> No
         ("sh -c 'cat \"$RINGPOOL_SRC\"'", "hello"),
         ("sh -c 'cat \"$1\"' sh {src}", "hello"),
         ("wc -c '{src}' | cut -c 1", "6"),
+        ("read -r x < {src}; echo $x {index}", "hello 7"),
+        ("while read -r x; do echo $x; done < {src}", "hello"),
+        ("trap - EXIT; cat {src}", "hello"),
+        ("trap 'echo \"$RINGPOOL_SUFFIX\"' EXIT; cat {src}", "hello\n.gz"),
+        ("export X={suffix} Y=a{suffix}; readonly Z={suffix}; echo $X $Y $Z", ".gz a.gz .gz"),
+        ("[ {suffix} = .gz ] && echo ${NONE:-{suffix}} ${NONE-{suffix}} ${NONE:+{suffix}}", ".gz .gz"),
+        ("cd / && echo a[{suffix}]* $(({index} + 1))", "a[.gz]* 8"),
     ],
 )  # fmt: skip
 def test_braces_of_the_shell_and_the_command_are_left_alone(src: bytes, template: str, expected: str) -> None:
-    assert run_command(src, template=template) == expected
+    assert run_command(src, template=template, fields={"index": "7"}) == expected
 
 
 @pytest.mark.parametrize(
@@ -244,6 +252,33 @@ def test_braces_of_the_shell_and_the_command_are_left_alone(src: bytes, template
         ("ls | xargs dash -ec 'x '\"$1 {dst.a}\"", '"$RINGPOOL_DST_a"'),
         ("x=$(sh -c {name})", '"$RINGPOOL_NAME"'),
         ("true; eval cat '{src}'", '"$RINGPOOL_SRC"'),
+        ("trap 'rm -f {dst}.tmp' EXIT; cp {src} {dst}.tmp; mv {dst}.tmp {dst}", '"$RINGPOOL_DST"'),
+        ('sh \\\n -c "wc -c < {src}"', '"$RINGPOOL_SRC"'),
+        ("sh -c'cat {src}'", '"$RINGPOOL_SRC"'),
+        ("\"sh\" -c 'cat {src}'", '"$RINGPOOL_SRC"'),
+        ("rbash -c 'cat {src}'", '"$RINGPOOL_SRC"'),
+        ("bash --rcfile x -c 'cat {src}'", '"$RINGPOOL_SRC"'),
+        ("$SHELL -c 'cat {src}'", '"$RINGPOOL_SRC"'),
+        ("\\eval cat '{src}'", '"$RINGPOOL_SRC"'),
+        ("command eval cat '{src}'", '"$RINGPOOL_SRC"'),
+        ('echo $(( "{name}" + 1 ))', "{name} stands in arithmetic"),
+        ("echo $[ {name} ]", "{name} stands in arithmetic"),
+        ('echo "$[{name}]"', "{name} stands in arithmetic"),
+        ("x=abc; echo ${x:{name}}", "{name} stands in arithmetic"),
+        ('x=abc; echo "${x:1:"{name}"}"', "{name} stands in arithmetic"),
+        ('echo "${x[{name}]}"', "{name} stands in arithmetic"),
+        ('echo ${#x["{name}"]}', "{name} stands in arithmetic"),
+        ("x[{name}]=1", "{name} stands in arithmetic"),
+        ('true; x["{name}"]+=1', "{name} stands in arithmetic"),
+        ("let y={name}", "{name} stands in arithmetic"),
+        ("declare -i y={name}", "{name} stands in arithmetic"),
+        ("[[ {name} -eq 3 ]]", "{name} stands in arithmetic"),
+        ('[[ 3 -lt "{name}" ]]', "{name} stands in arithmetic"),
+        ("[[ -v {name} ]]", "{name} stands for the name of a variable"),
+        ("unset {name}", "{name} stands for the name of a variable"),
+        ("read -r {name} < {src}", "{name} stands for the name of a variable"),
+        ("declare {name}=1", "{name} stands for the name of a variable"),
+        ("printf -v {name} %s x", "{name} stands for the name of a variable"),
     ],
 )
 def test_a_template_that_cannot_be_meant_is_refused(template: str, words: str) -> None:

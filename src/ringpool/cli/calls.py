@@ -33,8 +33,8 @@ from ringpool.coordinator.ledger import JobInfo, Ledger
 from ringpool.coordinator.lists import read_list, read_manifest, relpath_of
 from ringpool.errors import JobError, OutputPatternError, RingpoolError, UnknownFunctionError
 from ringpool.workers import tasks
-from ringpool.workers.commands import ITS_OWN, NOT_OF_A_FILE, Template
 from ringpool.workers.retry import RetryPolicy
+from ringpool.workers.templates import ITS_OWN, NOT_OF_A_FILE, Template
 
 _UNREPEATABLE = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 

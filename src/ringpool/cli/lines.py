@@ -103,7 +103,7 @@ def command(verb: str, directory: str, *words: str) -> str:
 def _quoted(word: str) -> str:
     if printable(word) == word:
         return shlex.quote(word)
-    from ringpool.workers.commands import ansi_quoted
+    from ringpool.workers.templates import ansi_quoted
 
     return ansi_quoted(os.fsencode(word))
 

@@ -91,7 +91,7 @@ class Estates:
                 facts: tuple[Any, ...] = (death.signal, death.exitcode, death.pid, claim.deaths + 1)
                 if condemned is not None and claim.entry == condemned.entry:
                     facts += (condemned.reason, condemned.limit, condemned.peak_rss_bytes)
-                self._end.post_for_dead(claim.entry, Status.DIED, msgspec.msgpack.encode(facts))
+                self._end.post_for_dead(claim.entry, Status.DIED, msgspec.msgpack.encode(facts), claim.ran_ns)
             elif action is Action.DOUBT:
                 self._end.post_for_dead(claim.entry, Status.IN_DOUBT)
             done.append(claim.entry)
@@ -138,8 +138,10 @@ class Estates:
         ticket = self._ticket_of(claim.entry)
         if ticket is None or ticket.part is not None or (for_memory and ticket.starved):
             return False
+        if claim.deaths + 1 >= ticket.attempts_max:
+            return False
         ticket.starved = ticket.starved or for_memory
-        return claim.deaths + 1 < ticket.attempts_max
+        return True
 
     def _tidy(self, claim: ClaimedTask, action: Action) -> None:
         """Remove what the dead attempt left: its staged output, and its half-written result."""

@@ -394,6 +394,8 @@ def _size(name: str, size: Any) -> int | None:
 def _teller(on_worker_exit: Callable[[WorkerExit], object] | None) -> Callable[[Death, str], None] | None:
     if on_worker_exit is None:
         return None
+    if not callable(on_worker_exit):  # pyright: ignore[reportUnnecessaryComparison]
+        raise TypeError(f"on_worker_exit must be a callable, not {on_worker_exit!r}")
 
     def tell(death: Death, reason: str) -> None:
         on_worker_exit(WorkerExit(death.index, death.pid, death.signal, death.exitcode, reason))

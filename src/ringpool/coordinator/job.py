@@ -47,6 +47,7 @@ from ringpool.workers import jobtasks, tasks
 from ringpool.workers.files import naming
 from ringpool.workers.files.locks import PathLock
 from ringpool.workers.jobtasks import COMMAND, JobSpec
+from ringpool.workers.retry import RetryPolicy
 from ringpool.workers.setup import Setup
 
 
@@ -105,7 +106,7 @@ class Job:
         self.outputs = _outputs(output)
         self._template = None
         if command is not None:
-            from ringpool.workers.commands import Template
+            from ringpool.workers.templates import Template
 
             self._template = Template(command)
             self._template.refuse_own(params or {})
@@ -114,6 +115,8 @@ class Job:
         self.name, self._signature = tasks.describe(function)
         self._check_output()
         own = tasks.validate(self.name, self._signature, params or {})
+        if self._template is not None:
+            self._template.check_environment(own.get("environment") or {})
         self._parameters = tasks.pack_parameters(self.name, own)
         self._source = jobtasks.source_of(self.name)
         self.digest = digest or function_digest(self.name, self._source, own)  # what files are recorded as made by
@@ -355,12 +358,14 @@ class Job:
                 ledger.end_run(run_id, outcome, msgspec.json.encode(run.progress))
 
     def _job_spec(self, stagings: tuple[bytes, ...]) -> JobSpec:
-        options = self.options
+        options, retry = self.options, self.options.retry
+        if isinstance(retry, RetryPolicy) and options.timeout_s is not None:
+            retry = retry.within(options.timeout_s)  # which would cut a longer wait off, and hide what had failed
         return JobSpec(
             self.name,
             self._parameters,
             options.durability,
-            tasks.pack_policy(self.name, options.retry),
+            tasks.pack_policy(self.name, retry),
             stagings,
             self.outputs.names if self.outputs is not None else (),
             base_of(self.directory),

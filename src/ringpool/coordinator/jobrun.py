@@ -32,7 +32,7 @@ from ringpool.coordinator.ledger import Ledger, State
 from ringpool.coordinator.ledgerqueries import decode_made
 from ringpool.coordinator.pool import Pool
 from ringpool.coordinator.tickets import Ticket
-from ringpool.errors import FunctionChangedError, UnknownFunctionError
+from ringpool.errors import FunctionChangedError, MemoryLimitError, UnknownFunctionError
 from ringpool.shm import blobs, layout
 from ringpool.shm.dispatch import Task
 from ringpool.shm.layout import Encoding, Form, Status
@@ -375,7 +375,7 @@ class JobRun:
             if isinstance(record, ResultRecord):
                 self._n_results += 1
                 self._held_bytes += record.blob_bytes
-                if record.status != _CANCELLED:
+                if record.status != _CANCELLED and not self._is_cut_short(ticket, record):
                     self._count(ticket, record)
                 if self._held_bytes >= BATCH_BYTES:
                     self.commit()
@@ -383,6 +383,14 @@ class JobRun:
                 self._error = record
                 self._exhausted = True
         self._limit_failures()
+
+    def _is_cut_short(self, ticket: JobTicket, record: ResultRecord) -> bool:
+        """Whether its worker died while the run stops, in which nothing is begun again: the next run does that. Not
+        where this was its last attempt in any case.
+        """
+        if not self._stops.n or record.status != _DIED or record.attempt + 1 >= self._settings.attempts_max:
+            return False
+        return not (ticket.starved and isinstance(outcome_of(ticket, record)[1], MemoryLimitError))
 
     def _patience_s(self) -> float:
         wait_s = TELL_S
@@ -435,7 +443,7 @@ class JobRun:
             _, value = outcome_of(ticket, record)
             assert value is not None
             row = row_of_error(work, record, value)
-            progress.retried += record.attempt > 0
+            progress.retried += record.attempt > 0 or record.calls > 1
             if isinstance(value, FunctionChangedError | UnknownFunctionError) and not self._stops.n:
                 is_changed = isinstance(value, FunctionChangedError)
                 self.stop("its function was changed while it ran" if is_changed else "workers cannot have its function")

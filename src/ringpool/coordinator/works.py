@@ -35,7 +35,7 @@ from ringpool.workers.files import naming
 
 if TYPE_CHECKING:
     from ringpool.coordinator.knowninputs import KnownInputs
-    from ringpool.workers.commands import Template
+    from ringpool.workers.templates import Template
 
 FilePath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Inputs = FilePath | Sequence[FilePath] | Iterable[FilePath | InputFile]

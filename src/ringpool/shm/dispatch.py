@@ -14,6 +14,7 @@ at the next call.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -43,12 +44,15 @@ class Task(msgspec.Struct, frozen=True, gc=False):
 
 
 class ClaimedTask(NamedTuple):
-    """An entry that a dead worker held: how far its result is, whether it was started, earlier deaths in it."""
+    """An entry that a dead worker held: how far its result is, whether it was started, earlier deaths in it; and how
+    long it had run, as far as is known.
+    """
 
     entry: int
     status: Status
     started: bool
     deaths: int
+    ran_ns: int = 0
 
 
 class CoordinatorEnd:
@@ -411,8 +415,11 @@ class CoordinatorEnd:
         ring = self.ring
         ring.lock.run(ring.block)  # whoever gets the mutex finishes what the dead had committed: the claim is final now
         running = ring.words[ring.worker_word(worker, layout.W_RUNNING)] - 1
+        ran_ns = max(0, time.monotonic_ns() - ring.words[ring.worker_word(worker, layout.W_TASK_START)])
         return [
-            ClaimedTask(entry, ring.status(entry), entry == running, self.results.deaths(entry))
+            ClaimedTask(
+                entry, ring.status(entry), entry == running, self.results.deaths(entry), ran_ns * (entry == running)
+            )
             for entry in ring.claimed(worker)
         ]
 
@@ -448,7 +455,7 @@ class CoordinatorEnd:
         cursors = self.ring.peek()
         return cursors.ready_head + cursors.retry_head
 
-    def post_for_dead(self, entry: int, status: Status, payload: bytes = b"") -> None:
+    def post_for_dead(self, entry: int, status: Status, payload: bytes = b"", ran_ns: int = 0) -> None:
         """Give a dead worker's task the result that its worker did not: OK finishes a commit, else ``payload`` tells
         why.
         """
@@ -456,7 +463,7 @@ class CoordinatorEnd:
         if status is Status.OK:
             self.results.finish(entry)
         else:
-            self.results.post(entry, status, layout.Encoding.MSGPACK, payload, 0)
+            self.results.post(entry, status, layout.Encoding.MSGPACK, payload, ran_ns)
 
     def settle(self, worker: int, done: Sequence[int], again: Sequence[int], blamed: Sequence[int]) -> None:
         """Empty a dead worker's claim in one commit: ``done`` entries have results, ``again`` keep their attempt,

@@ -84,7 +84,8 @@ Little-endian; every word is 8 bytes and aligned. N slots, W workers (at most 64
     0x00   Q    word             seq:36 attempt:6 status:4 length:18. Stored last: it is the task's own commit
     0x08   Q    duration_ns      of the task function
     0x10   Q    blob_bytes       size of the result's blob, 0: none
-    0x18   I    worker           index
+    0x18   H    worker           index
+    0x1a   H    calls            how often the function was called, where that is known; 0: it is not, or once
     0x1c   I    encoding         Encoding of the payload
     0x20   Q    device           of a file task's staged output, while status is STAGED
     0x28   Q    inode            of the same
@@ -122,6 +123,7 @@ INLINE_BYTES = 1040
 PAYLOAD_AT = 48  # in the line of the head: a short result is in one line
 WORKERS_MAX = 64
 CLAIMS_MAX = 64
+CALLS_MAX = (1 << 16) - 1  # that a result tells of
 SLOTS_MAX = (1 << 22) - 1
 
 HEADER = struct.Struct("<QIIQHBBHH4I8Q16sQ16sQ")
@@ -159,8 +161,8 @@ SPAN = struct.Struct("<IIIII")  # chunk, first item, end, bytes of the items, It
 OUTCOME = struct.Struct("<II")  # bytes that follow, OutcomeKind
 
 # Result record: what follows the word.
-RESULT = struct.Struct("<QQIIQQ")
-RESULT_HEAD = struct.Struct("<QQII")  # without the staged file
+RESULT = struct.Struct("<QQHHIQQ")
+RESULT_HEAD = struct.Struct("<QQHHI")  # without the staged file
 
 SLOT_BITS, ATTEMPT_BITS, SEQUENCE_BITS, STATUS_BITS, LENGTH_BITS = 22, 6, 36, 4, 18
 SLOT_MASK = (1 << SLOT_BITS) - 1

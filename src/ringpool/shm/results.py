@@ -30,7 +30,8 @@ class ResultRecord(msgspec.Struct, frozen=True, gc=False):
     """A result as it stands in its slot: plain integers in a struct, because one is made for every task.
 
     ``status`` (``Status``), ``attempt`` (from 0), ``encoding`` (``Encoding``), ``payload`` (bytes), ``duration_ns``
-    (of the task function), ``blob_bytes`` (0: no blob), ``worker`` (index).
+    (of the task function), ``blob_bytes`` (0: no blob), ``worker`` (index), ``calls`` (of the function, at least; up to
+    ``CALLS_MAX``).
     """
 
     status: int
@@ -40,13 +41,21 @@ class ResultRecord(msgspec.Struct, frozen=True, gc=False):
     duration_ns: int
     blob_bytes: int
     worker: int
+    calls: int = 0
 
 
 class PostCall(Protocol):
     """``Results.post``."""
 
     def __call__(
-        self, entry: int, status: int, encoding: int, payload: bytes, duration_ns: int, blob_bytes: int = 0
+        self,
+        entry: int,
+        status: int,
+        encoding: int,
+        payload: bytes,
+        duration_ns: int,
+        blob_bytes: int = 0,
+        calls: int = 0,
     ) -> None: ...
 
 
@@ -54,8 +63,8 @@ class Results:
     """The records of ``ring``, seen by worker ``index`` (or by the coordinator, which posts for the dead).
 
     ``read_task(entry)``: function id, payload, blob id and form of a task, and whether it is not to be started.
-    ``post(entry, status, encoding, payload, duration_ns, blob_bytes=0)`` commits its result; ``payload``: at most
-    INLINE_BYTES.
+    ``post(entry, status, encoding, payload, duration_ns, blob_bytes=0, calls=0)`` commits its result; ``payload``: at
+    most INLINE_BYTES; ``calls``: at most CALLS_MAX.
     """
 
     def __init__(self, ring: Ring, index: int) -> None:
@@ -89,10 +98,18 @@ class Results:
         slot_mask, record_bytes, identity_mask = layout.SLOT_MASK, RECORD_BYTES, layout.IDENTITY_MASK
         write, payload_at, status_shift = _write_head, PAYLOAD_AT, layout.STATUS_SHIFT
 
-        def post(entry: int, status: int, encoding: int, payload: bytes, duration_ns: int, blob_bytes: int = 0) -> None:
+        def post(
+            entry: int,
+            status: int,
+            encoding: int,
+            payload: bytes,
+            duration_ns: int,
+            blob_bytes: int = 0,
+            calls: int = 0,
+        ) -> None:
             at = results_at + (entry & slot_mask) * record_bytes
             length = len(payload)
-            write(mapping, at + 8, duration_ns, blob_bytes, index, encoding)
+            write(mapping, at + 8, duration_ns, blob_bytes, index, calls, encoding)
             mapping[at + payload_at : at + payload_at + length] = payload
             words[at >> 3] = entry & identity_mask | status << status_shift | length  # the task's commit
 
@@ -104,7 +121,7 @@ class Results:
         """The output, file ``inode`` of ``device``, is whole, under a name of its own: status STAGED."""
         assert len(payload) <= INLINE_BYTES
         at = self._results + (entry & layout.SLOT_MASK) * RECORD_BYTES
-        _write_staged(self._mapping, at + 8, duration_ns, blob_bytes, self.index, encoding, device, inode)
+        _write_staged(self._mapping, at + 8, duration_ns, blob_bytes, self.index, 0, encoding, device, inode)
         self._mapping[at + PAYLOAD_AT : at + PAYLOAD_AT + len(payload)] = payload
         word = entry & layout.IDENTITY_MASK | Status.STAGED << layout.STATUS_SHIFT | len(payload)
         self._words[at >> 3] = word
@@ -134,7 +151,7 @@ class Results:
         """The result of ``entry``, whose word stands."""
         at = self._results + (entry & layout.SLOT_MASK) * RECORD_BYTES
         word = self._words[at >> 3]
-        duration_ns, blob_bytes, worker, encoding = _read_head(self._mapping, at + 8)
+        duration_ns, blob_bytes, worker, calls, encoding = _read_head(self._mapping, at + 8)
         return ResultRecord(
             (word & layout.STATUS_MASK) >> layout.STATUS_SHIFT,
             word >> layout.SLOT_BITS & layout.ATTEMPT_MAX,
@@ -143,6 +160,7 @@ class Results:
             duration_ns,
             blob_bytes,
             worker,
+            calls,
         )
 
     def deaths(self, entry: int) -> int:

@@ -179,6 +179,7 @@ class JobRunner:
     def run(self, entry: int, function_id: int, payload: bytes, blob: int, start_ns: int) -> int:
         """Run the task of ``entry``; post its result, or stage it. When that was done, ns."""
         self._group.before_task()
+        bound: _Bound | None = None
         try:
             bound = self._functions.get(function_id)
             if bound is None:
@@ -190,7 +191,7 @@ class JobRunner:
             end_ns = self._run(entry, bound, decode_payload(body), start_ns)
         except BaseException as error:  # a task may raise what it likes, SystemExit and KeyboardInterrupt too
             end_ns = time.monotonic_ns()
-            self._post.error(entry, error, end_ns - start_ns)
+            self._post.error(entry, error, end_ns - start_ns, 0 if bound is None else bound.n_calls)
         self._group.observe(end_ns - start_ns)
         return end_ns
 

@@ -45,20 +45,20 @@ class Post:
             self._confinement.end_if_forked()
         self.results.post(entry, _OK, _MSGPACK, body, spent_ns)
 
-    def error(self, entry: int, error: BaseException, spent_ns: int) -> None:
-        """The task raised."""
+    def error(self, entry: int, error: BaseException, spent_ns: int, calls: int = 0) -> None:
+        """The task raised; ``calls``: so many times, where its function was called more than once."""
         self._confinement.disarm_for_good()
         self.n_errors += 1
         try:
-            self._post(entry, _ERROR, values.encode_error(error), spent_ns)
+            self._post(entry, _ERROR, values.encode_error(error), spent_ns, calls)
         except (RingpoolError, OSError):  # no room for it in shared memory: its first words fit the record
             words = f"{type(error).__qualname__}: {words_of(error)}".encode(errors="replace")[: layout.INLINE_BYTES - 8]
-            self._post(entry, _ERROR, values.encode(words.decode(errors="ignore")), spent_ns)
+            self._post(entry, _ERROR, values.encode(words.decode(errors="ignore")), spent_ns, calls)
 
-    def _post(self, entry: int, status: int, encoded: values.Encoded, spent_ns: int) -> None:
+    def _post(self, entry: int, status: int, encoded: values.Encoded, spent_ns: int, calls: int = 0) -> None:
         self._confinement.end_if_forked()
         body, encoding, blob_bytes = self.place(entry, encoded)
-        self.results.post(entry, status, encoding, body, spent_ns, blob_bytes)
+        self.results.post(entry, status, encoding, body, spent_ns, blob_bytes, min(calls, layout.CALLS_MAX))
 
     def place(self, entry: int, encoded: values.Encoded) -> tuple[bytes, int, int]:
         """Where an encoded value goes: inline bytes, encoding and blob size. Writes the blob if it takes one."""

@@ -20,7 +20,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar, cast, overload
 
 from ringpool.errors import DurabilityError, words_of
@@ -88,6 +88,14 @@ class RetryPolicy:
             value = getattr(self, field)
             if not accepts(value):
                 raise ValueError(f"{field} of a RetryPolicy must be {meaning}, not {value!r}")
+
+    def within(self, duration_s: float) -> RetryPolicy:
+        """The same, but that no attempt is to begin later than ``duration_s`` seconds after the first."""
+        return (
+            self
+            if self.deadline_s is not None and self.deadline_s <= duration_s
+            else replace(self, deadline_s=duration_s)
+        )
 
     def covers(self, error: BaseException) -> bool:
         """Whether an attempt that ended in ``error`` may be followed by another one."""

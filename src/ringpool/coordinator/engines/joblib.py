@@ -12,6 +12,7 @@ Source of what a backend must do: ``joblib._parallel_backends.ParallelBackendBas
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import threading
@@ -29,6 +30,7 @@ from joblib.parallel import (  # pyright: ignore[reportMissingModuleSource]
     SequentialBackend,
 )
 
+from ringpool.coordinator import numbers
 from ringpool.coordinator.executor import RingPoolExecutor
 from ringpool.errors import PoolError
 from ringpool.shm.layout import WORKERS_MAX
@@ -155,7 +157,7 @@ class _Pool:
     def __init__(self, n_workers: int, options: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         self.way = (os.getpid(), n_workers, dict(options), dict(environment))
         more = dict(options)
-        self._idle_timeout_s: float = more.pop("idle_worker_timeout", IDLE_WORKER_TIMEOUT_S)
+        self._idle_timeout_s = _idle_timeout_of(more.pop("idle_worker_timeout", IDLE_WORKER_TIMEOUT_S))
         preparation = (environment, more.pop("initializer", None), more.pop("initargs", ()))
         self.executor = RingPoolExecutor(n_workers, initializer=_prepare, initargs=preparation, **more)
         self._timer: threading.Timer | None = None
@@ -177,6 +179,14 @@ class _Pool:
         except ValueError:  # somebody has just taken it
             return
         self.executor.shutdown()
+
+
+def _idle_timeout_of(given: Any) -> float:
+    """Seconds; None means for ever. Raises ``TypeError``, ``ValueError``."""
+    timeout_s = math.inf if given is None else numbers.real("idle_worker_timeout", given)
+    if not timeout_s >= 0:
+        raise ValueError(f"idle_worker_timeout must be 0 seconds or more, not {given!r}")
+    return min(timeout_s, threading.TIMEOUT_MAX)
 
 
 _kept: deque[_Pool] = deque()  # at most one; who removes it, has it
