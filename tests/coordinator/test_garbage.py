@@ -11,14 +11,17 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tests.task_functions as tasks
 from tests.coordinator import call_functions as functions
+from tests.coordinator.program import shared_memory_of
 
-from ringpool import Coordinator, RingPoolExecutor
+from ringpool import Coordinator, RetryPolicy, RingPoolExecutor
+from ringpool.coordinator.coordinator import IDLE_MAX
 
 PATH = Path(__file__)
 WATCHDOG_S = 30.0
@@ -97,6 +100,32 @@ def test_a_pool_that_is_closed_keeps_no_descriptor_and_no_mapping(has_vectors: b
             if has_vectors:
                 assert list(executor.map(abs, range(10))) == list(range(10))
     assert held() == before
+
+
+def test_a_worker_keeps_no_function_of_maps_and_runs_that_have_ended() -> None:
+    with RingPoolExecutor(1) as executor:
+        for _ in range(5):
+            function = partial(tasks.instances, counted=tasks.Counted(), run=0)
+            assert set(executor.map(function, [PATH] * 4)) <= {1}, "and not those of the maps before"
+    with Coordinator(1) as pool:
+        for run in range(5):
+            results = pool.run_file_tasks(tasks.instances, [PATH] * 4, params={"counted": tasks.Counted(), "run": run})
+            assert {result.unwrap() for result in results} <= {1}
+
+
+@pytest.mark.parametrize("way", ["submitted", "run"])
+def test_retry_policies_leave_no_more_than_the_last_ones_in_shared_memory(way: str) -> None:
+    with Coordinator(1) as pool:
+        counts: list[int] = []
+        for number in range(2 * IDLE_MAX + 10):
+            retry = RetryPolicy(deadline_s=10 + number)
+            if way == "submitted":
+                assert pool.submit_file_task(tasks.size, PATH, retry=retry).result() > 0
+            else:
+                assert all(result.ok for result in pool.run_file_tasks(tasks.size, [PATH], retry=retry))
+            counts.append(len(shared_memory_of(os.getpid())))
+        assert len(pool._functions) <= IDLE_MAX + 1
+    assert max(counts) <= counts[0] + IDLE_MAX
 
 
 class Item:

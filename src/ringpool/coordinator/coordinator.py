@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.context import BaseContext
 from types import ModuleType, TracebackType
@@ -32,6 +33,8 @@ from ringpool.workers.files import naming
 from ringpool.workers.files.atomic import Durability
 from ringpool.workers.retry import RetryPolicy
 
+IDLE_MAX = 64  # functions with a policy that are kept for the next task that has the same
+
 
 class CoordinatorStats(NamedTuple):
     """Counts since the start, and what is under way now."""
@@ -47,13 +50,16 @@ class CoordinatorStats(NamedTuple):
 
 
 class _Function(msgspec.Struct):
-    """A task function as it is registered: the id of its blob, how it wants to be called, and how many runs use it."""
+    """A task function as it is registered: the id of its blob, how it wants to be called, and how many runs use it, and
+    tasks with a policy.
+    """
 
     id: int
     name: str
     signature: tasks.Signature
     spec: bytes
-    shared: bool  # it has parameters that all its tasks share
+    shared: bool  # it has parameters that all its tasks share, which may be large
+    has_policy: bool  # of which there may be any number
     users: int = 0
 
 
@@ -94,6 +100,7 @@ class Coordinator:
         self._attempts_max = layout.check_number("attempts_max", attempts_max, layout.ATTEMPT_MAX)
         self._task_ids = itertools.count(1)
         self._functions: dict[bytes, _Function] = {}
+        self._idle: OrderedDict[bytes, _Function] = OrderedDict()  # with a policy, and nobody uses them now
         self._board = TaskBoard()
         self._claims_max = claims_max
         self._pool = Pool(n_workers, mp_context, slots=ring_slots, claims_max=claims_max)
@@ -121,9 +128,19 @@ class Coordinator:
         """
         self._pool.check_open()
         function = self._function(fn, {}, retry)
+        try:
+            future = self._submit(function, src, dst, params or {})
+        except BaseException:
+            self._release(function)
+            raise
+        if function.has_policy:
+            future.add_done_callback(lambda _: self._release(function))
+        return future
+
+    def _submit(self, function: _Function, src: Path, dst: Path | None, params: Mapping[str, Any]) -> TaskFuture:
         name, signature = function.name, function.signature
         check_output(name, signature, has_output=dst is not None)
-        own = tasks.validate(name, signature, params or {})
+        own = tasks.validate(name, signature, params)
         tasks.require(name, signature, own)
         if not os.path.exists(naming.encoded(src)):
             raise InputMissingError(os.fsdecode(src) or "''")
@@ -198,7 +215,7 @@ class Coordinator:
         """The result of the task that ``submit_file_task`` gave that id; raises what the task raised.
 
         Waits up to ``timeout`` seconds (None: for ever), then raises ``TimeoutError``. A result can be read once; of
-        those that nobody read, the newest 65,536 are kept. Raises ``KeyError`` for an id that is unknown, read, or
+        those that nobody read, the newest 65,536 are kept, however large: read those of large values. Raises ``KeyError`` for an id that is unknown, read, or
         pushed out.
         """
         future = self._board.find(task_id)
@@ -275,21 +292,33 @@ class Coordinator:
         with self._pool.lock:
             found = self._functions.get(spec)
             if found is None:
-                found = _Function(next(self._pool.function_ids), name, signature, spec, shared=bool(packed))
+                found = _Function(next(self._pool.function_ids), name, signature, spec, bool(packed), bool(policy))
                 blob = blobs.function_name(self._pool.name, found.id)
                 blobs.write(blob, Encoding.MSGPACK, spec)
                 self._pool.keep(blob)
                 self._functions[spec] = found
             found.users += 1
+            self._idle.pop(spec, None)
         return found
 
     def _release(self, function: _Function) -> None:
-        """A run has ended. One with parameters takes its function's blob along; plain functions stay registered."""
+        """A run has ended, or a task with a policy. One with parameters takes its function's blob along; plain
+        functions stay registered, and so do the last ones with a policy.
+        """
         with self._pool.lock:
             function.users -= 1
-            if function.shared and not function.users and not self._pool.closed:
-                del self._functions[function.spec]
-                blobs.unlink(blobs.function_name(self._pool.name, function.id))
+            if function.users or self._pool.closed:
+                return
+            if function.shared:
+                self._forget(function)
+            elif function.has_policy:
+                self._idle[function.spec] = function
+                if len(self._idle) > IDLE_MAX:
+                    self._forget(self._idle.popitem(last=False)[1])
+
+    def _forget(self, function: _Function) -> None:
+        del self._functions[function.spec]
+        blobs.unlink(blobs.function_name(self._pool.name, function.id))
 
     def _ticket(
         self, function: _Function, inbox: FileInbox, path: bytes, src: Any, dst: Any, target: bytes | None

@@ -13,6 +13,7 @@ from ringpool.shm.layout import Encoding, Form, OutcomeKind, Status
 from ringpool.shm.segment import Segment
 from ringpool.workers import calls, values
 from ringpool.workers.confinement import Confinement
+from ringpool.workers.functions import Functions
 from ringpool.workers.posting import Encode, Post
 
 FUNCTIONS_MAX = 256  # unpickled at a time
@@ -43,7 +44,7 @@ class CallRunner:
         self._post = post
         self._confinement = confinement
         self._may_go_on = may_go_on
-        self._functions: dict[int, Callable[..., Any]] = {}
+        self._functions = Functions[Callable[..., Any]](segment.name, FUNCTIONS_MAX)
         self._chunks: vectors.Chunks | None = None
         os.register_at_fork(after_in_child=self._let_go)
 
@@ -73,8 +74,7 @@ class CallRunner:
             return found
         self._grant(time.monotonic_ns() + LOAD_NS)
         _, body, _ = blobs.read(blobs.function_name(self._segment, function_id))
-        while len(self._functions) >= FUNCTIONS_MAX:
-            del self._functions[next(iter(self._functions))]
+        self._functions.make_room()
         found = self._functions[function_id] = calls.rebuild(body)
         self._grant(time.monotonic_ns())
         return found

@@ -21,6 +21,7 @@ from ringpool.workers import tasks, values
 from ringpool.workers.confinement import Confinement
 from ringpool.workers.files import naming, output
 from ringpool.workers.files.durability import Durability
+from ringpool.workers.functions import Functions
 from ringpool.workers.group import Group
 from ringpool.workers.groupcommit import (
     Source,
@@ -55,7 +56,7 @@ class FileRunner:
         self._token = segment.header.uuid.hex()[:16]
         self._post = post
         self._confinement = confinement
-        self._functions: dict[int, BoundFunction] = {}
+        self._functions = Functions[BoundFunction](segment.name, FUNCTIONS_MAX)
         self._group = group
         self._staging = StagingBeside()
 
@@ -111,8 +112,7 @@ class FileRunner:
             Durability(spec.durability),
             spec.group_commit,
         )
-        while len(self._functions) >= FUNCTIONS_MAX:
-            del self._functions[next(iter(self._functions))]
+        self._functions.make_room()
         self._functions[function_id] = bound
         return bound
 
