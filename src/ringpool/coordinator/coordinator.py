@@ -215,8 +215,8 @@ class Coordinator:
         """The result of the task that ``submit_file_task`` gave that id; raises what the task raised.
 
         Waits up to ``timeout`` seconds (None: for ever), then raises ``TimeoutError``. A result can be read once; of
-        those that nobody read, the newest 65,536 are kept, however large: read those of large values. Raises ``KeyError`` for an id that is unknown, read, or
-        pushed out.
+        those that nobody read, the newest 65,536 are kept, however large they are. Raises ``KeyError`` for an id that
+        is unknown, read, or pushed out.
         """
         future = self._board.find(task_id)
         if future is None:
