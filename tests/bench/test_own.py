@@ -160,7 +160,7 @@ def test_a_sample_is_the_same_each_time(numbers: Path) -> None:
         ({"turn_s": 0}, ValueError, "turn_s must be more than 0"),
         ({"turn_s": float("inf")}, ValueError, "turn_s must be more than 0 seconds, and have an end, not inf"),
         ({"turn_s": float("nan")}, ValueError, "and have an end, not nan"),
-        ({"turn_s": "1"}, TypeError, "turn_s must be a number of seconds, not '1'"),
+        ({"turn_s": "1"}, TypeError, "turn_s must be a number, not '1'"),
         ({"rounds": 1.5}, TypeError, "rounds must be a whole number, not 1.5"),
         ({"sample": 2.5}, TypeError, "sample must be a whole number, not 2.5"),
         ({"sample": 0}, ValueError, "sample must be 1 or more"),

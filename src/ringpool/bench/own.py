@@ -20,7 +20,7 @@ from typing import Any, cast
 from ringpool.bench import measure, ways
 from ringpool.bench.scaling import BenchmarkReport
 from ringpool.bench.ways import Load, Turn
-from ringpool.coordinator import signals
+from ringpool.coordinator import numbers, signals
 from ringpool.coordinator.coordinator import Coordinator
 from ringpool.coordinator.inputs import InputFile, list_inputs
 from ringpool.coordinator.job import Inputs, Job
@@ -129,13 +129,9 @@ def _check_numbers(workers: Sequence[int], rounds: int, turn_s: float, sample: i
     if len({*workers}) < len(workers):
         raise ValueError(f"workers names a number twice: {', '.join(map(str, workers))}; leave one of them away")
     for what, number in (("rounds", rounds), ("sample", 1 if sample is None else sample)):
-        if not isinstance(number, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"{what} must be a whole number, not {number!r}")
-        if number < 1:
+        if numbers.whole(what, number, "a whole number") < 1:
             raise ValueError(f"{what} must be 1 or more, not {number!r}")
-    if not isinstance(turn_s, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"turn_s must be a number of seconds, not {turn_s!r}")
-    if not 0 < turn_s < math.inf:
+    if not 0 < numbers.real("turn_s", turn_s) < math.inf:
         raise ValueError(f"turn_s must be more than 0 seconds, and have an end, not {turn_s!r}")
     methods = multiprocessing.get_all_start_methods()
     if method not in methods:
