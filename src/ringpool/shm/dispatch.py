@@ -416,10 +416,9 @@ class CoordinatorEnd:
         ring.lock.run(ring.block)  # whoever gets the mutex finishes what the dead had committed: the claim is final now
         running = ring.words[ring.worker_word(worker, layout.W_RUNNING)] - 1
         ran_ns = max(0, time.monotonic_ns() - ring.words[ring.worker_word(worker, layout.W_TASK_START)])
+        deaths = self.results.deaths
         return [
-            ClaimedTask(
-                entry, ring.status(entry), entry == running, self.results.deaths(entry), ran_ns * (entry == running)
-            )
+            ClaimedTask(entry, ring.status(entry), entry == running, deaths(entry), ran_ns * (entry == running))
             for entry in ring.claimed(worker)
         ]
 
