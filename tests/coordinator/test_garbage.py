@@ -128,6 +128,36 @@ def test_retry_policies_leave_no_more_than_the_last_ones_in_shared_memory(way: s
     assert max(counts) <= counts[0] + IDLE_MAX
 
 
+def test_a_future_may_be_cancelled_by_a_signal_handler_amid_a_submit_with_a_policy(run_program: Any) -> None:
+    program = run_program(
+        """
+        pending = []
+        signal.signal(signal.SIGALRM, lambda *_: pending and pending.pop().cancel())
+        signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+        with Coordinator(1, ring_slots=16) as pool:
+            end_s = time.monotonic() + 4
+            while time.monotonic() < end_s:
+                for number in range(300):
+                    retry = RetryPolicy(max_attempts=number + 1)
+                    pending.append(pool.submit_file_task(os.path.getsize, __file__, retry=retry))
+                while pending:
+                    try:
+                        pending.pop().result()
+                    except (IndexError, CancelledError):
+                        pass
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        say("done")
+        """,
+        top="""
+import signal, time
+from concurrent.futures import CancelledError
+from ringpool import Coordinator, RetryPolicy
+""",
+    )
+    assert program.finish() == 0, program.err
+    assert program.out.split() == ["done"]
+
+
 class Item:
     """One that a map is over, and a worker gets as a number."""
 

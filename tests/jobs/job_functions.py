@@ -92,6 +92,15 @@ def fail_slowly(src: Path, *, seconds: float = 0.0) -> None:
     raise ValueError(src.name)
 
 
+def fail_twice(src: Path, dst: Path, *, log: Path) -> None:
+    """An error for the first two calls of all."""
+    with log.open("ab") as file:
+        file.write(b".")
+    if log.stat().st_size <= 2:
+        raise OSError("not yet")
+    shutil.copy2(src, dst)
+
+
 def fail_by_name(src: Path, dst: Path) -> None:
     """Each kind of ending that a file's name asks for."""
     kind = src.suffix

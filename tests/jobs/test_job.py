@@ -635,6 +635,24 @@ def test_calls_deaths_and_time_of_a_file_that_failed_are_counted(tmp_path: Path)
     assert row.duration_s >= 0.3
 
 
+def test_a_file_whose_function_was_not_called_has_no_calls_of_the_one_before(tmp_path: Path) -> None:
+    source = named(tmp_path / "in", "a", "b")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/b").write_text("a file in the place of a directory")
+    retry = RetryPolicy(max_attempts=3, delay_s=0)
+    job = Job(
+        functions.fail_twice,
+        str(source),
+        f"{tmp_path}/out/{{stem}}/x",
+        params={"log": tmp_path / "log"},
+        retry=retry,
+        timeout_s=float("inf"),
+    )
+    report = job.run(1)
+    assert (counts(report), report.progress.retried) == ((1, 0, 1, 0), 1)
+    assert {name: row.attempts for name, row in rows_of(tmp_path / "out").items()} == {"a": 3, "b": 1}
+
+
 def test_a_wait_between_two_calls_does_not_become_a_timeout(tmp_path: Path) -> None:
     source = named(tmp_path / "in", "a")
     retry = RetryPolicy(max_attempts=9, delay_s=1.5, factor=1, jitter=0, on=ValueError)

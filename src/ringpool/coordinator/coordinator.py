@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from multiprocessing.context import BaseContext
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
@@ -100,6 +101,7 @@ class Coordinator:
         self._attempts_max = layout.check_number("attempts_max", attempts_max, layout.ATTEMPT_MAX)
         self._task_ids = itertools.count(1)
         self._functions: dict[bytes, _Function] = {}
+        self._ended: deque[_Function] = deque()  # of tasks; not yet released: who ends one may hold the lock
         self._idle: OrderedDict[bytes, _Function] = OrderedDict()  # with a policy, and nobody uses them now
         self._board = TaskBoard()
         self._claims_max = claims_max
@@ -129,13 +131,10 @@ class Coordinator:
         self._pool.check_open()
         function = self._function(fn, {}, retry)
         try:
-            future = self._submit(function, src, dst, params or {})
-        except BaseException:
-            self._release(function)
+            return self._submit(function, src, dst, params or {})
+        except Exception:  # nothing is queued
+            self._ended.append(function)
             raise
-        if function.has_policy:
-            future.add_done_callback(lambda _: self._release(function))
-        return future
 
     def _submit(self, function: _Function, src: Path, dst: Path | None, params: Mapping[str, Any]) -> TaskFuture:
         name, signature = function.name, function.signature
@@ -149,6 +148,8 @@ class Coordinator:
         future = TaskFuture(next(self._task_ids), self._pump, self._board)
         task = self._pool.task(function.id, values.Encoded(Encoding.MSGPACK, payload))
         future.ticket = ticket = Ticket(task, future, src, dst, attempts_max=self._attempts_max)
+        if function.has_policy:
+            future.on_end = partial(self._ended.append, function)
         self._board.add(future)
         self._pump.queue(ticket)
         self._pump.wake()
@@ -290,6 +291,8 @@ class Coordinator:
         policy = tasks.pack_policy(name, retry)
         spec = tasks.encode_spec(tasks.FunctionSpec(name, packed, self._durability, policy, group_commit))
         with self._pool.lock:
+            while self._ended:
+                self._let_go(self._ended.popleft())
             found = self._functions.get(spec)
             if found is None:
                 found = _Function(next(self._pool.function_ids), name, signature, spec, bool(packed), bool(policy))
@@ -306,15 +309,18 @@ class Coordinator:
         functions stay registered, and so do the last ones with a policy.
         """
         with self._pool.lock:
-            function.users -= 1
-            if function.users or self._pool.closed:
-                return
-            if function.shared:
-                self._forget(function)
-            elif function.has_policy:
-                self._idle[function.spec] = function
-                if len(self._idle) > IDLE_MAX:
-                    self._forget(self._idle.popitem(last=False)[1])
+            self._let_go(function)
+
+    def _let_go(self, function: _Function) -> None:
+        function.users -= 1
+        if function.users or self._pool.closed:
+            return
+        if function.shared:
+            self._forget(function)
+        elif function.has_policy:
+            self._idle[function.spec] = function
+            if len(self._idle) > IDLE_MAX:
+                self._forget(self._idle.popitem(last=False)[1])
 
     def _forget(self, function: _Function) -> None:
         del self._functions[function.spec]

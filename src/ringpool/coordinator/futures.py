@@ -12,6 +12,7 @@ import contextlib
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from concurrent.futures._base import (  # pyright: ignore[reportMissingModuleSource]
     CANCELLED,
@@ -298,6 +299,7 @@ class TaskFuture(PoolFuture):
     def __init__(self, task_id: int, pump: Pump, board: TaskBoard) -> None:
         super().__init__(pump)
         self.task_id = task_id
+        self.on_end: Callable[[], object] | None = None  # called when it is done; in whatever thread, amid anything
         self._board = board
 
     def result(self, timeout: float | None = None) -> Any:
@@ -322,6 +324,8 @@ class TaskFuture(PoolFuture):
     def _arrived(self) -> None:
         super()._arrived()
         self._board.arrived(self)
+        if self.on_end is not None:
+            self.on_end()
 
 
 class TaskBoard:

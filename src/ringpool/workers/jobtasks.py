@@ -185,6 +185,7 @@ class JobRunner:
             if bound is None:
                 bound = self._bind(function_id)
                 start_ns = time.monotonic_ns()  # what importing it took is no task's
+            bound.n_calls, bound.source = 0, None
             body: bytes | memoryview = payload
             if blob:
                 _, body, _ = blobs.read(blobs.payload_name(self._segment, blob))
@@ -283,7 +284,6 @@ class JobRunner:
             arguments.append({name: bound.target_type(one) for name, one in zip(spec.names, staged, strict=True)})
         elif staged:
             arguments.append(bound.target_type(staged[0]))
-        bound.n_calls, bound.source = 0, None
         if bound.peak_rss_of_command is not None:
             _tell_command(dict(zip(staged, task.targets, strict=True)))
         if not spec.fingerprints:

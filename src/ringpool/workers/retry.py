@@ -91,11 +91,8 @@ class RetryPolicy:
 
     def within(self, duration_s: float) -> RetryPolicy:
         """The same, but that no attempt is to begin later than ``duration_s`` seconds after the first."""
-        return (
-            self
-            if self.deadline_s is not None and self.deadline_s <= duration_s
-            else replace(self, deadline_s=duration_s)
-        )
+        is_within = self.deadline_s is not None and self.deadline_s <= duration_s
+        return self if is_within or not math.isfinite(duration_s) else replace(self, deadline_s=duration_s)
 
     def covers(self, error: BaseException) -> bool:
         """Whether an attempt that ended in ``error`` may be followed by another one."""

@@ -30,13 +30,16 @@ from __future__ import annotations
 import functools
 import re
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from enum import Enum
 from typing import NamedTuple
 
 from ringpool.errors import CommandTemplateError
+from ringpool.workers.shellwords import Before, command_before
 
 FIELDS = ("src", "dst", "dst.NAME", "name", "stem", "suffix", "relpath", "parent", "index", "hash")
 ITS_OWN = frozenset({"template", "fields"})  # parameters of ``run_command`` that a job of a command gives itself
+COMMAND_BEGINS_MAX, NAME_MAX = 99, 99  # characters that are looked at
 NOT_OF_A_FILE = ITS_OWN | {"shell", "environment"}  # those by which a list of files would run code of its own
 
 
@@ -49,10 +52,17 @@ class _Place(NamedTuple):
     around: str | None
 
 
-class _Frame(NamedTuple):
-    place: _Place
-    closer: str
-    start: int
+class _Frame:
+    """Where it begins, and the command in it that is being read. ``is_code``: what is in it, a shell reads again."""
+
+    __slots__ = ("begin", "closer", "is_code", "place", "start")
+
+    def __init__(self, place: _Place, closer: str, start: int, begin: int, *, is_code: bool = False) -> None:
+        self.place = place
+        self.closer = closer
+        self.start = start
+        self.begin = begin
+        self.is_code = is_code
 
 
 class _Found(NamedTuple):
@@ -74,9 +84,11 @@ _FIELD_AT = re.compile(_FIELD, re.ASCII)
 _VARIABLE = re.compile(r"RINGPOOL_(?:DST_(\w+)|(SRC|DST|NAME|STEM|SUFFIX|RELPATH|PARENT|INDEX|HASH)\b)", re.ASCII)
 _EXPANSIONS = rf"\\\$\{{|\\.|`|\$\(\(|\$\(|\$\[|\$\{{|\$\$|{_FIELD}"
 _CODE = _place(
-    rf"\$?'|\"|{_EXPANSIONS}|\(\(|[()#\n]|<<<|<<-?|\bcase\b|\besac\b|\{{[A-Za-z_]\w*\}}(?![<>])",  # {fd}> is bash's
+    rf"\$?'|\"|{_EXPANSIONS}|\(\(|[()#\n]|<<<|<<-?|\bcase\b|\besac\b|\[\[(?=\s)|"
+    r"\{[A-Za-z_]\w*\}(?![<>])",  # {fd}> is bash's
     "%s",
 )
+_TEST = _place(rf"\$?'|\"|{_EXPANSIONS}|\]\](?=[\s;&|)`]|\Z)|\{{[A-Za-z_]\w*\}}", "%s")  # in [[ ]]
 _WORD = _place(rf"\$?'|\"|{_EXPANSIONS}|\}}", "%s")  # in ${ }
 _SUM = _place(rf"'|\"|{_EXPANSIONS}|[]()}}]")  # in $(( )), $[ ], ${x: }
 _DOUBLE = _place(rf"\"|{_EXPANSIONS}|\}}")
@@ -94,32 +106,27 @@ _OPENS = {
     "$((": [(_SUM, ")")] * 2,
     "$[": [(_SUM, "]")],
 }
-_SLICE = re.compile(r"\$\{[!#]?\w+(?:\[[^]]*\])?:(?![-+=?])")  # ${x:offset:length}
+_SLICE = re.compile(r"\$\{(?:[!#]?\w+(?:\[[^]]*\])?|[@*]):(?![-+=?])")  # ${x:offset:length}
 _PATTERN = re.compile(r"\$\{\w+(?:\[[^]]*\])?[#%/]")  # ${x%...}: quotes count in it, whatever stands around it
 _COMMAND_BEGINS = re.compile(r"(?:\A|[;&|(`{!\n]|\b(?:then|do|else|elif|if|while|until))\s*\Z")
 _DELIMITER = re.compile(r"[ \t]*((?:'[^']*'|\"[^\"]*\"|\\.|[^\s;&|<>()'\"\\])+)")
-_WORD_BEGINS = r"(?<![^\s;&|(`/{!\\\"'])"
-_WORD_SO_FAR = r"(?:'[^']*'|\"[^\"]*\"|[^\s'\"])*\Z"
-_SHELL_OPTION = r"(?:\s+(?:[-+]\w*[oO]\s+\w+|--(?:rcfile|init-file)\s+\S+|[-+]\S+))"  # these have a word of their own
-_SHELL_NAME = r"(?:\$\{?SHELL\}?|r?(?:[bd]a|[akzc]|tc|mk|ya|fi|pw)?sh)[\"']?"
-_CODE_AGAIN = re.compile(
-    rf"{_WORD_BEGINS}(?:{_SHELL_NAME}{_SHELL_OPTION}*?\s+[-+]\w*c(?:{_SHELL_OPTION}*\s+)?{_WORD_SO_FAR}|"
-    r"(?:eval|trap)[\"']?\s[^;&|\n]*\Z)"
+_SHELL = re.compile(r"(?:.*/)?(?:r?(?:[bd]a|[akzc]|tc|mk|ya|fi|pw)?sh)\Z|\$\{?(?:SHELL|BASH)\b")
+_OPTION_WITH_WORD = re.compile(r"--(?:rcfile|init-file)\Z|[-+]\w*[oO]\Z")
+_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(?:\[.*\])?\+?=", re.DOTALL)
+_KEY = re.compile(r"\$\{[!#]?(\w+)\[[^]]*\Z")  # ${x[...
+_INDEX = re.compile(r"\s*([A-Za-z_]\w*)\[[^\n]*\Z")  # x[...
+_INDEX_ENDS = re.compile(r"[^;&|\n]*?\]\+?=")
+_ARRAY = re.compile(r"([A-Za-z_]\w*)\+?=\Z")
+_BEFORE_NUMBER, _AFTER_NUMBER = (
+    re.compile(r"\s-(?:eq|ne|lt|le|gt|ge)\s+\S*\Z"),
+    re.compile(r"\S*\s+-(?:eq|ne|lt|le|gt|ge)\s"),
 )
-_SUM_AGAIN = re.compile(
-    rf"{_WORD_BEGINS}(?:let[\"']?\s[^;&|\n]*\Z|"
-    r"(?:declare|typeset|local|readonly|export)(?:\s+[-+]\w+)*\s+-\w*i\w*\s[^;&|\n]*\Z)"
-)
-_KEY = re.compile(r"\$\{[!#]?\w+\[[^]]*\Z")  # ${x[...
-_NAMES_OF_VARIABLES = re.compile(
-    rf"{_WORD_BEGINS}(?:(?:unset|read|mapfile|readarray|getopts|declare|typeset|local|readonly|export)"
-    r"\s(?:[^;&|\n]*[^\s;&|<>]\s+)?[^\s=;&|<>]*\Z|printf\s+-v\s+\S*\Z|wait\s[^;&|\n]*-p\s+\S*\Z)|"
-    r"\s-v\s+[\"']?\Z"
-)
-_INDEX = re.compile(rf"{_WORD_BEGINS}[A-Za-z_]\w*\[[^]\s]*\Z")  # x[{stem}]=1
-_INDEX_ENDS = re.compile(r"[^]\s]*\]\+?=")
-_TEST = re.compile(r"(?<![^\s;&|(`!])\[\[\s(?:(?!\s\]\]).)*\Z", re.DOTALL)
-_TEST_OF_NUMBERS = re.compile(r"(?:(?!\s\]\]).)*?\s-(?:eq|ne|lt|le|gt|ge)\s", re.DOTALL)
+_BEFORE_NAME = re.compile(r"\s-[vR]\s+\S*\Z")
+_PREFIXES = frozenset({"command", "builtin", "exec", "nohup"})
+_DECLARES = frozenset({"declare", "typeset", "local", "readonly", "export"})
+_WITH_WORDS = {"read": "pdtnNui", "mapfile": "dnOsuc", "readarray": "dnOsuc", "unset": ""}
+_INTEGERS = frozenset({"RANDOM", "SRANDOM", "SECONDS", "OPTIND", "LINENO", "HISTCMD"})
+_RUN_COMMANDS = frozenset({"su", "runuser", "flock", "script", "sg"})  # what stands behind their -c
 _SIMPLE = re.compile(r"\s*([\w./+-]+)(?:\s(?:'[^']*'|\"[^\"`\\]*\"|[<>]&|[^;&|()`\n'\"\\])*)?")
 _NO_FILES = re.compile(  # words that ``exec`` would not find, or would find something else for
     r"[.]|alias|bg|break|builtin|caller|case|cd|chdir|command|comp\w+|continue|coproc|declare|dirs|disown|do|done|echo|"
@@ -130,17 +137,16 @@ _NO_FILES = re.compile(  # words that ``exec`` would not find, or would find som
 
 
 class _Scanner:
-    """Reads a template as a shell does, as far as it takes to know what quotes are around a field. Where it errs, a
-    value is split into words, or is not put in: the shell still does not read it.
+    """Reads a template as a shell does, as far as it takes to know what quotes are around a field, and what command it
+    is a word of. Where it errs, a value is split into words, or is not put in: the shell still does not read it.
     """
 
     def __init__(self, text: str) -> None:
         self.found: list[_Found] = []
         self._text = text
-        self._frames = [_Frame(_CODE, "", 0)]
-        self._documents: list[
-            tuple[str, str]
-        ] = []  # << or <<-, and the delimiter, of those that begin on the next line
+        self._frames = [_Frame(_CODE, "", 0, 0)]
+        # << or <<-, the delimiter, and whether it is a shell that reads it, of those that begin on the next line
+        self._documents: list[tuple[str, str, bool]] = []
         self._scan(0, len(text))
 
     def _scan(self, at: int, end: int) -> None:
@@ -149,44 +155,54 @@ class _Scanner:
 
     def _take(self, token: str, at: int, after: int, end: int) -> int:
         """Heed a token; where to go on."""
-        place, closer, _ = self._frames[-1]
-        if token == closer:
+        frame = self._frames[-1]
+        place = frame.place
+        if token == frame.closer:
             self._frames.pop()
         elif token[0] == "{":
             self._field(token, at, after)
         elif token == "${" and place not in (_SINGLE, _ANSI):
             quoted = place in (_DOUBLE, _HERE) and not _PATTERN.match(self._text, at)
             inner = _SUM if _SLICE.match(self._text, at) else _DOUBLE if quoted else _WORD
-            self._frames.append(_Frame(inner, "}", at))
+            self._frames.append(_Frame(inner, "}", at, after))
         elif token == "(" and place is _SUM:
-            self._frames.append(_Frame(_SUM, ")", at))
+            self._frames.append(_Frame(_SUM, ")", at, after))
         elif token in _OPENS:
-            self._frames += [_Frame(*opened, at) for opened in _OPENS[token]]
-        elif token == "case" and _COMMAND_BEGINS.search(self._text[:at]):
-            self._frames.append(_Frame(_CODE, "esac", at))  # in which a ) closes nothing
+            self._frames += [_Frame(*opened, at, after) for opened in _OPENS[token]]
+        elif token == "case" and self._begins_command(at):
+            self._frames.append(_Frame(_CODE, "esac", at, at))  # in which a ) closes nothing
+        elif token == "[[" and self._begins_command(at):
+            self._frames.append(_Frame(_TEST, "]]", at, after))
         elif token == "#" and (not at or self._text[at - 1] in " \t\n;&|()`"):
             stop = re.compile("[\n`]" if self._n_backquotes() else "\n").search(self._text, at, end)
             return stop.start() if stop else end
         elif token in ("<<", "<<-") and (match := _DELIMITER.match(self._text, after, end)):
-            self._documents.append((token, match[1]))
+            words = command_before(self._text[frame.begin : at]).words
+            self._documents.append((token, match[1], _reads_code(words, has_c=False)))
             return match.end()
-        elif token == "\n" and self._documents:
-            return self._read_documents(after, end)
+        elif token == "\n":
+            frame.begin = after
+            if self._documents:
+                frame.begin = self._read_documents(after, end)
+            return frame.begin
         return after
+
+    def _begins_command(self, at: int) -> bool:
+        return _COMMAND_BEGINS.search(self._text[max(0, at - COMMAND_BEGINS_MAX) : at]) is not None
 
     def _n_backquotes(self) -> int:
         return sum(frame.closer == "`" for frame in self._frames)
 
     def _read_documents(self, at: int, end: int) -> int:
         documents, self._documents = self._documents, []
-        for token, written in documents:
+        for token, written, is_code in documents:
             word = re.sub(r"\\(.)|['\"]", r"\1", written)
             tabs = r"\t*" if token == "<<-" else ""
             last = re.compile(rf"^{tabs}{re.escape(word)}$", re.MULTILINE).search(self._text, at, end)
             stop = last.start() if last else end
             if word == written:
                 depth = len(self._frames)
-                self._frames.append(_Frame(_HERE, "", at))
+                self._frames.append(_Frame(_HERE, "", at, at, is_code=is_code))
                 self._scan(at, stop)
                 del self._frames[depth:]
             elif field := _FIELD_AT.search(self._text, at, stop):
@@ -198,33 +214,123 @@ class _Scanner:
         place, name = self._frames[-1].place, token[1:-1]
         if not _FIELD_AT.fullmatch(token):
             self._refuse(token, f"is no field; {_KNOWN}. Quote braces that are the command's")
-        i = max(i for i, frame in enumerate(self._frames) if frame.place in (_CODE, _SUM, _HERE))
-        word = self._frames[i + 1].start if i + 1 < len(self._frames) else at
-        line = self._text[self._frames[i].start : word].replace("\\\n", "")
-        if name != "index" and self._is_sum(i, line, at, after):
-            self._refuse(token, "stands in arithmetic, where bash runs what a name may hold; only {index} may")
-        if _CODE_AGAIN.search(line):
+        use = self._use(at, after)
+        if use is _Use.CODE:
             variable = f'"${variable_of(name)}"'
             self._refuse(token, f"stands in code that a shell reads again, to which a path is code; write {variable}")
-        if name != "index" and _NAMES_OF_VARIABLES.search(line):
+        if use is _Use.NUMBER and name != "index":
+            self._refuse(token, "stands in arithmetic, where bash runs what a name may hold; only {index} may")
+        if use is _Use.NAME and name != "index":
             self._refuse(token, "stands for the name of a variable, in which bash runs what is between brackets")
         self.found.append(_Found(at, after, name, place, self._n_backquotes()))
 
-    def _is_sum(self, i: int, line: str, at: int, after: int) -> bool:
-        """Whether the shell takes for a number what stands from ``at`` to ``after``. ``line``: the code before it, in
-        frame ``i``.
-        """
-        if self._frames[i].place is _SUM or _SUM_AGAIN.search(line):
-            return True
-        if any(frame.closer == "}" and _KEY.match(self._text, frame.start, at) for frame in self._frames[i:]):
-            return True
-        if _INDEX.search(line) and _INDEX_ENDS.match(self._text, after):
-            return True
-        test = _TEST.search(line)
-        return test is not None and _TEST_OF_NUMBERS.match(f"{test[0]}{self._text[after:]}") is not None
+    def _use(self, at: int, after: int) -> _Use | None:
+        """What the shell takes for more than a word, of what stands from ``at`` to ``after``."""
+        text, frames = self._text, self._frames
+        i = max(i for i, frame in enumerate(frames) if frame.place in (_CODE, _SUM, _HERE, _TEST))
+        frame = frames[i]
+        for inner in frames[i:]:
+            if inner.closer == "}" and (key := _KEY.match(text, inner.start, at)) and not self._is_map(key[1]):
+                return _Use.NUMBER
+        if frame.place is _SUM:
+            return _Use.NUMBER
+        if frame.place is _HERE:
+            return _Use.CODE if frame.is_code else None
+        if frame.place is _TEST:
+            word = frames[i + 1].start if i + 1 < len(frames) else at
+            if _BEFORE_NUMBER.search(text, frame.start, word) or _AFTER_NUMBER.match(text, after):
+                return _Use.NUMBER
+            return _Use.NAME if _BEFORE_NAME.search(text, frame.start, word) else None
+        before = command_before(text[frame.begin : at])
+        is_list = frame.closer == ")" and text[frame.start] == "("
+        array = _ARRAY.search(text[max(0, frame.start - NAME_MAX) : frame.start]) if is_list else None
+        if array is not None:  # words of it are no commands
+            word, outer = before.word or "", command_before(text[frames[i - 1].begin : frame.start])
+            if _use_in(outer) is _Use.NUMBER:
+                return _Use.NUMBER
+            return _Use.NUMBER if word[:1] == "[" and "]" not in word and not self._is_map(array[1]) else None
+        index = _INDEX.match(before.raw)
+        if index and _INDEX_ENDS.match(text, after) and not self._is_map(index[1]):
+            return _Use.NUMBER
+        return _use_in(before)
+
+    def _is_map(self, name: str) -> bool:
+        """Whether the template declares an associative array of that name, whose keys are text."""
+        pattern = rf"\b(?:declare|typeset|local)\s+-\w*A\w*\s[^;&|\n]*\b{name}\b"
+        return re.search(pattern, self._text) is not None
 
     def _refuse(self, token: str, reason: str) -> None:
         raise CommandTemplateError(self._text, f"{token} {reason}")
+
+
+class _Use(Enum):
+    """For what a shell takes a word, besides a word."""
+
+    CODE = 0
+    NUMBER = 1
+    NAME = 2  # of a variable
+
+
+def _use_in(before: Before) -> _Use | None:
+    """... the next word of a simple command."""
+    words, begun = before.words, before.word or ""
+    if before.redirection:
+        return _Use.CODE if before.redirection == "<<<" and _reads_code(words, has_c=False) else None
+    last = words[-1] if words else ""
+    if _reads_code([*words, begun] if begun[:1] == "-" and "c" in begun else words, has_c=True):
+        return _Use.CODE
+    if not _RUN_COMMANDS.isdisjoint(word.rpartition("/")[2] for word in words) and (
+        re.fullmatch(r"-\w*c|--command", last) or begun.startswith("--command=")
+    ):
+        return _Use.CODE
+    at = 0
+    while at < len(words) and (_ASSIGNMENT.match(words[at]) or words[at] in _PREFIXES):
+        at += 1
+    if at == len(words):
+        assigned = _ASSIGNMENT.match(begun)
+        return _Use.NUMBER if assigned and assigned[1] in _INTEGERS else None
+    return _use_by_builtin(words[at], words[at + 1 :], begun)
+
+
+def _use_by_builtin(name: str, arguments: list[str], begun: str) -> _Use | None:
+    last = arguments[-1] if arguments else ""
+    options = "".join(each[1:] for each in arguments if each[:1] == "-")
+    if name == "eval" or (name == "trap" and not [each for each in arguments if each != "--"]):
+        return _Use.CODE
+    if name == "let" or (name in _DECLARES and "i" in options):
+        return _Use.NUMBER
+    if name in _DECLARES:
+        if "=" not in begun:
+            return None if begun[:1] == "-" else _Use.NAME
+        return _Use.CODE if not {"a", "A", "n"}.isdisjoint(options) else None  # a="([x]=y)"
+    if name == "getopts":
+        return _Use.NAME if len(arguments) == 1 else None
+    if name in _WITH_WORDS:
+        is_of_option = re.fullmatch(rf"-\w*[{_WITH_WORDS[name]}]", last) if _WITH_WORDS[name] else None
+        return None if is_of_option or begun[:1] == "-" else _Use.NAME
+    names_next = {"printf": ("-v",), "test": ("-v", "-R"), "[": ("-v", "-R"), "wait": ("-p",)}.get(name, ())
+    if last in names_next or (name == "printf" and not arguments and begun.startswith("-v")):
+        return _Use.NAME
+    return None
+
+
+def _reads_code(words: Sequence[str], *, has_c: bool) -> bool:
+    """Whether a shell among ``words`` takes the next one for its code; without ``has_c``, its standard input."""
+    for at, word in enumerate(words):
+        if not _SHELL.match(word):
+            continue
+        found, skips, is_done = False, False, False
+        for each in words[at + 1 :]:
+            if skips:
+                skips = False
+            elif each[:1] in ("-", "+") and len(each) > 1:
+                found = found or (not each.startswith("--") and "c" in each)
+                skips = _OPTION_WITH_WORD.match(each) is not None
+            else:
+                is_done = True  # the code, or a script
+        if not is_done and not skips and found == has_c:
+            return True
+    return False
 
 
 class Template:
