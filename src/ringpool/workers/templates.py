@@ -13,12 +13,13 @@
     in $(( )), [[ -eq ]], ${x[ ]}, ${x: }, let,  an error                bash would run what a name may hold
       declare -i, unless it is {index}
     in sh -c '...', eval '...', trap '...' EXIT an error                that shell would; take sh -c '... "$1"' x {src}
+    in what sh reads: sh <<END, bash <<< "..."  an error                so would that
     as the name of a variable: unset {src}      an error                bash would run what is between brackets in it
     in the document of a quoted <<'END'         an error                nothing is replaced there
 
 The shell never reads a path: values are in its environment, by those names, and a command may look there as well. What
 makes code of its arguments (awk, ssh, python -c) makes code of a path that is put into them: pass it beside the code.
-So does a shell of a variable that it is told to read once more: ``n={stem}; echo $((n))``; ``alias``; ``PS4={src}``.
+So does a shell of what it is told to read once more by way of something else: ``n={stem}; echo $((n))``; ``| sh``.
 Paths are absolute; {name}, {stem}, {relpath} and {parent} may begin with a dash: ``-- {name}``, or ``./{name}``.
 
 All other braces are the shell's and the command's: ``${VAR%.gz}``, ``{a,b}``, ``awk '{print}'``. Only a single word in
