@@ -125,6 +125,15 @@ def test_retry_policies_leave_no_more_than_the_last_ones_in_shared_memory(way: s
                 assert all(result.ok for result in pool.run_file_tasks(tasks.size, [PATH], retry=retry))
             counts.append(len(shared_memory_of(os.getpid())))
         assert len(pool._functions) <= IDLE_MAX + 1
+        futures = [
+            pool.submit_file_task(tasks.size, PATH, retry=RetryPolicy(deadline_s=1000 + number))
+            for number in range(500)
+        ]
+        assert all(future.result() for future in futures)
+        n_left = len(shared_memory_of(os.getpid()))
+        assert n_left <= counts[0] + IDLE_MAX + 10, (
+            "without another one that comes; but for those that ended amid another"
+        )
     assert max(counts) <= counts[0] + IDLE_MAX
 
 

@@ -103,6 +103,33 @@ WORDS = [
     "exec gzip -c {src}",
     "command cp {src} {dst}",
     "nohup cp {src} {dst}",
+    'f[0]={src} f[1]={dst}; cp "${f[@]}" x',
+    "arr[{index}]={src} arr[1]=b",
+    "flock /tmp/lock gzip -c {src} > {dst}",
+    "flock -x L wc -c {src}",
+    "flock -w 5 L md5sum -c {src}",
+    "./script -c {src} > {dst}",
+    "python3 script -c {src}",
+    "ffmpeg -i {src} -f dash -copyts {dst}",
+    "grep -i fish -c {src}",
+    "grep -q dash <<< {name}",
+    "IFS= read -r sh <<< {src}",
+    "rsync -e rsh -c {src} host:/x",
+    "pygmentize -l bash -fhtml -Ostyle=colorful {src}",
+    'printf "%s\\n" -v {stem}',
+    "declare -r -A m=([.gz]=zcat); ${m[{suffix}]} {src}",
+    "export -n X={src}",
+    'echo "price $[" {src}',
+    "[[ -f {src} ]]>/dev/null # it's\ncat {src}",
+    "[[ $x != [[:alpha:]] && -f {src} ]]",
+    "case {suffix} in a) cat {src};; b) [[ -f {src} ]];; esac",
+    "function f { cat {src}; }; f",
+    "time -p gzip {src}",
+    'bash -s x <<< "$RINGPOOL_SRC"; cat {src}',
+    "bash x.sh <<< {src}",
+    "x=$(: # it's\n); cat {src}",
+    "(cat <<Q\nit's\nQ\n); cat {src}",
+    "cat {src}& wait; cat {src} 2>&1 | cat &>/dev/null",
 ]
 READ_AGAIN = [
     "sh -c 'cat '\\''{src}'\\'' | wc -l'",
@@ -177,6 +204,48 @@ READ_AGAIN = [
     'env sh -c "cat {src}"',
     'nohup sh -c "cat {src}"',
     'echo $(sh -c "cat {src}")',
+    "for i in 1; do a[{stem}]=1; done",
+    "if :; then a[{stem}]=1; fi",
+    "{ a[{stem}]=1; }",
+    "f() { a[{stem}]=1; }; f",
+    "! a[{stem}]=1",
+    "time a[{stem}]=1",
+    "A=1 a[{stem}]=2",
+    "2>/dev/null a[{stem}]=1",
+    "case a in a) [[ {stem} -eq 1 ]];; esac",
+    "time [[ {stem} -eq 1 ]]",
+    "f() [[ {stem} -eq 1 ]]; f",
+    "coproc [[ {stem} -eq 1 ]]",
+    "case a in a) [[ -v {stem} ]];; esac",
+    "[[(1 -eq {stem})]]",
+    "[[ $x != [[:alpha:]] && {stem} -eq 1 ]]",
+    "[[ x = a]] || {stem} -eq 1 ]]",
+    '[[ "{stem} + 1" -eq 1 ]]',
+    '[[ {stem}"a b" -eq 1 ]]',
+    '[[ 1 -eq "a b"{stem} ]]',
+    "[[ 1 -eq \\\n{stem} ]]",
+    "[[ -v \\\n{stem} ]]",
+    "script -c{stem} /dev/null",
+    'script -qc"{stem}" /dev/null',
+    "flock -w 5 L -c {stem}",
+    "sh -s x <<END\necho {stem}\nEND",
+    "bash -s -- a b <<END\necho {stem}\nEND",
+    "bash - <<END\necho {stem}\nEND",
+    "sh /dev/stdin <<END\necho {stem}\nEND",
+    'bash -s x <<< "echo {stem}"',
+    ". /dev/stdin <<END\necho {stem}\nEND",
+    "(cat <<Q\nit's\nQ\n); eval {stem}",
+    "echo $(cat <<Q\nit's\nQ\n); sh -c 'echo {stem}'",
+    "x=$(: # it's\n); eval {stem}",
+    "echo `echo \\`echo\\``; eval {stem}",
+    "x=a; echo ${x#{}; eval {stem}",
+    "function f { eval {stem}; }; f",
+    "time -p eval {stem}",
+    "command -p eval {stem}",
+    "coproc X { eval {stem}; }",
+    "echo ${?:{stem}}",
+    "declare RANDOM={stem}",
+    "case a in a) eval {stem};; esac",
 ]
 
 
@@ -189,6 +258,13 @@ def test_a_field_that_is_a_word_and_nothing_else_is_accepted(template: str) -> N
 def test_a_field_that_is_read_again_is_refused(template: str) -> None:
     with pytest.raises(CommandTemplateError, match=r"code that a shell reads again|arithmetic|name of a variable"):
         Template(template)
+
+
+def test_what_is_nested_too_deep_is_an_error_of_the_template() -> None:
+    assert Template('"$(a ' * 50 + ')"' * 50 + " {src}").fields == {"src"}
+    for text in ('"$(a ' * 4000 + ')"' * 4000 + " {src}", '"${x:-' * 6000 + '}"' * 6000 + " {src}"):
+        with pytest.raises(CommandTemplateError, match="nested too deep"):
+            Template(text)
 
 
 @pytest.mark.parametrize(

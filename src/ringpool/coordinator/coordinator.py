@@ -149,7 +149,7 @@ class Coordinator:
         task = self._pool.task(function.id, values.Encoded(Encoding.MSGPACK, payload))
         future.ticket = ticket = Ticket(task, future, src, dst, attempts_max=self._attempts_max)
         if function.has_policy:
-            future.on_end = partial(self._ended.append, function)
+            future.on_end = partial(self._task_ended, function)
         self._board.add(future)
         self._pump.queue(ticket)
         self._pump.wake()
@@ -291,8 +291,7 @@ class Coordinator:
         policy = tasks.pack_policy(name, retry)
         spec = tasks.encode_spec(tasks.FunctionSpec(name, packed, self._durability, policy, group_commit))
         with self._pool.lock:
-            while self._ended:
-                self._let_go(self._ended.popleft())
+            self._let_go_of_ended()
             found = self._functions.get(spec)
             if found is None:
                 found = _Function(next(self._pool.function_ids), name, signature, spec, bool(packed), bool(policy))
@@ -310,6 +309,20 @@ class Coordinator:
         """
         with self._pool.lock:
             self._let_go(function)
+
+    def _task_ended(self, function: _Function) -> None:
+        """In whatever thread, amid anything: waits for nobody."""
+        self._ended.append(function)
+        lock = self._pool.lock
+        if lock.acquire(blocking=False):  # or who has it will do so
+            try:
+                self._let_go_of_ended()
+            finally:
+                lock.release()
+
+    def _let_go_of_ended(self) -> None:
+        while self._ended:
+            self._let_go(self._ended.popleft())
 
     def _let_go(self, function: _Function) -> None:
         function.users -= 1

@@ -332,7 +332,7 @@ class TaskBoard:
     """Futures by task id, until they are read. Of those that are done, the newest ``UNREAD_MAX`` are kept."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may cancel a future amid any step, each of which stands alone
         self._pending: dict[int, TaskFuture] = {}
         self._unread: OrderedDict[int, TaskFuture] = OrderedDict()
 

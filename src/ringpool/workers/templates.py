@@ -36,7 +36,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from ringpool.errors import CommandTemplateError
-from ringpool.workers.shellwords import Before, command_before
+from ringpool.workers.shellwords import Before, Reader
 
 FIELDS = ("src", "dst", "dst.NAME", "name", "stem", "suffix", "relpath", "parent", "index", "hash")
 ITS_OWN = frozenset({"template", "fields"})  # parameters of ``run_command`` that a job of a command gives itself
@@ -56,7 +56,7 @@ class _Place(NamedTuple):
 class _Frame:
     """Where it begins, and the command in it that is being read. ``is_code``: what is in it, a shell reads again."""
 
-    __slots__ = ("begin", "closer", "is_code", "place", "start")
+    __slots__ = ("begin", "closer", "is_code", "place", "reader", "start")
 
     def __init__(self, place: _Place, closer: str, start: int, begin: int, *, is_code: bool = False) -> None:
         self.place = place
@@ -64,6 +64,18 @@ class _Frame:
         self.start = start
         self.begin = begin
         self.is_code = is_code
+        self.reader: Reader | None = None  # of the command at ``begin``
+
+    def begin_command(self, at: int) -> int:
+        """Another one begins there."""
+        self.begin, self.reader = at, None
+        return at
+
+    def before(self, text: str, at: int) -> Before:
+        """The command that is being read, up to ``at``."""
+        if self.reader is None:
+            self.reader = Reader(text, self.begin)
+        return self.reader.before(at)
 
 
 class _Found(NamedTuple):
@@ -83,13 +95,13 @@ def _place(tokens: str, around: str | None = None) -> _Place:
 _FIELD = r"\{(?:src|dst(?:\.\w+)?|name|stem|suffix|relpath|parent|index|hash)\}"
 _FIELD_AT = re.compile(_FIELD, re.ASCII)
 _VARIABLE = re.compile(r"RINGPOOL_(?:DST_(\w+)|(SRC|DST|NAME|STEM|SUFFIX|RELPATH|PARENT|INDEX|HASH)\b)", re.ASCII)
-_EXPANSIONS = rf"\\\$\{{|\\.|`|\$\(\(|\$\(|\$\[|\$\{{|\$\$|{_FIELD}"
+_EXPANSIONS = rf"\\\$\{{|\\.|`|\$\(\(|\$\(|\$\[(?=[^]\"\n]*\])|\$\{{|\$\$|{_FIELD}"
 _CODE = _place(
-    rf"\$?'|\"|{_EXPANSIONS}|\(\(|[()#\n]|<<<|<<-?|\bcase\b|\besac\b|\[\[(?=\s)|"
+    rf"\$?'|\"|{_EXPANSIONS}|\(\(|[()#\n;]|[<>]&|&>|[&|]|<<<|<<-?|\bcase\b|\besac\b|\[\[(?=[\s(])|"
     r"\{[A-Za-z_]\w*\}(?![<>])",  # {fd}> is bash's
     "%s",
 )
-_TEST = _place(rf"\$?'|\"|{_EXPANSIONS}|\]\](?=[\s;&|)`]|\Z)|\{{[A-Za-z_]\w*\}}", "%s")  # in [[ ]]
+_TEST = _place(rf"\$?'|\"|{_EXPANSIONS}|(?<=[\s)])\]\](?=[\s;&|)`<>]|\Z)|\{{[A-Za-z_]\w*\}}", "%s")  # in [[ ]]
 _WORD = _place(rf"\$?'|\"|{_EXPANSIONS}|\}}", "%s")  # in ${ }
 _SUM = _place(rf"'|\"|{_EXPANSIONS}|[]()}}]")  # in $(( )), $[ ], ${x: }
 _DOUBLE = _place(rf"\"|{_EXPANSIONS}|\}}")
@@ -107,27 +119,35 @@ _OPENS = {
     "$((": [(_SUM, ")")] * 2,
     "$[": [(_SUM, "]")],
 }
-_SLICE = re.compile(r"\$\{(?:[!#]?\w+(?:\[[^]]*\])?|[@*]):(?![-+=?])")  # ${x:offset:length}
+_SLICE = re.compile(r"\$\{(?:[!#]?\w+(?:\[[^]]*\])?|[@*#?$!-]):(?![-+=?])")  # ${x:offset:length}
 _PATTERN = re.compile(r"\$\{\w+(?:\[[^]]*\])?[#%/]")  # ${x%...}: quotes count in it, whatever stands around it
-_COMMAND_BEGINS = re.compile(r"(?:\A|[;&|(`{!\n]|\b(?:then|do|else|elif|if|while|until))\s*\Z")
+_COMMAND_BEGINS = re.compile(r"(?:\A|[;&|()`{!\n]|\b(?:then|do|else|elif|if|while|until|time|time\s+-p|coproc))\s*\Z")
 _DELIMITER = re.compile(r"[ \t]*((?:'[^']*'|\"[^\"]*\"|\\.|[^\s;&|<>()'\"\\])+)")
-_SHELL = re.compile(r"(?:.*/)?(?:r?(?:[bd]a|[akzc]|tc|mk|ya|fi|pw)?sh)\Z|\$\{?(?:SHELL|BASH)\b")
+_SHELL_ANYWHERE = re.compile(r"(?:.*/)?(?:[bd]a|[akz])?sh\Z")
+_SHELL = re.compile(r"(?:.*/)?(?:(?:r?ba|[da]|[kzc]|tc|mk|ya|fi|pw)?sh)\Z|\$\{?(?:SHELL|BASH)\b")
+_SHELL_CODE = re.compile(r"[-+][abefhiklmnoprstuvxBCDEHOPT]*c[abcefhiklmnoprstuvxBCDEHOPT]*")
 _OPTION_WITH_WORD = re.compile(r"--(?:rcfile|init-file)\Z|[-+]\w*[oO]\Z")
+_STANDARD_INPUT = re.compile(r"-\w*s\w*\Z|-\Z|/dev/(?:stdin|fd/0)\Z")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(?:\[.*\])?\+?=", re.DOTALL)
 _KEY = re.compile(r"\$\{[!#]?(\w+)\[[^]]*\Z")  # ${x[...
-_INDEX = re.compile(r"\s*([A-Za-z_]\w*)\[[^\n]*\Z")  # x[...
+_INDEX = re.compile(r"([A-Za-z_]\w*)\[((?:[^][]|\$\{[^}]*\}|\[[^]]*\])*)\Z")  # x[...
 _INDEX_ENDS = re.compile(r"[^;&|\n]*?\]\+?=")
 _ARRAY = re.compile(r"([A-Za-z_]\w*)\+?=\Z")
-_BEFORE_NUMBER, _AFTER_NUMBER = (
-    re.compile(r"\s-(?:eq|ne|lt|le|gt|ge)\s+\S*\Z"),
-    re.compile(r"\S*\s+-(?:eq|ne|lt|le|gt|ge)\s"),
-)
-_BEFORE_NAME = re.compile(r"\s-[vR]\s+\S*\Z")
+_OF_NUMBERS, _OF_NAMES = frozenset({"-eq", "-ne", "-lt", "-le", "-gt", "-ge"}), frozenset({"-v", "-R"})
+_AFTER_NUMBER = re.compile(r"(?:[^\s\"']|\"[^\"]*\"|'[^']*')*[\"']?(?:\s|\\\n)+-(?:eq|ne|lt|le|gt|ge)\s")
+_REST_OF_QUOTES = {'"': re.compile(r'(?:\\.|[^"\\])*"', re.DOTALL), "'": re.compile(r"[^']*'")}
 _PREFIXES = frozenset({"command", "builtin", "exec", "nohup"})
 _DECLARES = frozenset({"declare", "typeset", "local", "readonly", "export"})
 _WITH_WORDS = {"read": "pdtnNui", "mapfile": "dnOsuc", "readarray": "dnOsuc", "unset": ""}
 _INTEGERS = frozenset({"RANDOM", "SRANDOM", "SECONDS", "OPTIND", "LINENO", "HISTCMD"})
-_RUN_COMMANDS = frozenset({"su", "runuser", "flock", "script", "sg"})  # what stands behind their -c
+# What stands behind their -c; their other options with a word, and how many words may stand before it.
+_RUN_COMMANDS = {
+    "su": ("sgGw", 1),
+    "runuser": ("sgGwu", 1),
+    "flock": ("wE", 1),
+    "sg": ("", 1),
+    "script": ("oEmTBIO", 0),
+}
 _SIMPLE = re.compile(r"\s*([\w./+-]+)(?:\s(?:'[^']*'|\"[^\"`\\]*\"|[<>]&|[^;&|()`\n'\"\\])*)?")
 _NO_FILES = re.compile(  # words that ``exec`` would not find, or would find something else for
     r"[.]|alias|bg|break|builtin|caller|case|cd|chdir|command|comp\w+|continue|coproc|declare|dirs|disown|do|done|echo|"
@@ -148,6 +168,8 @@ class _Scanner:
         self._frames = [_Frame(_CODE, "", 0, 0)]
         # << or <<-, the delimiter, and whether it is a shell that reads it, of those that begin on the next line
         self._documents: list[tuple[str, str, bool]] = []
+        self._maps: dict[str, bool] = {}
+        self._last: tuple[_Frame, int, _Use | None] | None = None  # the word of the last field, and what that was
         self._scan(0, len(text))
 
     def _scan(self, at: int, end: int) -> None:
@@ -178,14 +200,12 @@ class _Scanner:
             stop = re.compile("[\n`]" if self._n_backquotes() else "\n").search(self._text, at, end)
             return stop.start() if stop else end
         elif token in ("<<", "<<-") and (match := _DELIMITER.match(self._text, after, end)):
-            words = command_before(self._text[frame.begin : at]).words
-            self._documents.append((token, match[1], _reads_code(words, has_c=False)))
+            self._documents.append((token, match[1], _reads_input(frame.before(self._text, at).words)))
             return match.end()
-        elif token == "\n":
-            frame.begin = after
-            if self._documents:
-                frame.begin = self._read_documents(after, end)
-            return frame.begin
+        elif token == "\n" and self._documents:
+            return frame.begin_command(self._read_documents(after, end))
+        elif token in ("\n", ";", "&", "|") or (token == ")" and frame.closer == "esac"):
+            return frame.begin_command(after)
         return after
 
     def _begins_command(self, at: int) -> bool:
@@ -237,28 +257,47 @@ class _Scanner:
             return _Use.NUMBER
         if frame.place is _HERE:
             return _Use.CODE if frame.is_code else None
-        if frame.place is _TEST:
-            word = frames[i + 1].start if i + 1 < len(frames) else at
-            if _BEFORE_NUMBER.search(text, frame.start, word) or _AFTER_NUMBER.match(text, after):
-                return _Use.NUMBER
-            return _Use.NAME if _BEFORE_NAME.search(text, frame.start, word) else None
-        before = command_before(text[frame.begin : at])
+        word = frames[i + 1].start if i + 1 < len(frames) else at
+        if self._last is not None and word < at and self._last[:2] == (frame, word):
+            return self._last[2]  # of the same word
+        use = self._use_in_test(frame, at, after) if frame.place is _TEST else self._use_in_command(i, at, after)
+        self._last = frame, word, use
+        return use
+
+    def _use_in_test(self, frame: _Frame, at: int, after: int) -> _Use | None:
+        before, innermost = frame.before(self._text, at), self._frames[-1]
+        last = before.words[-1] if before.words else ""
+        if last in _OF_NAMES:
+            return _Use.NAME
+        if innermost is not frame and (rest := _REST_OF_QUOTES.get(innermost.closer)):
+            found = rest.match(self._text, after)
+            after = found.end() if found else after
+        return _Use.NUMBER if last in _OF_NUMBERS or _AFTER_NUMBER.match(self._text, after) else None
+
+    def _use_in_command(self, i: int, at: int, after: int) -> _Use | None:
+        text, frames = self._text, self._frames
+        frame = frames[i]
+        before = frame.before(text, at)
         is_list = frame.closer == ")" and text[frame.start] == "("
         array = _ARRAY.search(text[max(0, frame.start - NAME_MAX) : frame.start]) if is_list else None
         if array is not None:  # words of it are no commands
-            word, outer = before.word or "", command_before(text[frames[i - 1].begin : frame.start])
-            if _use_in(outer) is _Use.NUMBER:
+            if _use_in(Reader(text, frames[i - 1].begin).before(frame.start)) is _Use.NUMBER:
                 return _Use.NUMBER
-            return _Use.NUMBER if word[:1] == "[" and "]" not in word and not self._is_map(array[1]) else None
+            word = before.word or ""
+            is_key = word[:1] == "[" and word.count("[") > word.count("]") and not self._is_map(array[1])
+            return _Use.NUMBER if is_key else None
         index = _INDEX.match(before.raw)
-        if index and _INDEX_ENDS.match(text, after) and not self._is_map(index[1]):
+        is_first = all(map(_ASSIGNMENT.match, before.words)) or before.raw.startswith(before.words[0])
+        if index and is_first and _INDEX_ENDS.match(text, after) and not self._is_map(index[1]):
             return _Use.NUMBER
         return _use_in(before)
 
     def _is_map(self, name: str) -> bool:
         """Whether the template declares an associative array of that name, whose keys are text."""
-        pattern = rf"\b(?:declare|typeset|local)\s+-\w*A\w*\s[^;&|\n]*\b{name}\b"
-        return re.search(pattern, self._text) is not None
+        if name not in self._maps:
+            pattern = rf"\b(?:declare|typeset|local)\s+(?:-\w+\s+)*-\w*A\w*\s[^;&|\n]*\b{name}\b"
+            self._maps[name] = re.search(pattern, self._text) is not None
+        return self._maps[name]
 
     def _refuse(self, token: str, reason: str) -> None:
         raise CommandTemplateError(self._text, f"{token} {reason}")
@@ -276,62 +315,117 @@ def _use_in(before: Before) -> _Use | None:
     """... the next word of a simple command."""
     words, begun = before.words, before.word or ""
     if before.redirection:
-        return _Use.CODE if before.redirection == "<<<" and _reads_code(words, has_c=False) else None
-    last = words[-1] if words else ""
-    if _reads_code([*words, begun] if begun[:1] == "-" and "c" in begun else words, has_c=True):
+        return _Use.CODE if before.redirection == "<<<" and _reads_input(words) else None
+    at = _command_at(words)
+    if _reads_code(words, at, begun):
         return _Use.CODE
-    if not _RUN_COMMANDS.isdisjoint(word.rpartition("/")[2] for word in words) and (
-        re.fullmatch(r"-\w*c|--command", last) or begun.startswith("--command=")
-    ):
-        return _Use.CODE
-    at = 0
-    while at < len(words) and (_ASSIGNMENT.match(words[at]) or words[at] in _PREFIXES):
-        at += 1
     if at == len(words):
         assigned = _ASSIGNMENT.match(begun)
         return _Use.NUMBER if assigned and assigned[1] in _INTEGERS else None
-    return _use_by_builtin(words[at], words[at + 1 :], begun)
+    return _use_by_name(words[at], words[at + 1 :], begun)
 
 
-def _use_by_builtin(name: str, arguments: list[str], begun: str) -> _Use | None:
+def _command_at(words: Sequence[str]) -> int:
+    """Which of them is the command's name; their number, where none is yet."""
+    at = 0
+    while at < len(words) and (_ASSIGNMENT.match(words[at]) or words[at] in _PREFIXES or (at and words[at] == "-p")):
+        at += 1
+    return at
+
+
+def _use_by_name(name: str, arguments: list[str], begun: str) -> _Use | None:
     last = arguments[-1] if arguments else ""
-    options = "".join(each[1:] for each in arguments if each[:1] == "-")
-    if name == "eval" or (name == "trap" and not [each for each in arguments if each != "--"]):
+    if name == "eval" or (name == "trap" and not [each for each in arguments[:2] if each != "--"]):
         return _Use.CODE
-    if name == "let" or (name in _DECLARES and "i" in options):
+    if name == "let":
         return _Use.NUMBER
     if name in _DECLARES:
-        if "=" not in begun:
-            return None if begun[:1] == "-" else _Use.NAME
-        return _Use.CODE if not {"a", "A", "n"}.isdisjoint(options) else None  # a="([x]=y)"
+        return _use_in_declaration(name, arguments, begun)
     if name == "getopts":
         return _Use.NAME if len(arguments) == 1 else None
     if name in _WITH_WORDS:
         is_of_option = re.fullmatch(rf"-\w*[{_WITH_WORDS[name]}]", last) if _WITH_WORDS[name] else None
         return None if is_of_option or begun[:1] == "-" else _Use.NAME
-    names_next = {"printf": ("-v",), "test": ("-v", "-R"), "[": ("-v", "-R"), "wait": ("-p",)}.get(name, ())
-    if last in names_next or (name == "printf" and not arguments and begun.startswith("-v")):
+    if name == "printf":
+        return _Use.NAME if arguments == ["-v"] or (not arguments and begun.startswith("-v")) else None
+    if (name in ("test", "[") and last in _OF_NAMES) or (name == "wait" and last == "-p"):
         return _Use.NAME
-    return None
+    directory, _, program = name.rpartition("/")
+    if program == "script" and directory not in ("", "/bin", "/usr/bin"):  # one of the user's own
+        return None
+    return _Use.CODE if program in _RUN_COMMANDS and _is_code_of(program, arguments, begun) else None
 
 
-def _reads_code(words: Sequence[str], *, has_c: bool) -> bool:
-    """Whether a shell among ``words`` takes the next one for its code; without ``has_c``, its standard input."""
-    for at, word in enumerate(words):
-        if not _SHELL.match(word):
+def _use_in_declaration(name: str, arguments: list[str], begun: str) -> _Use | None:
+    options = "".join(each[1:] for each in arguments if each[:1] == "-")
+    assigned = _ASSIGNMENT.match(begun)
+    if "i" in options or (assigned and assigned[1] in _INTEGERS):
+        return _Use.NUMBER
+    if "=" not in begun:
+        return None if begun[:1] == "-" else _Use.NAME
+    is_read_again = not {"a", "A", "n"}.isdisjoint(options) and name != "export"
+    return _Use.CODE if is_read_again else None  # a="([x]=y)"
+
+
+def _is_code_of(program: str, arguments: list[str], begun: str) -> bool:
+    """Whether the next word of such a program is the code behind its -c."""
+    with_word, operands_max = _RUN_COMMANDS[program]
+    n_operands, is_word = 0, False
+    for each in arguments[:-1]:
+        if not is_word and each[:1] != "-":
+            n_operands += 1
+        is_word = not is_word and re.fullmatch(rf"-\w*[{with_word}]", each) is not None if with_word else False
+    last = arguments[-1] if arguments else ""
+    if re.fullmatch(r"-\w*c|--command", last):
+        return n_operands <= operands_max
+    n_operands += last[:1] not in ("-", "")
+    return n_operands <= operands_max and re.match(r"-[a-z]*c|--command=", begun) is not None
+
+
+def _reads_code(words: Sequence[str], at: int, begun: str) -> bool:
+    """Whether a shell among ``words``, the command at ``at`` or one that another command starts, takes the next word
+    for its code.
+    """
+    for number, word in enumerate(words):
+        if not (_SHELL if number == at else _SHELL_ANYWHERE).match(word):
             continue
-        found, skips, is_done = False, False, False
-        for each in words[at + 1 :]:
+        found = skips = False
+        for each in words[number + 1 :]:
             if skips:
                 skips = False
             elif each[:1] in ("-", "+") and len(each) > 1:
-                found = found or (not each.startswith("--") and "c" in each)
+                found = found or _SHELL_CODE.fullmatch(each) is not None
                 skips = _OPTION_WITH_WORD.match(each) is not None
-            else:
-                is_done = True  # the code, or a script
-        if not is_done and not skips and found == has_c:
-            return True
+            else:  # the code, or a script
+                break
+        else:
+            if (found and not skips) or _SHELL_CODE.match(begun):
+                return True
     return False
+
+
+def _reads_input(words: Sequence[str]) -> bool:
+    """Whether the command is a shell that takes its standard input for code."""
+    at = _command_at(words)
+    if at == len(words):
+        return False
+    if words[at] in (".", "source"):
+        return any(map(_STANDARD_INPUT.match, words[at + 1 : at + 2]))
+    if not _SHELL.match(words[at]):
+        return False
+    skips = False
+    for each in words[at + 1 :]:
+        if skips:
+            skips = False
+        elif _STANDARD_INPUT.match(each):
+            return True
+        elif each[:1] in ("-", "+"):
+            if _SHELL_CODE.fullmatch(each):
+                return False
+            skips = _OPTION_WITH_WORD.match(each) is not None
+        else:
+            return False
+    return True
 
 
 class Template:
@@ -345,7 +439,10 @@ class Template:
         self.text = text
         if "\0" in text:
             raise CommandTemplateError(text, "it contains a null byte, which no argument may; take it out")
-        self._found = _Scanner(text).found
+        try:
+            self._found = _Scanner(text).found
+        except RecursionError:
+            raise CommandTemplateError(text, "its quotes and brackets are nested too deep") from None
         named = {f"dst.{m[1]}" if m[1] else m[2].lower() for m in _VARIABLE.finditer(text)}
         self.fields = frozenset({found.field for found in self._found} | named)
         if not self.fields:
