@@ -132,6 +132,7 @@ WORDS = [
     "cat {src}& wait; cat {src} 2>&1 | cat &>/dev/null",
 ]
 READ_AGAIN = [
+    "eval echo >| x {stem}",
     "sh -c 'cat '\\''{src}'\\'' | wc -l'",
     "sh -c 'echo '\\'{stem}\\'",
     "sh -c echo\\ {stem}",

@@ -97,7 +97,7 @@ _FIELD_AT = re.compile(_FIELD, re.ASCII)
 _VARIABLE = re.compile(r"RINGPOOL_(?:DST_(\w+)|(SRC|DST|NAME|STEM|SUFFIX|RELPATH|PARENT|INDEX|HASH)\b)", re.ASCII)
 _EXPANSIONS = rf"\\\$\{{|\\.|`|\$\(\(|\$\(|\$\[(?=[^]\"\n]*\])|\$\{{|\$\$|{_FIELD}"
 _CODE = _place(
-    rf"\$?'|\"|{_EXPANSIONS}|\(\(|[()#\n;]|[<>]&|&>|[&|]|<<<|<<-?|\bcase\b|\besac\b|\[\[(?=[\s(])|"
+    rf"\$?'|\"|{_EXPANSIONS}|\(\(|[()#\n;]|[<>]&|>\||&>|[&|]|<<<|<<-?|\bcase\b|\besac\b|\[\[(?=[\s(])|"
     r"\{[A-Za-z_]\w*\}(?![<>])",  # {fd}> is bash's
     "%s",
 )
