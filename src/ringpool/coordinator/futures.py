@@ -324,8 +324,9 @@ class TaskFuture(PoolFuture):
     def _arrived(self) -> None:
         super()._arrived()
         self._board.arrived(self)
-        if self.on_end is not None:
-            self.on_end()
+        on_end, self.on_end = self.on_end, None  # once, and it leads to the pool
+        if on_end is not None:
+            on_end()
 
 
 class TaskBoard:
