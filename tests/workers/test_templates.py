@@ -132,6 +132,10 @@ WORDS = [
     "cat {src}& wait; cat {src} 2>&1 | cat &>/dev/null",
 ]
 READ_AGAIN = [
+    'dash -c "echo {stem}"',
+    'ash -c "echo {stem}"',
+    'ksh -c "echo {stem}"',
+    "dash <<END\necho {stem}\nEND",
     "eval echo >| x {stem}",
     "sh -c 'cat '\\''{src}'\\'' | wc -l'",
     "sh -c 'echo '\\'{stem}\\'",

@@ -31,11 +31,11 @@ from __future__ import annotations
 import functools
 import re
 import shlex
-from collections.abc import Collection, Mapping, Sequence
-from enum import Enum
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from ringpool.errors import CommandTemplateError
+from ringpool.workers.shelluses import ASSIGNMENT, OF_NAMES, Use, reads_input, use_in
 from ringpool.workers.shellwords import Before, Reader
 
 FIELDS = ("src", "dst", "dst.NAME", "name", "stem", "suffix", "relpath", "parent", "index", "hash")
@@ -123,31 +123,13 @@ _SLICE = re.compile(r"\$\{(?:[!#]?\w+(?:\[[^]]*\])?|[@*#?$!-]):(?![-+=?])")  # $
 _PATTERN = re.compile(r"\$\{\w+(?:\[[^]]*\])?[#%/]")  # ${x%...}: quotes count in it, whatever stands around it
 _COMMAND_BEGINS = re.compile(r"(?:\A|[;&|()`{!\n]|\b(?:then|do|else|elif|if|while|until|time|time\s+-p|coproc))\s*\Z")
 _DELIMITER = re.compile(r"[ \t]*((?:'[^']*'|\"[^\"]*\"|\\.|[^\s;&|<>()'\"\\])+)")
-_SHELL_ANYWHERE = re.compile(r"(?:.*/)?(?:[bd]a|[akz])?sh\Z")
-_SHELL = re.compile(r"(?:.*/)?(?:(?:r?ba|[da]|[kzc]|tc|mk|ya|fi|pw)?sh)\Z|\$\{?(?:SHELL|BASH)\b")
-_SHELL_CODE = re.compile(r"[-+][abefhiklmnoprstuvxBCDEHOPT]*c[abcefhiklmnoprstuvxBCDEHOPT]*")
-_OPTION_WITH_WORD = re.compile(r"--(?:rcfile|init-file)\Z|[-+]\w*[oO]\Z")
-_STANDARD_INPUT = re.compile(r"-\w*s\w*\Z|-\Z|/dev/(?:stdin|fd/0)\Z")
-_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(?:\[.*\])?\+?=", re.DOTALL)
 _KEY = re.compile(r"\$\{[!#]?(\w+)\[[^]]*\Z")  # ${x[...
 _INDEX = re.compile(r"([A-Za-z_]\w*)\[((?:[^][]|\$\{[^}]*\}|\[[^]]*\])*)\Z")  # x[...
 _INDEX_ENDS = re.compile(r"[^;&|\n]*?\]\+?=")
 _ARRAY = re.compile(r"([A-Za-z_]\w*)\+?=\Z")
-_OF_NUMBERS, _OF_NAMES = frozenset({"-eq", "-ne", "-lt", "-le", "-gt", "-ge"}), frozenset({"-v", "-R"})
+_OF_NUMBERS = frozenset({"-eq", "-ne", "-lt", "-le", "-gt", "-ge"})
 _AFTER_NUMBER = re.compile(r"(?:[^\s\"']|\"[^\"]*\"|'[^']*')*[\"']?(?:\s|\\\n)+-(?:eq|ne|lt|le|gt|ge)\s")
 _REST_OF_QUOTES = {'"': re.compile(r'(?:\\.|[^"\\])*"', re.DOTALL), "'": re.compile(r"[^']*'")}
-_PREFIXES = frozenset({"command", "builtin", "exec", "nohup"})
-_DECLARES = frozenset({"declare", "typeset", "local", "readonly", "export"})
-_WITH_WORDS = {"read": "pdtnNui", "mapfile": "dnOsuc", "readarray": "dnOsuc", "unset": ""}
-_INTEGERS = frozenset({"RANDOM", "SRANDOM", "SECONDS", "OPTIND", "LINENO", "HISTCMD"})
-# What stands behind their -c; their other options with a word, and how many words may stand before it.
-_RUN_COMMANDS = {
-    "su": ("sgGw", 1),
-    "runuser": ("sgGwu", 1),
-    "flock": ("wE", 1),
-    "sg": ("", 1),
-    "script": ("oEmTBIO", 0),
-}
 _SIMPLE = re.compile(r"\s*([\w./+-]+)(?:\s(?:'[^']*'|\"[^\"`\\]*\"|[<>]&|[^;&|()`\n'\"\\])*)?")
 _NO_FILES = re.compile(  # words that ``exec`` would not find, or would find something else for
     r"[.]|alias|bg|break|builtin|caller|case|cd|chdir|command|comp\w+|continue|coproc|declare|dirs|disown|do|done|echo|"
@@ -169,7 +151,7 @@ class _Scanner:
         # << or <<-, the delimiter, and whether it is a shell that reads it, of those that begin on the next line
         self._documents: list[tuple[str, str, bool]] = []
         self._maps: dict[str, bool] = {}
-        self._last: tuple[_Frame, int, _Use | None] | None = None  # the word of the last field, and what that was
+        self._last: tuple[_Frame, int, Use | None] | None = None  # the word of the last field, and what that was
         self._scan(0, len(text))
 
     def _scan(self, at: int, end: int) -> None:
@@ -200,7 +182,7 @@ class _Scanner:
             stop = re.compile("[\n`]" if self._n_backquotes() else "\n").search(self._text, at, end)
             return stop.start() if stop else end
         elif token in ("<<", "<<-") and (match := _DELIMITER.match(self._text, after, end)):
-            self._documents.append((token, match[1], _reads_input(frame.before(self._text, at).words)))
+            self._documents.append((token, match[1], reads_input(frame.before(self._text, at).words)))
             return match.end()
         elif token == "\n" and self._documents:
             return frame.begin_command(self._read_documents(after, end))
@@ -236,27 +218,27 @@ class _Scanner:
         if not _FIELD_AT.fullmatch(token):
             self._refuse(token, f"is no field; {_KNOWN}. Quote braces that are the command's")
         use = self._use(at, after)
-        if use is _Use.CODE:
+        if use is Use.CODE:
             variable = f'"${variable_of(name)}"'
             self._refuse(token, f"stands in code that a shell reads again, to which a path is code; write {variable}")
-        if use is _Use.NUMBER and name != "index":
+        if use is Use.NUMBER and name != "index":
             self._refuse(token, "stands in arithmetic, where bash runs what a name may hold; only {index} may")
-        if use is _Use.NAME and name != "index":
+        if use is Use.NAME and name != "index":
             self._refuse(token, "stands for the name of a variable, in which bash runs what is between brackets")
         self.found.append(_Found(at, after, name, place, self._n_backquotes()))
 
-    def _use(self, at: int, after: int) -> _Use | None:
+    def _use(self, at: int, after: int) -> Use | None:
         """What the shell takes for more than a word, of what stands from ``at`` to ``after``."""
         text, frames = self._text, self._frames
         i = max(i for i, frame in enumerate(frames) if frame.place in (_CODE, _SUM, _HERE, _TEST))
         frame = frames[i]
         for inner in frames[i:]:
             if inner.closer == "}" and (key := _KEY.match(text, inner.start, at)) and not self._is_map(key[1]):
-                return _Use.NUMBER
+                return Use.NUMBER
         if frame.place is _SUM:
-            return _Use.NUMBER
+            return Use.NUMBER
         if frame.place is _HERE:
-            return _Use.CODE if frame.is_code else None
+            return Use.CODE if frame.is_code else None
         word = frames[i + 1].start if i + 1 < len(frames) else at
         if self._last is not None and word < at and self._last[:2] == (frame, word):
             return self._last[2]  # of the same word
@@ -264,33 +246,33 @@ class _Scanner:
         self._last = frame, word, use
         return use
 
-    def _use_in_test(self, frame: _Frame, at: int, after: int) -> _Use | None:
+    def _use_in_test(self, frame: _Frame, at: int, after: int) -> Use | None:
         before, innermost = frame.before(self._text, at), self._frames[-1]
         last = before.words[-1] if before.words else ""
-        if last in _OF_NAMES:
-            return _Use.NAME
+        if last in OF_NAMES:
+            return Use.NAME
         if innermost is not frame and (rest := _REST_OF_QUOTES.get(innermost.closer)):
             found = rest.match(self._text, after)
             after = found.end() if found else after
-        return _Use.NUMBER if last in _OF_NUMBERS or _AFTER_NUMBER.match(self._text, after) else None
+        return Use.NUMBER if last in _OF_NUMBERS or _AFTER_NUMBER.match(self._text, after) else None
 
-    def _use_in_command(self, i: int, at: int, after: int) -> _Use | None:
+    def _use_in_command(self, i: int, at: int, after: int) -> Use | None:
         text, frames = self._text, self._frames
         frame = frames[i]
         before = frame.before(text, at)
         is_list = frame.closer == ")" and text[frame.start] == "("
         array = _ARRAY.search(text[max(0, frame.start - NAME_MAX) : frame.start]) if is_list else None
         if array is not None:  # words of it are no commands
-            if _use_in(Reader(text, frames[i - 1].begin).before(frame.start)) is _Use.NUMBER:
-                return _Use.NUMBER
+            if use_in(Reader(text, frames[i - 1].begin).before(frame.start)) is Use.NUMBER:
+                return Use.NUMBER
             word = before.word or ""
             is_key = word[:1] == "[" and word.count("[") > word.count("]") and not self._is_map(array[1])
-            return _Use.NUMBER if is_key else None
+            return Use.NUMBER if is_key else None
         index = _INDEX.match(before.raw)
-        is_first = all(map(_ASSIGNMENT.match, before.words)) or before.raw.startswith(before.words[0])
+        is_first = all(map(ASSIGNMENT.match, before.words)) or before.raw.startswith(before.words[0])
         if index and is_first and _INDEX_ENDS.match(text, after) and not self._is_map(index[1]):
-            return _Use.NUMBER
-        return _use_in(before)
+            return Use.NUMBER
+        return use_in(before)
 
     def _is_map(self, name: str) -> bool:
         """Whether the template declares an associative array of that name, whose keys are text."""
@@ -301,131 +283,6 @@ class _Scanner:
 
     def _refuse(self, token: str, reason: str) -> None:
         raise CommandTemplateError(self._text, f"{token} {reason}")
-
-
-class _Use(Enum):
-    """For what a shell takes a word, besides a word."""
-
-    CODE = 0
-    NUMBER = 1
-    NAME = 2  # of a variable
-
-
-def _use_in(before: Before) -> _Use | None:
-    """... the next word of a simple command."""
-    words, begun = before.words, before.word or ""
-    if before.redirection:
-        return _Use.CODE if before.redirection == "<<<" and _reads_input(words) else None
-    at = _command_at(words)
-    if _reads_code(words, at, begun):
-        return _Use.CODE
-    if at == len(words):
-        assigned = _ASSIGNMENT.match(begun)
-        return _Use.NUMBER if assigned and assigned[1] in _INTEGERS else None
-    return _use_by_name(words[at], words[at + 1 :], begun)
-
-
-def _command_at(words: Sequence[str]) -> int:
-    """Which of them is the command's name; their number, where none is yet."""
-    at = 0
-    while at < len(words) and (_ASSIGNMENT.match(words[at]) or words[at] in _PREFIXES or (at and words[at] == "-p")):
-        at += 1
-    return at
-
-
-def _use_by_name(name: str, arguments: list[str], begun: str) -> _Use | None:
-    last = arguments[-1] if arguments else ""
-    if name == "eval" or (name == "trap" and not [each for each in arguments[:2] if each != "--"]):
-        return _Use.CODE
-    if name == "let":
-        return _Use.NUMBER
-    if name in _DECLARES:
-        return _use_in_declaration(name, arguments, begun)
-    if name == "getopts":
-        return _Use.NAME if len(arguments) == 1 else None
-    if name in _WITH_WORDS:
-        is_of_option = re.fullmatch(rf"-\w*[{_WITH_WORDS[name]}]", last) if _WITH_WORDS[name] else None
-        return None if is_of_option or begun[:1] == "-" else _Use.NAME
-    if name == "printf":
-        return _Use.NAME if arguments == ["-v"] or (not arguments and begun.startswith("-v")) else None
-    if (name in ("test", "[") and last in _OF_NAMES) or (name == "wait" and last == "-p"):
-        return _Use.NAME
-    directory, _, program = name.rpartition("/")
-    if program == "script" and directory not in ("", "/bin", "/usr/bin"):  # one of the user's own
-        return None
-    return _Use.CODE if program in _RUN_COMMANDS and _is_code_of(program, arguments, begun) else None
-
-
-def _use_in_declaration(name: str, arguments: list[str], begun: str) -> _Use | None:
-    options = "".join(each[1:] for each in arguments if each[:1] == "-")
-    assigned = _ASSIGNMENT.match(begun)
-    if "i" in options or (assigned and assigned[1] in _INTEGERS):
-        return _Use.NUMBER
-    if "=" not in begun:
-        return None if begun[:1] == "-" else _Use.NAME
-    is_read_again = not {"a", "A", "n"}.isdisjoint(options) and name != "export"
-    return _Use.CODE if is_read_again else None  # a="([x]=y)"
-
-
-def _is_code_of(program: str, arguments: list[str], begun: str) -> bool:
-    """Whether the next word of such a program is the code behind its -c."""
-    with_word, operands_max = _RUN_COMMANDS[program]
-    n_operands, is_word = 0, False
-    for each in arguments[:-1]:
-        if not is_word and each[:1] != "-":
-            n_operands += 1
-        is_word = not is_word and re.fullmatch(rf"-\w*[{with_word}]", each) is not None if with_word else False
-    last = arguments[-1] if arguments else ""
-    if re.fullmatch(r"-\w*c|--command", last):
-        return n_operands <= operands_max
-    n_operands += last[:1] not in ("-", "")
-    return n_operands <= operands_max and re.match(r"-[a-z]*c|--command=", begun) is not None
-
-
-def _reads_code(words: Sequence[str], at: int, begun: str) -> bool:
-    """Whether a shell among ``words``, the command at ``at`` or one that another command starts, takes the next word
-    for its code.
-    """
-    for number, word in enumerate(words):
-        if not (_SHELL if number == at else _SHELL_ANYWHERE).match(word):
-            continue
-        found = skips = False
-        for each in words[number + 1 :]:
-            if skips:
-                skips = False
-            elif each[:1] in ("-", "+") and len(each) > 1:
-                found = found or _SHELL_CODE.fullmatch(each) is not None
-                skips = _OPTION_WITH_WORD.match(each) is not None
-            else:  # the code, or a script
-                break
-        else:
-            if (found and not skips) or _SHELL_CODE.match(begun):
-                return True
-    return False
-
-
-def _reads_input(words: Sequence[str]) -> bool:
-    """Whether the command is a shell that takes its standard input for code."""
-    at = _command_at(words)
-    if at == len(words):
-        return False
-    if words[at] in (".", "source"):
-        return any(map(_STANDARD_INPUT.match, words[at + 1 : at + 2]))
-    if not _SHELL.match(words[at]):
-        return False
-    skips = False
-    for each in words[at + 1 :]:
-        if skips:
-            skips = False
-        elif _STANDARD_INPUT.match(each):
-            return True
-        elif each[:1] in ("-", "+"):
-            if _SHELL_CODE.fullmatch(each):
-                return False
-            skips = _OPTION_WITH_WORD.match(each) is not None
-        else:
-            return False
-    return True
 
 
 class Template:
