@@ -23,6 +23,7 @@ OUTPUT_BYTES_MAX = 1 << 20  # of standard output, where that is the task's value
 TAIL_BYTES = 4096  # of what is kept for an error
 LINGER_S = 1.0  # for what a command has left running: >(gzip > x) has yet to write its end
 KILL_ROUNDS_MAX = 100  # it may fork meanwhile
+VAIN_ROUNDS_MAX = 3  # that find nobody: what ended by itself may have started another while one looked
 will_be: dict[bytes, bytes] = {}  # where outputs will be that are written elsewhere first, for the command of an error
 peak_rss_bytes = 0
 """The largest resident size among the processes of the last command; 0 before the first. At least that of this process:
@@ -43,7 +44,7 @@ def run_command(
     ``fields``: those that the path does not tell. ``environment``: variables, beside this process's own. Standard input
     is empty. Bytes that are not UTF-8 are shown as ``\\xff``. Of standard error, and with ``dst`` of output, the end is
     kept for an error. What the command leaves running has ``LINGER_S`` to end, and is killed then, unless it has closed
-    all it inherited or emptied its environment.
+    all it inherited, or was given an environment of its own.
 
     Raises ``CommandTemplateError``; ``CommandError`` where the exit status is not 0, or standard output is more than
     1 MiB. A status of 128 + n is the shell's for a command that signal n has ended, one of several in the template.
@@ -90,6 +91,7 @@ class _Pipe:
         self.kept = bytearray()
         self._keep_bytes = keep_bytes
         self.reader, self.writer = os.pipe()
+        self.status = os.fstat(self.reader)
 
     def take(self) -> bool:
         """Read what there is; False at the end."""
@@ -110,7 +112,8 @@ class _Run:
     """A command under way: start -> attend, until it has ended or written too much -> end, in any case.
 
     Three pipes: ``out``, standard error, and one that nobody writes to. Whatever the command starts inherits that one:
-    its end says that nothing is left running, not even what has redirected all its output.
+    its end says that nothing is left running, not even what has redirected all its output. Who is left is known by a
+    variable, the mark. A process that is just taking on a program shows no environment yet: it is known by that pipe.
     """
 
     def __init__(self, out_bytes_max: int | None) -> None:
@@ -127,6 +130,7 @@ class _Run:
     def start(self, arguments: list[str | bytes], variables: dict[bytes, bytes]) -> None:
         """Start it, in this process's group, which is killed when this process is."""
         try:
+            self._lifeline = self._pipe(0)
             self._err = self._pipe(TAIL_BYTES)
             self.out = self._err if self._out_bytes_max is None else self._pipe(self._out_bytes_max)
             self._process = subprocess.Popen(
@@ -134,7 +138,7 @@ class _Run:
                 stdin=subprocess.DEVNULL,
                 stdout=self.out.writer,
                 stderr=self._err.writer,
-                pass_fds=(self._pipe(0).writer,),
+                pass_fds=(self._lifeline.writer,),
                 env={**os.environb, **variables, self._mark: b"1"},
             )
         finally:
@@ -197,10 +201,34 @@ class _Run:
         self._read(0)
         while self._open and not self.is_too_long and (left_s := deadline - time.monotonic()) > 0:
             self._read(left_s)
+        n_vain = 0
         for _ in range(KILL_ROUNDS_MAX):
-            if not self._open or not _kill_marked(self._mark):
+            if not self._open or n_vain == VAIN_ROUNDS_MAX:
                 break
+            n_vain = 0 if self._kill_all() else n_vain + 1
             self._read(0.05)
+
+    def _kill_all(self) -> int:
+        """Kill the processes that are this command's; how many there were."""
+        n_killed = 0
+        for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
+            with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+                if self._has(pid):
+                    pidfd = os.pidfd_open(pid)
+                    try:
+                        if self._has(pid):  # still the same
+                            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                            n_killed += 1
+                    finally:
+                        os.close(pidfd)
+        return n_killed
+
+    def _has(self, pid: int) -> bool:
+        with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
+            environment = file.read()
+        if environment:
+            return self._mark in environment
+        return os.path.samestat(os.stat(f"/proc/{pid}/fd/{self._lifeline.writer}"), self._lifeline.status)
 
     def tail(self) -> str:
         """What is to be said of it in an error."""
@@ -209,24 +237,3 @@ class _Run:
                 f"more than {OUTPUT_BYTES_MAX:,} bytes on standard output; give the task an --out, and write to {{dst}}"
             )
         return self._err.tail() or self.out.tail()
-
-
-def _kill_marked(mark: bytes) -> int:
-    """Kill the processes with a variable ``mark`` in their environment; how many there were."""
-    n_killed = 0
-    for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
-        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
-            if _has(pid, mark):
-                pidfd = os.pidfd_open(pid)
-                try:
-                    if _has(pid, mark):  # still the same
-                        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                        n_killed += 1
-                finally:
-                    os.close(pidfd)
-    return n_killed
-
-
-def _has(pid: int, mark: bytes) -> bool:
-    with open(f"/proc/{pid}/environ", "rb", buffering=0) as environment:
-        return mark in environment.read()
