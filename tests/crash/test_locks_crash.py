@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
+from operator import gt
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -120,53 +121,41 @@ def test_a_waiter_killed_before_any_call_leaves_its_place_to_who_is_behind(tmp_p
 
 
 class Arena:
-    """Memory that all share: who is inside. ``dying`` is set before a kill: what that one has left there is void."""
+    """Memory that all share: who is inside, each in cells of its own.
+
+    Those of a process that is to be killed are void from before the kill until they have been emptied: so who looks,
+    looks whether they are void first.
+    """
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
-        self.cells = memoryview(self._memory).cast("Q")
+        cells = memoryview(self._memory).cast("Q")
+        self.void, self.reads, self.writes, self.grants, self.wrong = (
+            cells[at : at + workers] for at in range(0, 5 * workers, workers)
+        )
 
-    def writer(self) -> int:
-        return 0
-
-    def reads(self, index: int) -> int:
-        return 8 + 4 * index
-
-    def dying(self, index: int) -> int:
-        return 9 + 4 * index
-
-    def grants(self, index: int) -> int:
-        return 10 + 4 * index
-
-    def wrong(self) -> int:
-        return 1
+    def _another(self, index: int, mode: Mode) -> bool:
+        """Whether somebody else is inside who must not be there beside ``index``."""
+        for i in range(self.workers):
+            is_valid = not self.void[i]
+            if i != index and is_valid and (self.writes[i] or (mode == "exclusive" and self.reads[i])):
+                return True
+        return False
 
     def work(self, path: Path, index: int) -> None:
         """Take the lock in turns, and see whether somebody else is inside."""
-        cells = self.cells
         lots = random.Random(os.getpid())
         while True:
             mode: Mode = "shared" if lots.random() < 0.5 else "exclusive"
             with PathLock(path, mode, timeout_s=PATIENCE_S):
-                if mode == "exclusive":
-                    cells[0] = index + 1
-                    if any(cells[self.reads(i)] and not cells[self.dying(i)] for i in range(self.workers)):
-                        cells[1] = 1
-                    time.sleep(lots.random() * 1e-3)
-                    if cells[0] != index + 1:
-                        cells[1] = 2
-                    cells[0] = 0
-                else:
-                    cells[self.reads(index)] = 1
-                    if cells[0] and not cells[self.dying(cells[0] - 1)]:
-                        cells[1] = 3
-                    time.sleep(lots.random() * 1e-3)
-                    cells[self.reads(index)] = 0
-                cells[self.grants(index)] += 1
-
-    def granted(self) -> int:
-        return sum(self.cells[self.grants(index)] for index in range(self.workers))
+                mine = self.writes if mode == "exclusive" else self.reads
+                mine[index] = 1
+                self.wrong[index] |= self._another(index, mode)
+                time.sleep(lots.random() * 1e-3)
+                self.wrong[index] |= self._another(index, mode)
+                mine[index] = 0
+                self.grants[index] += 1
 
 
 @pytest.mark.parametrize(
@@ -174,7 +163,6 @@ class Arena:
 )
 def test_killed_at_random_none_ever_holds_it_beside_another_and_the_others_go_on(tmp_path: Path, kills: int) -> None:
     arena = Arena(workers=6)
-    cells = arena.cells
     path = tmp_path / "a"
     with PathLock(path):
         pass
@@ -183,19 +171,17 @@ def test_killed_at_random_none_ever_holds_it_beside_another_and_the_others_go_on
         for _ in range(kills):
             index = random.randrange(arena.workers)
             time.sleep(random.random() * 0.01)
-            cells[arena.dying(index)] = 1
+            arena.void[index] = 1
             children[index].kill()
             children[index].wait()
-            before = arena.granted()
-            until(lambda: arena.granted() > before + 2)  # noqa: B023
-            if cells[0] == index + 1:
-                cells[0] = 0
-            cells[arena.reads(index)] = 0
-            cells[arena.dying(index)] = 0
+            before = sum(arena.grants)
+            until(lambda: sum(arena.grants) > before + 2)  # noqa: B023
+            arena.reads[index] = arena.writes[index] = 0
+            arena.void[index] = 0
             children[index] = Child(partial(arena.work, path, index), life_s=300)
-            assert not cells[1], f"two were inside ({cells[1]})"
-        granted = [cells[arena.grants(index)] for index in range(arena.workers)]
-        until(lambda: all(cells[arena.grants(i)] > granted[i] for i in range(arena.workers)))
+            assert not any(arena.wrong), "two were inside"
+        granted = list(arena.grants)
+        until(lambda: all(map(gt, arena.grants, granted)))
     finally:
         for child in children:
             if child.exitcode is None:
