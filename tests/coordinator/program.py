@@ -155,7 +155,7 @@ class Program:
 
     @property
     def processes(self) -> set[int]:
-        """All living processes that come from it."""
+        """All living processes that come from it, but those amid ``exec``: these show no environment."""
         mark = self._mark.encode()
         found: set[int] = set()
         for entry in os.listdir("/proc"):

@@ -309,7 +309,7 @@ def await_ready(program: Program) -> set[int]:
     pids = {int(word) for word in program.wait_for("ready").split()}
     assert len(pids) == 8  # seven workers, six of them busy in one way each, one idle; and a child of one of them
     assert all(is_alive(pid) for pid in pids)
-    assert pids < program.processes
+    wait_until(lambda: pids < program.processes, "the environment of what is just taking on its program")
     wait_until(lambda: any(state_of(pid) == "T" for pid in pids), "the stop of one")
     return pids
 

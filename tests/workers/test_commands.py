@@ -595,7 +595,7 @@ def test_a_command_ends_with_its_coordinator(src: bytes, tmp_path: Path) -> None
     """
     with Program(tmp_path, body) as program:
         pids = pids_of(src)
-        assert set(pids) <= program.processes
+        wait_until(lambda: set(pids) <= program.processes, "its processes' environment")
         program.signal(signal.SIGKILL, group=False)
         program.finish()
         wait_for_end_of(pids)
