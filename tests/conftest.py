@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,17 @@ from hypothesis import HealthCheck, settings
 # On a machine under load an example may take any time, and so may making it up.
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
+
+
+@pytest.fixture
+def no_garbage() -> Iterator[None]:
+    """Nothing that other tests have left behind is collected, and closed, in the midst of this one."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @pytest.fixture

@@ -175,6 +175,7 @@ def test_the_limit_is_for_a_line_not_for_the_list(tmp_path: Path) -> None:
     assert set(paths(read_list(path))) == {line}
 
 
+@pytest.mark.usefixtures("no_garbage")
 def test_a_list_that_is_left_early_is_closed(tmp_path: Path) -> None:
     files = read_list(written(tmp_path, b"a\nb\n"))
     before = len(os.listdir("/proc/self/fd"))

@@ -382,6 +382,7 @@ def test_workers_of_a_stopped_program_end_their_tasks(run_program: RunProgram) -
     assert program.err.count("loses log records") == 1
 
 
+@pytest.mark.usefixtures("no_garbage")
 def test_close_does_not_wait_longer_for_handlers_than_it_is_told(
     workers: Workers, collector: Collector, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -409,6 +410,7 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.usefixtures("no_garbage")
 def test_nothing_is_opened_before_the_first_sender_and_nothing_is_left(collector: Collector) -> None:
     before = open_files(), threading.active_count()
     own = Workers()
@@ -462,6 +464,7 @@ def test_many_threads_may_close(workers: Workers, collector: Collector) -> None:
         assert len(collector.records) == 50, "each waits for the end"
 
 
+@pytest.mark.usefixtures("no_garbage")
 def test_without_a_descriptor_begin_fails_and_may_be_tried_again(collector: Collector) -> None:
     own = Workers()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -480,6 +483,7 @@ def test_without_a_descriptor_begin_fails_and_may_be_tried_again(collector: Coll
     assert collector.texts == ["text"]
 
 
+@pytest.mark.usefixtures("no_garbage")
 def test_without_a_thread_begin_fails_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, collector: Collector) -> None:
     def no_thread(_self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -496,6 +500,7 @@ def test_without_a_thread_begin_fails_and_leaves_nothing(monkeypatch: pytest.Mon
     assert collector.texts == ["text"]
 
 
+@pytest.mark.usefixtures("no_garbage")
 def test_a_fork_of_the_program_has_no_part_in_it(workers: Workers, collector: Collector) -> None:
     """It may close and fork as it likes, and its pool goes on in the parent."""
     sender = workers.inbox.sender()

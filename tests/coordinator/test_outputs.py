@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import pickle
 import tracemalloc
@@ -398,9 +397,9 @@ def test_no_more_than_kept_max_outputs_are_in_memory_however_many_there_are() ->
         collisions.close()
 
 
+@pytest.mark.usefixtures("no_garbage")
 def test_a_collision_with_an_output_on_disk_is_found_and_nothing_is_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "SCRATCH_CACHE_KIB", 256)
-    gc.collect()  # or what other tests have left is closed meanwhile
     before = set(os.listdir("/proc/self/fd"))
     files = (InputFile(f"in/{n}", f"{n % (KEPT_MAX + 9)}") for n in range(KEPT_MAX + 10))
     drawn = with_outputs(files, NamedOutputs(["o/{name}"]), one_source=True)

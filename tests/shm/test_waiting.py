@@ -222,6 +222,7 @@ def test_a_coroutine_is_woken_by_the_owners_death(table: FileStatusTable) -> Non
         asyncio.run(main(holder))
 
 
+@pytest.mark.usefixtures("no_garbage")
 def test_a_wait_leaves_no_descriptor_open(table: FileStatusTable, other: FileStatusTable) -> None:
     other.claim("a")
     before = sorted(os.listdir("/proc/self/fd"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import shutil
@@ -433,6 +432,7 @@ def test_the_peak_of_the_memory_is_that_of_the_command(src: bytes) -> None:
     assert commands.peak_rss_bytes < n_bytes
 
 
+@pytest.mark.usefixtures("no_garbage")
 def test_no_descriptor_is_left_open(src: bytes) -> None:
     def run_all() -> None:
         run_command(src, template="cat {src}")
@@ -501,8 +501,12 @@ def test_an_interrupt_while_the_command_is_started_kills_it(src: bytes, monkeypa
     wait_for_end_of(pids_of(src))
 
 
+@pytest.mark.usefixtures("no_garbage")
 def test_an_interrupt_kills_the_command(tmp_path: Path) -> None:
-    """Also what is just taking on its program, which shows no environment then: several in a hundred of these."""
+    """Also what is just taking on its program, which shows no environment then: several in a hundred of these.
+
+    There is no garbage: an exception that comes while some old object's ``__del__`` runs is lost.
+    """
 
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
@@ -512,8 +516,6 @@ def test_an_interrupt_kills_the_command(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
 
     sources = [os.fsencode(tmp_path / f"{number}") for number in range(50)]
-    gc.collect()
-    gc.disable()  # an exception that comes while some old object's __del__ runs is lost
     former = signal.signal(signal.SIGUSR1, interrupt)
     try:
         for src in sources:
@@ -524,7 +526,6 @@ def test_an_interrupt_kills_the_command(tmp_path: Path) -> None:
             sender.join()
     finally:
         signal.signal(signal.SIGUSR1, former)
-        gc.enable()
     for src in sources:
         wait_for_end_of(pids_of(src))
 

@@ -19,6 +19,7 @@ from ringpool.workers.files.locks import LockSet, PathLock
 from ringpool.workers.files.resources import resource_stats
 
 
+@pytest.mark.usefixtures("no_garbage")
 def test_it_tells_what_is_open_and_what_the_limits_are(tmp_path: Path) -> None:
     before = resource_stats()
     opened = [os.open(tmp_path, os.O_RDONLY) for _ in range(5)]
@@ -45,6 +46,7 @@ def test_it_tells_what_is_open_and_what_the_limits_are(tmp_path: Path) -> None:
     json.dumps({name: getattr(stats, name) for name in stats.__struct_fields__})
 
 
+@pytest.mark.usefixtures("no_garbage")
 def test_the_table_of_locks_is_bounded_and_a_held_one_stays(tmp_path: Path) -> None:
     bases = [tmp_path / name for name in ("a", "b", "c")]  # each has stripes of its own, as many as the table holds
     for base in bases:
@@ -68,6 +70,7 @@ def test_the_table_of_locks_is_bounded_and_a_held_one_stays(tmp_path: Path) -> N
             take(lock_file(os.fsencode(tmp_path / "a"), PathLock(tmp_path / "held").stripe))
 
 
+@pytest.mark.usefixtures("no_garbage")
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
 def test_after_more_locks_at_once_than_the_table_has_room_for_it_is_within_its_bound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...]

@@ -400,6 +400,7 @@ def test_a_pipe_is_no_empty_file(tmp_path: Path, plain: FileStore) -> None:
 # ---- errors and kills ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_garbage")
 @pytest.mark.parametrize("error", [errno.ENOSPC, pytest.param(errno.EIO, marks=pytest.mark.crash)])
 @pytest.mark.parametrize("name", ["write", "append", "update", "delete", "rename", "add"])
 def test_an_error_at_any_call_is_named_and_leaves_the_old_state_or_the_new(
@@ -900,6 +901,7 @@ def test_memory_does_not_grow_with_the_content(plain: FileStore) -> None:
     assert peak_bytes < 8 << 20
 
 
+@pytest.mark.usefixtures("no_garbage")
 def test_several_that_add_one_content_find_one_object(tmp_path: Path, plain: FileStore) -> None:
     contents = [b"%d" % number for number in range(5)] * 8
     plain.add(contents[0])
@@ -987,6 +989,7 @@ def test_what_vanishes_while_it_is_looked_for_is_skipped(tmp_path: Path, plain: 
         assert list(plain.find("**/a", sort=True)) == ["0/a", "2/a", "4/a"]
 
 
+@pytest.mark.usefixtures("no_garbage")
 def test_each_directory_is_listed_once_and_one_is_open_at_a_time(plain: FileStore) -> None:
     for number in range(20):
         plain.write(f"{number}/{number}/a", b"")
