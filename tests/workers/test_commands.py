@@ -460,6 +460,10 @@ def test_no_descriptor_is_left_open(src: bytes) -> None:
         "setsid sleep 1000",
         "(sleep 1000 & sleep 1000)",
         "env -i sleep 1000 > /dev/null 2>&1",
+        pytest.param(
+            "perl -e '$0 = q(a title for ps); sleep 1000'",
+            marks=pytest.mark.skipif(not shutil.which("perl"), reason="there is no perl"),
+        ),
     ],
 )
 @pytest.mark.parametrize("status", [0, 3])
@@ -470,6 +474,14 @@ def test_what_a_command_leaves_running_is_killed(src: bytes, background: str, st
             run_command(src, template=template)
     else:
         assert str(run_command(src, template=template)).isdigit()
+    wait_for_end_of([int(Path(os.fsdecode(src) + ".pid").read_text())])
+
+
+def test_a_command_that_opens_descriptors_by_number_leaves_nothing_running(pool: Coordinator, src: bytes) -> None:
+    """A worker has few files open, so that what a command inherits might have one of these numbers."""
+    opened = " ".join(f"{number}> /dev/null" for number in range(3, 10))
+    template = f"exec {opened}; sleep 1000 > /dev/null 2>&1 & echo $! > {{src}}.pid"
+    pool.submit_file_task(FUNCTION, src, params={"template": template}).result(WATCHDOG_S)
     wait_for_end_of([int(Path(os.fsdecode(src) + ".pid").read_text())])
 
 
@@ -528,6 +540,22 @@ def test_an_interrupt_kills_the_command(tmp_path: Path) -> None:
         signal.signal(signal.SIGUSR1, former)
     for src in sources:
         wait_for_end_of(pids_of(src))
+
+
+@pytest.mark.usefixtures("no_garbage")
+def test_an_interrupt_while_what_is_left_may_end_kills_it(src: bytes) -> None:
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(KeyboardInterrupt):
+            run_command(src, template="sleep 1000 & echo $! > {src}.pid")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+    wait_for_end_of([int(Path(os.fsdecode(src) + ".pid").read_text())])
 
 
 # ---- in a worker -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping
 
 from ringpool.errors import CommandError, CommandTemplateError
+from ringpool.workers.descriptor import out_of_the_way
 from ringpool.workers.templates import parsed, variable_of
 
 OUTPUT_BYTES_MAX = 1 << 20  # of standard output, where that is the task's value
@@ -90,6 +91,9 @@ class _Pipe:
         self.n_bytes = 0
         self.kept = bytearray()
         self._keep_bytes = keep_bytes
+        self.reader = self.writer = -1
+
+    def open(self) -> None:
         self.reader, self.writer = os.pipe()
         self.status = os.fstat(self.reader)
 
@@ -120,6 +124,10 @@ class _Run:
         self.exit_status = 0
         self.is_too_long = False
         self._out_bytes_max = out_bytes_max
+        self._err = _Pipe(TAIL_BYTES)
+        self.out = self._err if out_bytes_max is None else _Pipe(out_bytes_max)
+        self._lifeline = _Pipe(0)
+        self._lifeline_at = -1  # its writer's number in the command
         self._mark = b"RINGPOOL_COMMAND_" + os.urandom(8).hex().encode()
         self._process: subprocess.Popen[bytes] | None = None
         self._has_ended = False
@@ -130,28 +138,25 @@ class _Run:
     def start(self, arguments: list[str | bytes], variables: dict[bytes, bytes]) -> None:
         """Start it, in this process's group, which is killed when this process is."""
         try:
-            self._lifeline = self._pipe(0)
-            self._err = self._pipe(TAIL_BYTES)
-            self.out = self._err if self._out_bytes_max is None else self._pipe(self._out_bytes_max)
+            for pipe in {self._err, self.out, self._lifeline}:
+                pipe.open()
+                self._open[pipe.reader] = pipe
+                self._poll.register(pipe.reader, select.POLLIN)
+            self._lifeline_at = out_of_the_way(self._lifeline.writer)  # of a command that says exec 4>file
             self._process = subprocess.Popen(
                 arguments,
                 stdin=subprocess.DEVNULL,
                 stdout=self.out.writer,
                 stderr=self._err.writer,
-                pass_fds=(self._lifeline.writer,),
+                pass_fds=(self._lifeline_at,),
                 env={**os.environb, **variables, self._mark: b"1"},
             )
         finally:
-            for pipe in self._open.values():
-                os.close(pipe.writer)
+            for descriptor in (*(pipe.writer for pipe in self._open.values()), self._lifeline_at):
+                if descriptor >= 0:
+                    os.close(descriptor)
         self._pidfd = os.pidfd_open(self._process.pid)
         self._poll.register(self._pidfd, select.POLLIN)
-
-    def _pipe(self, keep_bytes: int) -> _Pipe:
-        pipe = _Pipe(keep_bytes)
-        self._open[pipe.reader] = pipe
-        self._poll.register(pipe.reader, select.POLLIN)
-        return pipe
 
     def attend(self) -> None:
         """Read what it writes, until it has ended, or has written too much."""
@@ -175,12 +180,12 @@ class _Run:
     def end(self) -> None:
         """Kill it if it has not ended, then what it has left running; and let go of all."""
         try:
-            if self._process is not None:
-                is_well = self._has_ended
-                self._reap(self._process)
+            is_well = self._has_ended
+            try:
+                if self._process is not None:  # what was interrupted in the midst of starting it may have started it
+                    self._reap(self._process)
+            finally:
                 self._settle(LINGER_S if is_well else 0.0)
-            else:
-                self._settle(0.0)  # what was interrupted in the midst of starting it may have started it
         finally:
             if self._pidfd >= 0:
                 os.close(self._pidfd)
@@ -196,11 +201,16 @@ class _Run:
         peak_rss_bytes = usage.ru_maxrss << 10
 
     def _settle(self, patience_s: float) -> None:
-        """Read on until nobody is left who could write; after ``patience_s``, see to it."""
+        """Read on until nobody is left who could write; after ``patience_s``, or an interrupt, see to it."""
         deadline = time.monotonic() + patience_s
-        self._read(0)
-        while self._open and not self.is_too_long and (left_s := deadline - time.monotonic()) > 0:
-            self._read(left_s)
+        try:
+            self._read(0)
+            while self._open and not self.is_too_long and (left_s := deadline - time.monotonic()) > 0:
+                self._read(left_s)
+        finally:
+            self._end_all()
+
+    def _end_all(self) -> None:
         n_vain = 0
         for _ in range(KILL_ROUNDS_MAX):
             if not self._open or n_vain == VAIN_ROUNDS_MAX:
@@ -210,10 +220,10 @@ class _Run:
 
     def _kill_all(self) -> int:
         """Kill the processes that are this command's; how many there were."""
-        n_killed = 0
+        n_killed, me = 0, os.getpid()
         for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
             with contextlib.suppress(OSError):  # it has ended, or is somebody else's
-                if self._has(pid):
+                if pid != me and self._has(pid):
                     pidfd = os.pidfd_open(pid)
                     try:
                         if self._has(pid):  # still the same
@@ -226,9 +236,9 @@ class _Run:
     def _has(self, pid: int) -> bool:
         with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
             environment = file.read()
-        if environment:
+        if b"=" in environment:  # not amid exec, nor written over with a title for ps, as perl's $0 = "..." does
             return self._mark in environment
-        return os.path.samestat(os.stat(f"/proc/{pid}/fd/{self._lifeline.writer}"), self._lifeline.status)
+        return os.path.samestat(os.stat(f"/proc/{pid}/fd/{self._lifeline_at}"), self._lifeline.status)
 
     def tail(self) -> str:
         """What is to be said of it in an error."""

@@ -26,9 +26,10 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from ringpool.workers.descriptor import out_of_the_way
+
 _F_SETSIG = 10  # fcntl.h
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # sys/prctl.h
-_GUARD_FD_MIN = 200  # out of the way of a task that closes and opens low descriptors
 _get_timer = signal.getitimer
 _REAL = int(signal.ITIMER_REAL)
 _NO_TIMER = (0.0, 0.0)
@@ -68,7 +69,7 @@ class Confinement:
             os.setsid()
         self._reset_signals()
         self._redirect_input()
-        self.guard = self._out_of_the_way(guard)
+        self.guard = out_of_the_way(guard)
         os.close(guard)
         self._arm()
         self.forked = False
@@ -85,14 +86,6 @@ class Confinement:
         self._directory = os.getcwdb()
         self._handlers = [_get_handler(number) for number in _RESTORED]
         self._alarm_handler = _get_handler(_ALARM)
-
-    @staticmethod
-    def _out_of_the_way(fd: int) -> int:
-        """A copy with a high number, for a task that closes and opens low ones; as high as the limit allows."""
-        for lowest in (_GUARD_FD_MIN, _GUARD_FD_MIN // 2, _GUARD_FD_MIN // 4):
-            with contextlib.suppress(OSError):  # EINVAL: beyond ulimit -n
-                return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
-        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
 
     def _arm(self) -> None:
         fcntl.fcntl(self.guard, fcntl.F_SETOWN, -os.getpid())  # negative: the process group, so children go too

@@ -1,10 +1,22 @@
-"""A file descriptor as an argument of a process."""
+"""A file descriptor as an argument of a process, and one out of the way of what a task opens."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 from multiprocessing.reduction import DupFd
 from typing import Any
+
+_ASIDE_MIN = 200  # out of the way of a task that closes and opens low descriptors
+
+
+def out_of_the_way(fd: int) -> int:
+    """A copy with a high number, for a task that closes and opens low ones; as high as the limit allows."""
+    for lowest in (_ASIDE_MIN, _ASIDE_MIN // 2, _ASIDE_MIN // 4):
+        with contextlib.suppress(OSError):  # EINVAL: beyond ulimit -n
+            return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
 
 
 class Descriptor:

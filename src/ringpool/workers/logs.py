@@ -32,8 +32,7 @@ import time
 from typing import Any
 
 from ringpool.workers import reducers
-from ringpool.workers.confinement import Confinement
-from ringpool.workers.descriptor import Descriptor
+from ringpool.workers.descriptor import Descriptor, out_of_the_way
 
 PATIENCE_S = 5.0
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL  # per call: O_NONBLOCK would be shared with whoever has the socket
@@ -70,7 +69,7 @@ class LogSender:
         """
         if self._end is None:
             return
-        fd = Confinement._out_of_the_way(self._end.fileno())  # pyright: ignore[reportPrivateUsage]
+        fd = out_of_the_way(self._end.fileno())
         self._end.close()
         root = logging.getLogger()
         _strip(root)
