@@ -130,6 +130,40 @@ WORDS = [
     "x=$(: # it's\n); cat {src}",
     "(cat <<Q\nit's\nQ\n); cat {src}",
     "cat {src}& wait; cat {src} 2>&1 | cat &>/dev/null",
+    "cat {src} &> {dst}",
+    "cat {src} > {dst} 2>&1",
+    'echo "$(echo $(date +%Y) case)"; cat {src}',
+    'echo "$(ls {case,d})"; cat {src}',
+    "cp {src} $(echo x)#{name}",
+    "cp {src} `echo x`#{name}",
+    "(cd /)# it's\ncat {src}",
+    "case a in a)# it's\ncat {src};; esac",
+    'args=(-metadata "[{stem}] x" {src}); tool "${args[@]}"',
+    "args=([{stem}] {src})",
+    "printf -- {name}",
+    "printf {src}",
+    "printf 'a %s' {stem}",
+    "declare -i n=0; n={index}; n+={index}; cat {src}",
+    "timeout 10 bash script.sh {src}",
+    "timeout -k 5 10 gzip -c {src} > {dst}",
+    "sudo -u nobody tar -c -f {dst} {src}",
+    "env A=1 B=2 sort -c {src}",
+    "nice -n 5 ionice -c3 cp {src} {dst}",
+    "xargs -I % cp % {dst} < {src}",
+    "exec -a {stem} cat {src}",
+    "taskset -c 0 md5sum -c {src}",
+    "ssh host cat < {src}",
+    "ssh -p 22 host tee x <<END\n{name}\nEND",
+    "docker run --rm -i img wc -l <<END\n{name}\nEND",
+    "<<END cat\n{name}\nEND",
+    "<<< {name} cat",
+    "cat <<END | bash script.sh\n{name}\nEND",
+    "bash <<END script.sh\n{name}\nEND",
+    "timeout 5 env -u X wc -c <<< {name}",
+    'PS1="{stem}"; cat {src}',
+    "script -q {dst} -c 'wc -l x' {src}",
+    "su nobody -c 'id'; cat {src}",
+    "flock -n 9 9> {dst}.lock",
 ]
 READ_AGAIN = [
     'dash -c "echo {stem}"',
@@ -251,7 +285,52 @@ READ_AGAIN = [
     "echo ${?:{stem}}",
     "declare RANDOM={stem}",
     "case a in a) eval {stem};; esac",
+    'timeout 10 flock L -c "echo {stem}"',
+    'nice -n 3 flock L -c "echo {stem}"',
+    'ionice -c3 flock L -c "echo {stem}"',
+    'env A=1 flock L -c "echo {stem}"',
+    'sudo su -c "echo {stem}"',
+    'sudo -u root su root -c "echo {stem}"',
+    'timeout 10 script -qec "echo {stem}" /dev/null',
+    'script -q /dev/null -c "echo {stem}"',
+    'timeout 5 $SHELL -c "echo {stem}"',
+    'env "$BASH" -c "echo {stem}"',
+    'timeout -s KILL 10 fish -c "echo {stem}"',
+    'nice tcsh -c "echo {stem}"',
+    'ksh93 -c "echo {stem}"',
+    'bash-static -c "echo {stem}"',
+    'lksh -c "echo {stem}"',
+    "sudo bash <<E\necho {stem}\nE",
+    "timeout 10 bash -s <<E\necho {stem}\nE",
+    "env A=1 sh <<E\necho {stem}\nE",
+    'sudo sh <<< "echo {stem}"',
+    "ssh host <<E\necho {stem}\nE",
+    "ssh -p 22 host bash -s <<E\necho {stem}\nE",
+    "docker exec -i c sh <<E\necho {stem}\nE",
+    "su nobody <<E\necho {stem}\nE",
+    "<<E bash\necho {stem}\nE",
+    '<<< "echo {stem}" bash',
+    'PS4="+ {name}: "; set -x; cat {src}',
+    'export PS4="{stem} "; set -x',
+    "BASH_ENV={stem} bash x.sh",
+    "env ENV={stem} sh -i",
+    "declare -i n; n={stem}",
+    'typeset -i n=0; n="{stem}"',
+    "local -i n; n+={stem}",
+    "declare -n r; r={stem}; echo $r",
+    'sh ${DEBUG:+-x} -c "echo {stem}"',
+    'bash $OPTIONS -c "echo {stem}"',
+    "command -- eval {stem}",
+    "command -p -- eval {stem}",
+    "time -- eval {stem}",
+    'echo $["{stem}"+1]',
+    "echo $[a[0]+{stem}]",
+    'echo "$[a[0]+{stem}]"',
+    "echo ${x[${y[0]}]:{stem}}",
+    "echo ${x[y[0]]:{stem}}",
 ]
+TARGETS = ["cat {src} >& {dst}", 'cat {src} >&"{dst}"', "cat {src} >& x{stem}", "cat {src} >& '{dst}'"]
+FORMATS = ["printf {name}", 'printf "{stem}\\n" x', "command printf {relpath}"]
 
 
 @pytest.mark.parametrize("template", WORDS)
@@ -262,6 +341,18 @@ def test_a_field_that_is_a_word_and_nothing_else_is_accepted(template: str) -> N
 @pytest.mark.parametrize("template", READ_AGAIN)
 def test_a_field_that_is_read_again_is_refused(template: str) -> None:
     with pytest.raises(CommandTemplateError, match=r"code that a shell reads again|arithmetic|name of a variable"):
+        Template(template)
+
+
+@pytest.mark.parametrize("template", TARGETS)
+def test_the_target_of_an_operator_that_bash_reads_twice_is_refused(template: str) -> None:
+    with pytest.raises(CommandTemplateError, match=r"write > \{(dst|stem)\} 2>&1"):
+        Template(template)
+
+
+@pytest.mark.parametrize("template", FORMATS)
+def test_a_name_that_may_be_an_option_of_printf_is_refused(template: str) -> None:
+    with pytest.raises(CommandTemplateError, match=r"write printf %s \{(name|stem|relpath)\}"):
         Template(template)
 
 

@@ -80,13 +80,23 @@ class Reader:
             self._words, word, self._redirection, text[self._index_at if self._index_at >= 0 else begin : place]
         )
 
+    def words_of_command(self) -> list[str]:
+        """All of its simple command's, to its end."""
+        text, at, n = self._text, self._at, len(self._text)
+        while at < n and text[at] not in "\n;|)":
+            if text[at] == "&" and text[at - 1 : at] not in ("<", ">") and text[at + 1 : at + 2] != ">":
+                break
+            at = _after_pair(text, at, n) if text[at] == "(" else _part(text, at, n)[1]
+        before = self.before(at)
+        return before.words if before.word is None or before.redirection else [*before.words, before.word]
+
     def _end_word(self, word: str, begin: int, *, is_descriptor: bool) -> None:
         if is_descriptor:
             return
         if self._redirection:
             self._redirection = ""
             return
-        if not self._words and (word in _RESERVED or word == "-p"):  # time -p
+        if not self._words and (word in _RESERVED or word in ("-p", "--")):  # time -p --
             self._is_named = self._is_named or word in ("function", "coproc")
             return
         if self._is_named and word == "{" and len(self._words) == 1:

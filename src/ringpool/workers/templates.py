@@ -15,6 +15,8 @@
     in sh -c '...', eval '...', trap '...' EXIT an error                that shell would; take sh -c '... "$1"' x {src}
     in what sh reads: sh <<END, bash <<< "..."  an error                so would that
     as the name of a variable: unset {src}      an error                bash would run what is between brackets in it
+    behind >&; as printf's format: {name}       an error                bash reads that twice; a name may be -v
+    in PS4, BASH_ENV, ENV, PROMPT_COMMAND       an error                shells run what is in these
     in the document of a quoted <<'END'         an error                nothing is replaced there
 
 The shell never reads a path: values are in its environment, by those names, and a command may look there as well. What
@@ -40,7 +42,7 @@ from ringpool.workers.shellwords import Before, Reader
 
 FIELDS = ("src", "dst", "dst.NAME", "name", "stem", "suffix", "relpath", "parent", "index", "hash")
 ITS_OWN = frozenset({"template", "fields"})  # parameters of ``run_command`` that a job of a command gives itself
-COMMAND_BEGINS_MAX, NAME_MAX = 99, 99  # characters that are looked at
+NAME_MAX = 99  # characters that are looked at
 NOT_OF_A_FILE = ITS_OWN | {"shell", "environment"}  # those by which a list of files would run code of its own
 
 
@@ -96,14 +98,15 @@ _FIELD = r"\{(?:src|dst(?:\.\w+)?|name|stem|suffix|relpath|parent|index|hash)\}"
 _FIELD_AT = re.compile(_FIELD, re.ASCII)
 _VARIABLE = re.compile(r"RINGPOOL_(?:DST_(\w+)|(SRC|DST|NAME|STEM|SUFFIX|RELPATH|PARENT|INDEX|HASH)\b)", re.ASCII)
 _EXPANSIONS = rf"\\\$\{{|\\.|`|\$\(\(|\$\(|\$\[(?=[^]\"\n]*\])|\$\{{|\$\$|{_FIELD}"
+_OUTSIDE_QUOTES = rf"\$\[(?=[^]\n]*\])|{_EXPANSIONS}"
 _CODE = _place(
-    rf"\$?'|\"|{_EXPANSIONS}|\(\(|[()#\n;]|[<>]&|>\||&>|[&|]|<<<|<<-?|\bcase\b|\besac\b|\[\[(?=[\s(])|"
+    rf"\$?'|\"|{_OUTSIDE_QUOTES}|\(\(|[()#\n;]|[<>]&|>\||&>|[&|]|<<<|<<-?|\bcase\b|\besac\b|\[\[(?=[\s(])|"
     r"\{[A-Za-z_]\w*\}(?![<>])",  # {fd}> is bash's
     "%s",
 )
 _TEST = _place(rf"\$?'|\"|{_EXPANSIONS}|(?<=[\s)])\]\](?=[\s;&|)`<>]|\Z)|\{{[A-Za-z_]\w*\}}", "%s")  # in [[ ]]
 _WORD = _place(rf"\$?'|\"|{_EXPANSIONS}|\}}", "%s")  # in ${ }
-_SUM = _place(rf"'|\"|{_EXPANSIONS}|[]()}}]")  # in $(( )), $[ ], ${x: }
+_SUM = _place(rf"'|\"|{_EXPANSIONS}|[][()}}]")  # in $(( )), $[ ], ${x: }
 _DOUBLE = _place(rf"\"|{_EXPANSIONS}|\}}")
 _SINGLE = _place(rf"'|\$\{{|{_FIELD}", "'%s'")
 _ANSI = _place(rf"\\.|'|\$\{{|{_FIELD}", "'%s$'")
@@ -119,9 +122,8 @@ _OPENS = {
     "$((": [(_SUM, ")")] * 2,
     "$[": [(_SUM, "]")],
 }
-_SLICE = re.compile(r"\$\{(?:[!#]?\w+(?:\[[^]]*\])?|[@*#?$!-]):(?![-+=?])")  # ${x:offset:length}
+_SLICE = re.compile(r"\$\{(?:[!#]?\w+(?:\[(?:[^][]|\[[^]]*\])*\])?|[@*#?$!-]):(?![-+=?])")  # ${x:offset:length}
 _PATTERN = re.compile(r"\$\{\w+(?:\[[^]]*\])?[#%/]")  # ${x%...}: quotes count in it, whatever stands around it
-_COMMAND_BEGINS = re.compile(r"(?:\A|[;&|()`{!\n]|\b(?:then|do|else|elif|if|while|until|time|time\s+-p|coproc))\s*\Z")
 _DELIMITER = re.compile(r"[ \t]*((?:'[^']*'|\"[^\"]*\"|\\.|[^\s;&|<>()'\"\\])+)")
 _KEY = re.compile(r"\$\{[!#]?(\w+)\[[^]]*\Z")  # ${x[...
 _INDEX = re.compile(r"([A-Za-z_]\w*)\[((?:[^][]|\$\{[^}]*\}|\[[^]]*\])*)\Z")  # x[...
@@ -150,7 +152,8 @@ class _Scanner:
         self._frames = [_Frame(_CODE, "", 0, 0)]
         # << or <<-, the delimiter, and whether it is a shell that reads it, of those that begin on the next line
         self._documents: list[tuple[str, str, bool]] = []
-        self._maps: dict[str, bool] = {}
+        self._ended_at = -1  # where a list in parentheses, which is no word, was over
+        self._declared: dict[tuple[str, str], bool] = {}
         self._last: tuple[_Frame, int, Use | None] | None = None  # the word of the last field, and what that was
         self._scan(0, len(text))
 
@@ -164,25 +167,27 @@ class _Scanner:
         place = frame.place
         if token == frame.closer:
             self._frames.pop()
+            if self._text[frame.start] == "(":
+                self._ended_at = after
         elif token[0] == "{":
             self._field(token, at, after)
         elif token == "${" and place not in (_SINGLE, _ANSI):
             quoted = place in (_DOUBLE, _HERE) and not _PATTERN.match(self._text, at)
             inner = _SUM if _SLICE.match(self._text, at) else _DOUBLE if quoted else _WORD
             self._frames.append(_Frame(inner, "}", at, after))
-        elif token == "(" and place is _SUM:
-            self._frames.append(_Frame(_SUM, ")", at, after))
+        elif token in ("(", "[") and place is _SUM:
+            self._frames.append(_Frame(_SUM, ")" if token == "(" else "]", at, after))
         elif token in _OPENS:
             self._frames += [_Frame(*opened, at, after) for opened in _OPENS[token]]
         elif token == "case" and self._begins_command(at):
             self._frames.append(_Frame(_CODE, "esac", at, at))  # in which a ) closes nothing
         elif token == "[[" and self._begins_command(at):
             self._frames.append(_Frame(_TEST, "]]", at, after))
-        elif token == "#" and (not at or self._text[at - 1] in " \t\n;&|()`"):
+        elif token == "#" and self._begins_comment(at):
             stop = re.compile("[\n`]" if self._n_backquotes() else "\n").search(self._text, at, end)
             return stop.start() if stop else end
         elif token in ("<<", "<<-") and (match := _DELIMITER.match(self._text, after, end)):
-            self._documents.append((token, match[1], reads_input(frame.before(self._text, at).words)))
+            self._documents.append((token, match[1], reads_input(self._words_of_command(frame))))
             return match.end()
         elif token == "\n" and self._documents:
             return frame.begin_command(self._read_documents(after, end))
@@ -191,7 +196,15 @@ class _Scanner:
         return after
 
     def _begins_command(self, at: int) -> bool:
-        return _COMMAND_BEGINS.search(self._text[max(0, at - COMMAND_BEGINS_MAX) : at]) is not None
+        before = self._frames[-1].before(self._text, at)
+        return not before.words and before.word is None and not before.redirection
+
+    def _begins_comment(self, at: int) -> bool:
+        """Whether a # there does: not in a word, as behind $( ) or backquotes that close."""
+        frame, former = self._frames[-1], self._text[at - 1 : at]
+        return former in ("", " ", "\t", "\n", ";", "&", "|", "(") or (
+            former in ")`" and at in (frame.begin, self._ended_at)
+        )
 
     def _n_backquotes(self) -> int:
         return sum(frame.closer == "`" for frame in self._frames)
@@ -225,6 +238,10 @@ class _Scanner:
             self._refuse(token, "stands in arithmetic, where bash runs what a name may hold; only {index} may")
         if use is Use.NAME and name != "index":
             self._refuse(token, "stands for the name of a variable, in which bash runs what is between brackets")
+        if use is Use.TARGET and name != "index":
+            self._refuse(token, f"stands behind >&, where bash reads it again as code; write > {token} 2>&1")
+        if use is Use.FORMAT and name in ("name", "stem", "relpath"):
+            self._refuse(token, f"is printf's format, or an option, in which bash runs code; write printf %s {token}")
         self.found.append(_Found(at, after, name, place, self._n_backquotes()))
 
     def _use(self, at: int, after: int) -> Use | None:
@@ -263,23 +280,40 @@ class _Scanner:
         is_list = frame.closer == ")" and text[frame.start] == "("
         array = _ARRAY.search(text[max(0, frame.start - NAME_MAX) : frame.start]) if is_list else None
         if array is not None:  # words of it are no commands
-            if use_in(Reader(text, frames[i - 1].begin).before(frame.start)) is Use.NUMBER:
+            if self._use_of_word(frames[i - 1], Reader(text, frames[i - 1].begin).before(frame.start)) is Use.NUMBER:
                 return Use.NUMBER
             word = before.word or ""
-            is_key = word[:1] == "[" and word.count("[") > word.count("]") and not self._is_map(array[1])
-            return Use.NUMBER if is_key else None
+            is_key = before.raw[:1] == "[" and word.count("[") > word.count("]") and _INDEX_ENDS.match(text, after)
+            return Use.NUMBER if is_key and not self._is_map(array[1]) else None
         index = _INDEX.match(before.raw)
         is_first = all(map(ASSIGNMENT.match, before.words)) or before.raw.startswith(before.words[0])
         if index and is_first and _INDEX_ENDS.match(text, after) and not self._is_map(index[1]):
             return Use.NUMBER
-        return use_in(before)
+        return self._use_of_word(frame, before)
+
+    def _use_of_word(self, frame: _Frame, before: Before) -> Use | None:
+        use = use_in(before, lambda: self._words_of_command(frame))
+        if use is None and all(map(ASSIGNMENT.match, before.words)) and not before.redirection:
+            assigned = ASSIGNMENT.match(before.word or "")
+            if assigned and self._is_declared(assigned[1], "in"):  # an integer, or another one's name
+                return Use.NUMBER
+        return use
+
+    def _words_of_command(self, frame: _Frame) -> list[str]:
+        return Reader(self._text, frame.begin).words_of_command()
 
     def _is_map(self, name: str) -> bool:
         """Whether the template declares an associative array of that name, whose keys are text."""
-        if name not in self._maps:
-            pattern = rf"\b(?:declare|typeset|local)\s+(?:-\w+\s+)*-\w*A\w*\s[^;&|\n]*\b{name}\b"
-            self._maps[name] = re.search(pattern, self._text) is not None
-        return self._maps[name]
+        return self._is_declared(name, "A")
+
+    def _is_declared(self, name: str, attributes: str) -> bool:
+        """Whether the template declares a variable of that name with one of these ``attributes``."""
+        found = self._declared.get((name, attributes))
+        if found is None:
+            options = rf"(?:-\w+\s+)*-\w*[{attributes}]\w*\s"
+            pattern = rf"\b(?:declare|typeset|local)\s+{options}[^;&|\n]*\b{name}\b"
+            found = self._declared[name, attributes] = re.search(pattern, self._text) is not None
+        return found
 
     def _refuse(self, token: str, reason: str) -> None:
         raise CommandTemplateError(self._text, f"{token} {reason}")
