@@ -122,3 +122,9 @@ def in_a_daemonic_process() -> tuple[list[int], int, list[tuple[str, bool]]]:
         except AssertionError as error:
             refused.append((type(error).__name__, "not allowed to have children" in str(error)))
     return pids, os.getpid(), refused
+
+
+def write_into(array: Any) -> float:
+    """The sum of the ``array``, whose first element is 1 from now on."""
+    array[0] = 1
+    return float(array.sum())

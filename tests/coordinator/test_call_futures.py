@@ -170,7 +170,7 @@ def test_futures_that_an_interrupted_wait_has_left_locked_stop_no_other(kind: st
             future._condition.acquire()  # pyright: ignore[reportPrivateUsage]
         waiting.start()
         if kind == "cancelled":
-            pump = own._pool.pump
+            pump = own._rp_pool.pump
             threading.Thread(target=own.shutdown, kwargs={"wait": False, "cancel_futures": True}).start()
             wait_until(lambda: pump._cancels_all, "the cancel")  # pyright: ignore[reportPrivateUsage]
             held.gate.touch()

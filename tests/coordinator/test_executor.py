@@ -607,6 +607,58 @@ def test_a_map_through_a_submit_of_ones_own_is_bounded_and_gives_errors_and_time
         (tmp_path / "gate").touch()
 
 
+class Telling(RingPoolExecutor):
+    """Notes how it is shut down, and cancels what has not begun."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.told: list[bool] = []
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self.told.append(wait)
+        super().shutdown(wait, cancel_futures=True)
+
+
+def test_a_block_ends_by_a_shutdown_of_ones_own() -> None:
+    with Telling() as made:
+        futures = [made.submit(time.sleep, 0.05) for _ in range(20)]
+    assert any(future.cancelled() for future in futures)
+    with pytest.raises(LookupError), made:
+        raise LookupError
+    assert made.told == [True, True]
+
+
+def test_a_block_that_is_interrupted_or_has_run_nothing_ends_by_a_shutdown_of_ones_own(tmp_path: Path) -> None:
+    made = Telling()
+    future = made.submit(functions.wait_for, tmp_path / "gate")
+    with pytest.raises(KeyboardInterrupt), made:
+        raise KeyboardInterrupt
+    assert made.told == [True]
+    assert isinstance(future.exception(0), BrokenProcessPool)
+    with Telling() as unused:
+        pass
+    assert unused.told == [True]
+
+
+def test_a_subclass_may_have_any_private_name_that_does_not_begin_with_rp() -> None:
+    names = ("_calls", "_pool", "_arguments", "_deferred", "_making", "_task_options", "_options", "_map", "_make")
+    with RingPoolExecutor(1) as made:
+        there = {name for name in (*vars(made), *vars(RingPoolExecutor)) if name[0] == "_" and name[:2] != "__"}
+
+    class Own(RingPoolExecutor):
+        def __init__(self) -> None:
+            super().__init__(1)
+            for name in names:
+                setattr(self, name, name)
+
+    with Own() as own:
+        assert own.submit(abs, -1).result(WATCHDOG_S) == 1
+        assert list(own.map(abs, [-1, -2])) == [1, 2]
+        assert [getattr(own, name) for name in names] == list(names)
+    in_process_pool = {"_max_workers", "_broken"}  # which ProcessPoolExecutor has, too
+    assert {name for name in there if not name.startswith("_rp_")} <= in_process_pool | {"_abc_impl"}
+
+
 def test_a_subclass_may_have_no_hash() -> None:
     class Comparable(RingPoolExecutor):
         def __eq__(self, other: object) -> bool:

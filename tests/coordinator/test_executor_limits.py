@@ -142,7 +142,7 @@ def test_what_was_about_to_be_published_is_told_where_that_fails(
 
     with RingPoolExecutor(1) as pool:
         assert pool.submit(functions.double, 1).result(WATCHDOG_S) == 2
-        monkeypatch.setattr(pool._pool.pump.staff.limits, "expect", expect)
+        monkeypatch.setattr(pool._rp_pool.pump.staff.limits, "expect", expect)
         future = pool.options(timeout=LONG_S).submit(functions.double, 2)
         assert isinstance(future.exception(WATCHDOG_S), ArithmeticError)
     assert "not today" in capfd.readouterr().err

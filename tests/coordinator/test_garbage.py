@@ -185,7 +185,7 @@ def test_a_map_that_is_left_leaves_its_items_and_itself(how_many: str) -> None:
             next(results)
         elif how_many == "all":
             list(results)
-        runs = [weakref.ref(run) for run in executor._pool.runs]
+        runs = [weakref.ref(run) for run in executor._rp_pool.runs]
         results.close()  # type: ignore[attr-defined]
         del results, items
     end_s = time.monotonic() + WATCHDOG_S

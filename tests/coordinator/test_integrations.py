@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import multiprocessing
 import os
 import subprocess
@@ -183,6 +184,30 @@ def test_joblib_runs_lambdas_and_closures(joblib: Any) -> None:
     offset = 40
     parallel = joblib.Parallel(n_jobs=2, backend="ringpool")
     assert parallel(joblib.delayed(lambda x: x + offset)(i) for i in range(5)) == [40, 41, 42, 43, 44]
+
+
+@pytest.mark.parametrize(
+    ("sharing", "n_shared"),
+    [
+        ({}, 200_000),
+        ({"max_nbytes": "1K"}, 1000),
+        ({"max_nbytes": None}, None),
+        ({"mmap_mode": "c"}, None),
+        ({"mmap_mode": "r+", "max_nbytes": "1K"}, None),
+        ({"mmap_mode": None}, None),
+    ],
+)
+def test_arrays_are_read_only_where_joblib_shares_them(
+    joblib: Any, sharing: dict[str, Any], n_shared: int | None
+) -> None:
+    numpy = pytest.importorskip("numpy")
+    parallel = joblib.Parallel(n_jobs=2, backend="ringpool", **sharing)
+    own = [numpy.zeros(n) for n in ((n_shared or 300_000) // 2, 10, 1000) if n < (n_shared or math.inf)]
+    assert parallel(joblib.delayed(tasks.write_into)(array) for array in own) == [1.0] * len(own)
+    assert not any(array.any() for array in own)
+    if n_shared is not None:
+        with pytest.raises(ValueError, match="read-only"):
+            parallel([joblib.delayed(tasks.write_into)(numpy.zeros(n_shared))])
 
 
 def test_a_config_without_n_jobs_uses_all_cores_and_workers(joblib: Any) -> None:

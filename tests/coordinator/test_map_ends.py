@@ -56,7 +56,7 @@ def notes(tmp_path: Path) -> str:
 
 def wait_for_commands(executor: RingPoolExecutor) -> None:
     """Until the pool has done what it was told before."""
-    executor._pool.pump.call(lambda: None)
+    executor._rp_pool.pump.call(lambda: None)
 
 
 # ---- taken by nobody -------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_of_a_map_that_nobody_takes_nothing_is_left_when_it_has_run(executor: Ri
 
     def is_left() -> bool:
         gc.collect()
-        return bool(there() or executor._pool.runs or executor._pool.pump.feeders)
+        return bool(there() or executor._rp_pool.runs or executor._rp_pool.pump.feeders)
 
     wait_until(lambda: not is_left(), "the end of the map")
     wait_until(lambda: shared_memory_of(os.getpid()) == before, "the end of its function")
@@ -168,7 +168,7 @@ def test_of_a_map_that_nobody_has_got_nothing_is_left(
     before = shared_memory_of(os.getpid())
     with pytest.raises(error):
         executor.map(functions.identity, items())
-    assert not executor._pool.runs
+    assert not executor._rp_pool.runs
     wait_until(lambda: shared_memory_of(os.getpid()) == before, "the end of its function")
 
 
@@ -542,7 +542,7 @@ def test_who_takes_results_in_a_thread_does_not_keep_a_pool_from_cancelling(tmp_
     thread.start()
     closing = threading.Thread(target=pool.shutdown, kwargs={"cancel_futures": True})
     closing.start()
-    wait_until(lambda: pool._calls.pool.pump._cancels_all, "the pool that cancels")  # pyright: ignore
+    wait_until(lambda: pool._rp_calls.pool.pump._cancels_all, "the pool that cancels")  # pyright: ignore
     gate.touch()
     closing.join(WATCHDOG_S)
     thread.join(WATCHDOG_S)

@@ -86,7 +86,7 @@ def test_a_full_ring_can_be_overtaken(executor: RingPoolExecutor, gate: Path, tm
     futures = [executor.submit(functions.note_slowly, path, item) for item in range(RING_SLOTS + 100)]
     wait_until(lambda: n_in_ring(executor) == RING_SLOTS, "a full ring")
     first = executor.options(priority=1).submit(functions.note, path, -1)
-    wait_until(lambda: executor._pool.pump.publisher._precedence._refused, "the others to be refused")
+    wait_until(lambda: executor._rp_pool.pump.publisher._precedence._refused, "the others to be refused")
     gate.touch()
     first.result(WATCHDOG_S)
     assert functions.noted(path)[0] == -1

@@ -629,7 +629,7 @@ def test_after_its_last_pool_a_program_ends_by_a_signal_as_without_one(
         f"""
         pool = RingPoolExecutor(1)
         assert pool.submit(abs, -1).result() == 1
-        calls = pool._pool
+        calls = pool._rp_pool
         {how}
         while not calls.closed:
             select.select([], [], [], 0.01)

@@ -4,6 +4,8 @@ submit, submit_with --+
 map, map_unordered ---+--> CallPool       imported when one is made, or here, in a program that is going to
 options(...) --> a view: the same, with other TaskOptions
 
+What is private to an executor begins with ``_rp_``: a class of your own may have any other name.
+
 A worker imports its program's main module, and with it this one; it makes no pool, and all that a pool is made of would
 be most of what it imports.
 """
@@ -64,7 +66,7 @@ class ExecutorStats(NamedTuple):
 class _Tasks(Executor):
     """What an executor and its views have in common: tasks, run with certain options."""
 
-    _task_options: TaskOptions
+    _rp_options: TaskOptions
 
     def submit_with(self, options: TaskOptions, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """``submit``, with these options."""
@@ -76,9 +78,9 @@ class _Tasks(Executor):
         Whatever keeps the call from being sent, or its result from coming back, is the future's exception. Raises
         ``RuntimeError`` after ``shutdown``, or what broke the pool (a ``BrokenProcessPool``).
         """
-        return self.submit_with(self._task_options, fn, *args, **kwargs)
+        return self.submit_with(self._rp_options, fn, *args, **kwargs)
 
-    def _map(self, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], **how: Any) -> Iterator[Any]:
+    def _rp_map(self, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], **how: Any) -> Iterator[Any]:
         raise NotImplementedError
 
     def map(
@@ -101,7 +103,7 @@ class _Tasks(Executor):
         Where a class of your own overrides ``submit``, each item goes through that, see docs/executor.md.
         """
         how = {"timeout": timeout, "chunksize": chunksize, "buffersize": buffersize}
-        return self._map(fn, iterables, ordered=True, return_exceptions=return_exceptions, **how)
+        return self._rp_map(fn, iterables, ordered=True, return_exceptions=return_exceptions, **how)
 
     def map_unordered(
         self,
@@ -114,12 +116,12 @@ class _Tasks(Executor):
     ) -> Iterator[Any]:
         """``map``, with results in the order in which they arrive."""
         how = {"timeout": timeout, "chunksize": chunksize, "buffersize": buffersize}
-        return self._map(fn, iterables, ordered=False, return_exceptions=return_exceptions, **how)
+        return self._rp_map(fn, iterables, ordered=False, return_exceptions=return_exceptions, **how)
 
 
 class _Deferred:
-    """The ``_calls`` of an executor that has none yet. It is no ``functools.cached_property``: that holds one lock for
-    all executors up to Python 3.11, which a fork for another thread's pool would inherit locked, and later none at all.
+    """The ``_rp_calls`` of an executor that has none yet. It is no ``functools.cached_property``: that holds one lock
+    for all executors up to Python 3.11, which a fork for another thread's pool would inherit locked; later none at all.
     """
 
     def __get__(self, executor: RingPoolExecutor, _owner: type | None = None) -> CallPool:
@@ -173,7 +175,7 @@ class RingPoolExecutor(_Tasks):
         if initializer is not None and not callable(initializer):  # pyright: ignore[reportUnnecessaryComparison]
             raise TypeError("initializer must be a callable")
         self._max_workers = n_workers  # dask reads it
-        self._task_options = TaskOptions()
+        self._rp_options = TaskOptions()
         arguments: dict[str, Any] = {
             "n_workers": n_workers,
             "mp_context": mp_context,
@@ -185,58 +187,58 @@ class RingPoolExecutor(_Tasks):
             "on_exit": _teller(on_worker_exit),
             "forward_logs": forward_logs,
         }
-        self._arguments: dict[str, Any] | None = arguments
-        self._defer()
+        self._rp_arguments: dict[str, Any] | None = arguments
+        self._rp_defer()
         if not startup.is_importing_main():  # else it is a global of the main module: its workers rarely use it
-            self._make(arguments)
+            self._rp_make(arguments)
         _executors[id(self)] = self  # no set of them: a subclass may have no hash
 
-    _calls: CallPool = _Deferred()  # pyright: ignore[reportAssignmentType]  (of the class; an executor's own hides it)
+    _rp_calls: CallPool = _Deferred()  # pyright: ignore[reportAssignmentType]  (of the class; an executor's own hides it)
 
-    def _defer(self) -> None:
-        self._deferred: dict[str, Any] | None = self._arguments
-        self._making = threading.Lock()
+    def _rp_defer(self) -> None:
+        self._rp_deferred: dict[str, Any] | None = self._rp_arguments
+        self._rp_making = threading.Lock()
 
     def renew_if_unused(self) -> None:
         """In a fork of the program: what had no task yet makes a pool of its own there, when it has one."""
-        calls: CallPool | None = self.__dict__.get("_calls")
+        calls: CallPool | None = self.__dict__.get("_rp_calls")
         if calls is None:
-            self._making = threading.Lock()
+            self._rp_making = threading.Lock()
         elif not calls.pool.was_used and not calls.pool.closing:
-            del self._calls
-            self._defer()
+            del self._rp_calls
+            self._rp_defer()
 
-    def _make(self, arguments: dict[str, Any]) -> None:
+    def _rp_make(self, arguments: dict[str, Any]) -> None:
         from ringpool.coordinator.callpool import CallPool  # here: see the module
 
         calls = CallPool(**arguments)
         weakref.finalize(self, calls.pool.close_soon).atexit = False
-        self._calls = calls
-        self._deferred = None
+        self._rp_calls = calls
+        self._rp_deferred = None
 
     def make_deferred(self) -> CallPool:
         """Make what was not made while the main module was imported."""
-        with self._making:
-            if "_calls" not in self.__dict__:
-                if self._deferred is None:
+        with self._rp_making:
+            if "_rp_calls" not in self.__dict__:
+                if self._rp_deferred is None:
                     raise RuntimeError("cannot schedule new futures after shutdown")
-                self._make(self._deferred)
-        return self._calls
+                self._rp_make(self._rp_deferred)
+        return self._rp_calls
 
-    def _is_over_unmade(self) -> bool:
+    def _rp_is_over_unmade(self) -> bool:
         """Whether there was nothing to end: an executor that is not made yet will not be. One that is lets go of the
         initializer's arguments.
         """
-        self._arguments = None
-        if "_calls" in self.__dict__:
+        self._rp_arguments = None
+        if "_rp_calls" in self.__dict__:
             return False
-        with self._making:
-            self._deferred = None
-        return "_calls" not in self.__dict__
+        with self._rp_making:
+            self._rp_deferred = None
+        return "_rp_calls" not in self.__dict__
 
     @property
-    def _pool(self) -> Pool:
-        return self._calls.pool
+    def _rp_pool(self) -> Pool:
+        return self._rp_calls.pool
 
     # ---- tasks
 
@@ -246,11 +248,11 @@ class RingPoolExecutor(_Tasks):
 
     def submit_with(self, options: TaskOptions, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """``submit``, with these options."""
-        return self._calls.submit(options, fn, args, kwargs)
+        return self._rp_calls.submit(options, fn, args, kwargs)
 
-    def _map(self, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], **how: Any) -> Iterator[Any]:
+    def _rp_map(self, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], **how: Any) -> Iterator[Any]:
         if not how["ordered"] or getattr(self.submit, "__func__", None) is _Tasks.submit:
-            return self.map_with(self._task_options, fn, iterables, **how)
+            return self.map_with(self._rp_options, fn, iterables, **how)
         from ringpool.coordinator.mapbysubmit import results_by_submit  # here: see the module
 
         _convert(how)
@@ -262,21 +264,21 @@ class RingPoolExecutor(_Tasks):
     ) -> Iterator[Any]:
         """What ``map`` and ``map_unordered`` are, with these options."""
         _convert(how)
-        return self._calls.map(options, fn, iterables, **how)
+        return self._rp_calls.map(options, fn, iterables, **how)
 
     # ---- looking in
 
     @property
     def worker_pids(self) -> tuple[int, ...]:
         """The pids of the living workers."""
-        return self._pool.supervisor.pids
+        return self._rp_pool.supervisor.pids
 
     def stats(self) -> ExecutorStats:
         """Counts, as they are now."""
-        pump = self._pool.pump
+        pump = self._rp_pool.pump
         queued, in_ring = pump.in_flight
         return ExecutorStats(
-            len(self._pool.supervisor.pids),
+            len(self._rp_pool.supervisor.pids),
             queued,
             in_ring,
             pump.n_completed,
@@ -290,14 +292,14 @@ class RingPoolExecutor(_Tasks):
     @property
     def _broken(self) -> BaseException | bool:
         """As ``ProcessPoolExecutor`` has it: whether it can be used no more."""
-        return self._pool.pump.broken or False
+        return self._rp_pool.pump.broken or False
 
     # ---- the end
 
     def terminate_workers(self) -> None:
         """Shut down, and end what runs at once: its futures, and those that wait, fail."""
-        if not self._is_over_unmade():
-            self._pool.abort()
+        if not self._rp_is_over_unmade():
+            self._rp_pool.abort()
 
     kill_workers = terminate_workers
 
@@ -306,22 +308,19 @@ class RingPoolExecutor(_Tasks):
 
         ``wait``: return when all that is done and the workers are gone; otherwise at once.
         """
-        if self._is_over_unmade():
+        if self._rp_is_over_unmade():
             return
         if wait:
-            self._pool.close(cancel=cancel_futures)
+            self._rp_pool.close(cancel=cancel_futures)
         else:
-            self._pool.close_soon(cancel=cancel_futures)
+            self._rp_pool.close_soon(cancel=cancel_futures)
 
     def __exit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
-        if self._is_over_unmade():
-            return
-        if _is_urgent(error, self._pool):
-            self._pool.abort()
-        else:
-            self._pool.close()
+        if not self._rp_is_over_unmade() and _is_urgent(error, self._rp_pool):
+            self._rp_pool.abort()
+        self.shutdown(wait=True)  # of a class of your own, it may be more
 
 
 class ExecutorView(_Tasks):
@@ -329,14 +328,14 @@ class ExecutorView(_Tasks):
 
     def __init__(self, executor: RingPoolExecutor, options: TaskOptions) -> None:
         self._executor = executor
-        self._task_options = options
+        self._rp_options = options
 
     def submit_with(self, options: TaskOptions, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """``submit``, with these options."""
         return self._executor.submit_with(options, fn, *args, **kwargs)
 
-    def _map(self, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], **how: Any) -> Iterator[Any]:
-        return self._executor.map_with(self._task_options, fn, iterables, **how)
+    def _rp_map(self, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], **how: Any) -> Iterator[Any]:
+        return self._executor.map_with(self._rp_options, fn, iterables, **how)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """``RingPoolExecutor.shutdown``."""

@@ -31,6 +31,7 @@ from ringpool.workers.reducers import NotSharedError
 _pack: Callable[[object], bytes] = msgspec.msgpack.Encoder().encode
 _unpack: Callable[[bytes | memoryview], Any] = msgspec.msgpack.Decoder().decode
 _MSGPACK, _PICKLE = int(Encoding.MSGPACK), int(Encoding.PICKLE)
+_UNSENT = "ringpool: neither pickle nor cloudpickle can send it to a worker; send what it is made of instead"
 _GUARDED = (
     '; a worker imports the program\'s main module without what stands under `if __name__ == "__main__":`, so define '
     "it above that, at the top level of the module"
@@ -132,7 +133,7 @@ def pickle_callable(function: Callable[..., Any]) -> bytes:
     """
     if "cloudpickle" not in sys.modules and is_by_name(function):
         return pickle.dumps(function, 5)  # many programs never need cloudpickle
-    return _dumps(function, is_shared=True)
+    return dumps(function, is_shared=True)
 
 
 def apply(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -140,9 +141,17 @@ def apply(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
-def _dumps(value: object, buffers: list[memoryview] | None = None, *, is_shared: bool = False) -> bytes:
-    """``value`` as bytes, its large buffers in ``buffers`` where that is given. Raises what pickle raises, noted."""
-    keep = None if buffers is None else values.keeper(buffers)
+def dumps(
+    value: object,
+    buffers: list[memoryview] | None = None,
+    *,
+    is_shared: bool = False,
+    buffer_bytes_min: float = values.OUT_OF_BAND_MIN_BYTES,
+) -> bytes:
+    """``value`` as bytes; where ``buffers`` is given, buffers of at least ``buffer_bytes_min`` bytes go there. Raises
+    what pickle raises, noted.
+    """
+    keep = None if buffers is None else values.keeper(buffers, buffer_bytes_min)
     if not is_lost("__main__"):
         try:
             return reducers.dumps(value, keep, buffers, is_shared=is_shared)
@@ -158,9 +167,8 @@ def _dumps(value: object, buffers: list[memoryview] | None = None, *, is_shared:
     except NotSharedError:
         raise
     except Exception as error:
-        error.add_note(
-            "ringpool: neither pickle nor cloudpickle can send it to a worker; send what it is made of instead"
-        )
+        if _UNSENT not in getattr(error, "__notes__", ()):  # of what it holds
+            error.add_note(_UNSENT)
         raise
 
 
@@ -187,7 +195,7 @@ def encode_call(function: Callable[..., Any] | None, arguments: tuple[Any, ...],
             pass  # an int beyond 64 bits, a str with surrogates
     whole = (arguments, keywords) if function is None else (function, arguments, keywords)
     buffers: list[memoryview] = []
-    body = _dumps(whole, buffers)
+    body = dumps(whole, buffers)
     return Call(Form.PICKLED, values.Encoded(_PICKLE, body, tuple(buffers)))
 
 
@@ -249,7 +257,7 @@ def encode_items(items: list[Any], *, starred: bool) -> tuple[int, bytes]:
             body = b""
         if body and reducers.may_do_without(body):
             return encoding, body
-    return encoding, _pack([_dumps(item) for item in items])
+    return encoding, _pack([dumps(item) for item in items])
 
 
 def decode_items(

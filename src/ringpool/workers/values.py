@@ -81,12 +81,12 @@ def encode(value: object) -> Encoded:
     return Encoded(_PICKLE, body, tuple(large))
 
 
-def keeper(large: list[memoryview]) -> Callable[[pickle.PickleBuffer], bool]:
-    """A ``buffer_callback`` that puts large buffers into ``large`` and leaves small ones in the pickle."""
+def keeper(large: list[memoryview], bytes_min: float = OUT_OF_BAND_MIN_BYTES) -> Callable[[pickle.PickleBuffer], bool]:
+    """A ``buffer_callback`` that puts buffers of ``bytes_min`` bytes and more into ``large``; others stay in band."""
 
     def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
-        if raw.nbytes < OUT_OF_BAND_MIN_BYTES:
+        if raw.nbytes < bytes_min:
             return True
         large.append(raw)
         return False

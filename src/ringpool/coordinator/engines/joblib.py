@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import pickle
 import threading
 import warnings
 from collections import deque
@@ -34,11 +35,14 @@ from ringpool.coordinator import numbers
 from ringpool.coordinator.executor import RingPoolExecutor
 from ringpool.errors import PoolError
 from ringpool.shm.layout import WORKERS_MAX
+from ringpool.workers import calls
 
 NAME = "ringpool"
 IDLE_WORKER_TIMEOUT_S = 300.0  # as joblib's own
-# What joblib hands to every backend: how loky and multiprocessing share arrays, and hints that joblib itself heeds.
+SHARED_BYTES_MIN = 1 << 20  # as joblib's own, where nobody says max_nbytes
+# What joblib hands to every backend: how it shares arrays, see ``_shared_bytes_min``, and hints that it heeds itself.
 _NOT_OURS = frozenset({"max_nbytes", "mmap_mode", "temp_folder", "prefer", "require", "verbose", "context"})
+_SHARING = ("max_nbytes", "mmap_mode")
 _THREADS = {"openmp": "OMP_NUM_THREADS", "blas": "OPENBLAS_NUM_THREADS"}  # by threadpoolctl's names
 
 
@@ -51,7 +55,9 @@ class RingPoolBackend(AutoBatchingMixin, ParallelBackendBase):
     """What ``joblib.Parallel(backend="ringpool")`` talks to. joblib makes it.
 
     Keywords, of ``joblib.parallel_config`` or of ``Parallel``: those of ``RingPoolExecutor``, and
-    ``idle_worker_timeout`` (seconds for which workers are kept after a call, for the next). Where nobody gives
+    ``idle_worker_timeout`` (seconds for which workers are kept after a call, for the next). An array of less than
+    ``max_nbytes`` is a task's own, to be written to; others are read-only and shared, unless ``max_nbytes`` is None,
+    or ``mmap_mode`` another one than ``"r"``: nothing that a task writes is seen elsewhere. Where nobody gives
     ``n_jobs`` it is -1, all cores, since who names a backend wants it used. A batch whose worker dies raises
     ``WorkerDiedError``.
     """
@@ -63,6 +69,7 @@ class RingPoolBackend(AutoBatchingMixin, ParallelBackendBase):
     def __init__(self, **keywords: Any) -> None:
         super().__init__(**keywords)
         self._pool: _Pool | None = None
+        self._shared_bytes_min: float = SHARED_BYTES_MIN
 
     def effective_n_jobs(self, n_jobs: int | None) -> int:
         """How many workers that means: negative numbers count down from all cores, -1; no pool has more than 64.
@@ -93,6 +100,7 @@ class RingPoolBackend(AutoBatchingMixin, ParallelBackendBase):
         given = {**self.backend_kwargs, **keywords}
         options = {name: value for name, value in given.items() if name not in _NOT_OURS}
         self.parallel = parallel
+        self._shared_bytes_min = _shared_bytes_min(**{name: given[name] for name in _SHARING if name in given})
         self._pool = _take(n_workers, options, self._prepare_worker_env(n_workers))
         return n_workers
 
@@ -100,7 +108,7 @@ class RingPoolBackend(AutoBatchingMixin, ParallelBackendBase):
         """Queue a batch. The callback, in the pump's thread, takes its result and queues the next one."""
         if self._pool is None:
             raise PoolError("this joblib.Parallel has no pool any more: its call was aborted")
-        future = self._pool.executor.submit(func)
+        future = self._pool.executor.submit(Batch(func, self._shared_bytes_min))
         if callback is not None:
             future.add_done_callback(callback)
         return future
@@ -126,6 +134,35 @@ class RingPoolBackend(AutoBatchingMixin, ParallelBackendBase):
             pool.executor.kill_workers()
         if ensure_ready:
             self.configure(n_jobs=self.parallel.n_jobs, parallel=self.parallel, **self.parallel._backend_kwargs)
+
+
+# ---- what is sent
+
+
+def _shared_bytes_min(max_nbytes: float | None = SHARED_BYTES_MIN, mmap_mode: str | None = "r") -> float:
+    """From what size on an array is not a task's own, in bytes; below 4 KiB it may be. Source: ``joblib.Parallel``."""
+    return math.inf if max_nbytes is None or mmap_mode != "r" else max_nbytes
+
+
+class Batch:
+    """A batch of joblib's on its way to a worker, where it is what ``function`` was."""
+
+    def __init__(self, function: Callable[[], Any], shared_bytes_min: float) -> None:
+        self._function = function
+        self._shared_bytes_min = shared_bytes_min
+
+    def __call__(self) -> Any:
+        """What the batch returns."""
+        return self._function()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        buffers: list[memoryview] = []
+        body = calls.dumps(self._function, buffers, buffer_bytes_min=self._shared_bytes_min)
+        return _rebuilt, (body, *map(pickle.PickleBuffer, buffers))
+
+
+def _rebuilt(body: bytes, *buffers: memoryview) -> Any:
+    return calls.rebuild(body, list(buffers))
 
 
 # ---- what a worker does first
