@@ -111,6 +111,13 @@ def add(*terms: Any) -> Any:
     return sum(terms)
 
 
+def length(item: bytes) -> int:
+    """Takes its time over what is large."""
+    if len(item) > 1000:
+        time.sleep(0.02)
+    return len(item)
+
+
 def work(x: int) -> int:
     """About 5 us of it."""
     return x + sum(range(300)) * 0
@@ -179,6 +186,18 @@ def map_in_inherited(n: int) -> list[int]:
 class NeverPickled:
     def __reduce__(self) -> Any:
         raise TypeError("not to be pickled")
+
+
+class CountsPickles:
+    """How often it was pickled in this process; of about ``n_bytes`` bytes."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self.n_bytes = n_bytes
+        self.n_pickled = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self.n_pickled += 1
+        return len, (bytes(self.n_bytes),)
 
 
 class NeverRebuilt:

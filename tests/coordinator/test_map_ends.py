@@ -148,7 +148,7 @@ def test_of_a_map_that_nobody_takes_nothing_is_left_when_it_has_run(executor: Ri
         return bool(there() or executor._rp_pool.runs or executor._rp_pool.pump.feeders)
 
     wait_until(lambda: not is_left(), "the end of the map")
-    wait_until(lambda: shared_memory_of(os.getpid()) == before, "the end of its function")
+    wait_until(lambda: shared_memory_of(os.getpid()) <= before, "the end of its function")  # others may end as well
 
 
 class NotIterable:
@@ -169,7 +169,7 @@ def test_of_a_map_that_nobody_has_got_nothing_is_left(
     with pytest.raises(error):
         executor.map(functions.identity, items())
     assert not executor._rp_pool.runs
-    wait_until(lambda: shared_memory_of(os.getpid()) == before, "the end of its function")
+    wait_until(lambda: shared_memory_of(os.getpid()) <= before, "the end of its function")  # others may end as well
 
 
 # ---- taken after the end of the pool ---------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from tests.coordinator import call_functions as functions
-from tests.coordinator.program import WATCHDOG_S, wait_until
+from tests.coordinator.program import WATCHDOG_S, shared_memory_of, wait_until
 
 from ringpool import RingPoolExecutor, WorkerDiedError
 from ringpool.errors import ArgumentTransportError, RemoteError, ResultTransportError, TaskTimeoutError
@@ -155,6 +155,40 @@ def test_items_and_results_of_any_size(executor: RingPoolExecutor, n_bytes: int)
     assert list(executor.map(functions.identity, items, chunksize=100)) == items
     structured = [{"item": item} for item in items]
     assert list(executor.map(functions.identity, structured)) == structured
+
+
+@pytest.mark.parametrize("chunksize", [None, 1000])
+def test_items_of_sizes_that_differ_widely(executor: RingPoolExecutor, chunksize: int | None) -> None:
+    sizes = [(1, 20, 300, 5_000, 32_700, 32_768, 70_000, 1_000_000)[n * n % 8] for n in range(400)]
+    for items in ([bytes(size) for size in sizes], [{"of": bytes(size)} for size in sizes], [bytes(60_000)] * 2):
+        assert list(executor.map(functions.identity, items, chunksize=chunksize)) == items
+    assert list(executor.map(functions.add, sizes, sizes, chunksize=chunksize)) == [2 * size for size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chunksize", "most"),
+    [([20_000] * 200, None, 1.5), ([100_000] * 128, 128, 4), ([100] * 127 + [100_000], 128, 4), ([10] * 500, None, 1)],
+)
+def test_an_item_is_pickled_a_few_times_at_most_however_large(
+    executor: RingPoolExecutor, sizes: list[int], chunksize: int | None, most: float
+) -> None:
+    items = [functions.CountsPickles(size) for size in sizes]
+    assert list(executor.map(functions.identity, items, chunksize=chunksize)) == sizes
+    assert sum(item.n_pickled for item in items) <= most * len(items)
+
+
+def test_of_large_items_only_so_many_are_under_way_as_keep_workers_busy(executor: RingPoolExecutor) -> None:
+    there: list[int] = []
+
+    def small_and_then_large() -> Iterator[bytes]:
+        for _ in range(1000):  # quick ones, of which many are to be under way
+            yield b""
+        for _ in range(150):
+            there.append(sum(".t" in name for name in shared_memory_of(os.getpid())))
+            yield bytes(1 << 20)
+
+    assert sum(executor.map(functions.length, small_and_then_large())) == 150 << 20
+    assert max(there) <= 20
 
 
 def test_values_come_back_as_they_were(executor: RingPoolExecutor) -> None:

@@ -4,8 +4,8 @@
                       ^ Sizer: about 16 ms of work to a vector, 40 ms and more under way
     next() <- piece <- held (in order) <- arrived <--------- pump
 
-Bounds: items under way, by the work in them, at most 32,768; items drawn and not given out, at most 16,384, or twice
-as many as may be under way, and about 64 MiB of results.
+Bounds: items under way, by the work in them, at most 32,768, and of large ones about 16 MiB; items drawn and not given
+out, at most 16,384, or twice as many as may be under way, and about 64 MiB of results.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from ringpool.workers import calls
 
 HELD_ITEMS_MAX = 16_384
 HELD_BYTES_MAX = 1 << 26
+UNDER_WAY_BYTES_MAX = 1 << 24  # of items: more would only fill /dev/shm
+VECTOR_BYTES_MAX = vectors.CHUNK_BYTES // 2  # of items: no vector has room for more
 BUFFER_PARTS = 8  # a buffer whose size is given is filled again when so small a part of it is free
 TURN_S = 1.0  # how long who closes the pool waits for a thread that draws
 FILL_S = 0.001  # how long items are drawn while results wait to be taken
@@ -82,6 +84,7 @@ class MapRun:
         self._options = options
         self.inbox = MapInbox(on_retired, options.retries)
         self._sizer = Sizer(1 if options.timeout_s is not None else options.chunksize, pool.n_workers)
+        self._item_bytes = 0.0  # of those sent last, about
         self._held: dict[int, Piece] = {}
         self._held_bytes = 0
         self._next_index = 0
@@ -161,18 +164,31 @@ class MapRun:
         buffersize = self._options.buffersize
         if buffersize is not None:
             return self._unbounded or buffersize - self._n_drawn + self._n_given >= self._refill(buffersize)
-        return self._n_drawn - self.inbox.n_arrived - self._n_unsent <= self._sizer.under_way_max * REFILL_AT
+        return self._n_drawn - self.inbox.n_arrived - self._n_unsent <= self._under_way_max * REFILL_AT
+
+    @property
+    def _n_of_vector(self) -> int:
+        """How many items go together: as many as take the time that a vector should, if there is room for them."""
+        n = self._sizer.n
+        return n if n * self._item_bytes <= VECTOR_BYTES_MAX else max(1, int(VECTOR_BYTES_MAX / self._item_bytes))
+
+    @property
+    def _under_way_max(self) -> int:
+        most = self._sizer.under_way_max
+        if most * self._item_bytes <= UNDER_WAY_BYTES_MAX:
+            return most
+        return min(most, max(2 * self._pool.n_workers + 2, int(UNDER_WAY_BYTES_MAX / self._item_bytes)))
 
     def _refill(self, buffersize: int) -> int:
         """So much of the buffer is to be free before more is drawn: one by one, items would cost a vector each."""
-        return max(1, min(self._sizer.n, buffersize // BUFFER_PARTS))
+        return max(1, min(self._n_of_vector, buffersize // BUFFER_PARTS))
 
     def _room(self) -> int:
         """How many items may be drawn now."""
         n_given_out = self._n_drawn - self._n_given
         if self._options.buffersize is not None and not self._unbounded:
-            return min(self._sizer.n, self._options.buffersize - n_given_out)
-        n, most = self._sizer.n, self._sizer.under_way_max
+            return min(self._n_of_vector, self._options.buffersize - n_given_out)
+        n, most = self._n_of_vector, self._under_way_max
         if self._n_drawn - self.inbox.n_arrived - self._n_unsent >= most:
             return 0
         full = n_given_out >= max(HELD_ITEMS_MAX, 2 * most) or self._held_bytes > HELD_BYTES_MAX
@@ -206,20 +222,40 @@ class MapRun:
             return
         try:
             encoding, body = calls.encode_items(items, starred=self._starred)
-        except Exception:
-            body = encoding = None  # one of them cannot be sent: by halves, it is found
-        if body is None or encoding is None or len(body) > vectors.room_for_items(len(items)):
-            half = len(items) // 2
-            self._send(items[:half], index)
-            self._send(items[half:], index + half)
+        except Exception:  # one of them cannot be sent
+            self._send_halves(items, index)
+            return
+        self._item_bytes = len(body) / len(items)
+        if len(body) > vectors.room_for_items(len(items)):
+            self._send_apart(items, index)
             return
         part = Part(body, encoding, index, 0, len(items), splits=self._options.chunksize is None)
         task = Task(self._function_id, b"", 0, Form.VECTOR)
         self._queue(Ticket(task, self.inbox, self._function, None, part=part))
 
+    def _send_halves(self, items: list[Any], index: int) -> None:
+        half = len(items) // 2
+        self._send(items[:half], index)
+        self._send(items[half:], index + half)
+
+    def _send_apart(self, items: list[Any], index: int) -> None:
+        """They are too large for one vector: as many to each as there is room for, and the largest by themselves."""
+        room, begin, n_bytes = vectors.room_for_items(len(items)), 0, 0
+        for i, item in enumerate(items):
+            item_bytes = calls.bytes_of_item(item, starred=self._starred)
+            if i > begin and n_bytes + item_bytes > room:
+                self._send(items[begin:i], index + begin)
+                begin, n_bytes = i, 0
+            n_bytes += item_bytes
+        if begin:
+            self._send(items[begin:], index + begin)
+        else:
+            self._send_halves(items, index)
+
     def _send_one(self, item: Any, index: int) -> None:
         try:
             call = calls.encode_call(None, item if self._starred else (item,), {})
+            self._item_bytes = len(call.encoded.body) + sum(buffer.nbytes for buffer in call.encoded.buffers)
             task = self._pool.task(self._function_id, call.encoded, call.form)
         except Exception as error:  # it cannot be sent, or there is no room for it
             self._n_unsent += 1

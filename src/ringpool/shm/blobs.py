@@ -23,7 +23,9 @@ import errno
 import mmap
 import os
 import struct
+from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 
 import posix_ipc
 
@@ -40,6 +42,7 @@ MAGIC = int.from_bytes(b"RPBLOB1\0", "little")
 HEAD = struct.Struct("<QIIQ")
 ALIGN_BYTES = 64
 COPIED_MAX_BYTES = 1 << 16  # a mapping costs a descriptor for as long as it lives, and more time than such a copy
+IOV_MAX = 1024  # parts that one call writes; limits.h
 HEAP_MAX_BYTES = 1 << 23  # up to here malloc has memory to give that was used before; beyond, huge pages are quicker
 Buffer = bytes | bytearray | memoryview
 
@@ -94,12 +97,12 @@ def write(name: str, encoding: Encoding, body: Buffer, buffers: Sequence[memoryv
 
 def _write(name: str, encoding: Encoding, body: Buffer, buffers: Sequence[memoryview]) -> int:
     lengths = [buffer.nbytes for buffer in buffers]
-    body_at = _up(HEAD.size + 8 * len(lengths))
-    size_bytes = body_at + len(body)
-    places: list[int] = []
-    for length in lengths:
-        places.append(_up(size_bytes))
-        size_bytes = places[-1] + length
+    parts: list[Buffer] = [struct.pack(f"<{len(lengths)}Q", *lengths)]  # all behind the head, with what is between them
+    size_bytes = HEAD.size + len(parts[0])
+    for part in (body, *buffers):
+        gap = _up(size_bytes) - size_bytes
+        parts += (bytes(gap), part)
+        size_bytes += gap + memoryview(part).nbytes
     try:
         file = _create(name)
     except OSError as error:
@@ -107,14 +110,8 @@ def _write(name: str, encoding: Encoding, body: Buffer, buffers: Sequence[memory
             raise
         raise SharedMemoryFullError(name, f"{SHM_DIRECTORY} has no room for another file: no inode is left") from error
     try:
-        os.posix_fallocate(file.fd, 0, size_bytes)  # ENOSPC now, not a SIGBUS below
-        with mmap.mmap(file.fd, size_bytes) as mapping:
-            struct.pack_into(f"<{len(lengths)}Q", mapping, HEAD.size, *lengths)
-            mapping[body_at : body_at + len(body)] = body
-            for place, buffer in zip(places, buffers, strict=True):
-                if buffer.nbytes:
-                    mapping[place : place + buffer.nbytes] = buffer.cast("B")
-            HEAD.pack_into(mapping, 0, MAGIC, encoding, len(lengths), len(body))  # last: half a blob is none
+        _write_all(file.fd, parts, HEAD.size)  # by a call, and not into a mapping: ENOSPC, and never a SIGBUS
+        os.pwrite(file.fd, HEAD.pack(MAGIC, encoding, len(lengths), len(body)), 0)  # last: half a blob is none
     except BaseException as error:
         unlink(name)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
@@ -123,6 +120,19 @@ def _write(name: str, encoding: Encoding, body: Buffer, buffers: Sequence[memory
     finally:
         file.close_fd()
     return size_bytes
+
+
+def _write_all(fd: int, parts: Sequence[Buffer], at: int) -> None:
+    views = deque(view for part in parts if (view := memoryview(part).cast("B")).nbytes)
+    while views:
+        n_bytes = os.pwritev(fd, list(islice(views, IOV_MAX)), at)  # 2 GiB at most, and less where there is no room
+        at += n_bytes
+        while n_bytes:
+            first = views.popleft()
+            if n_bytes < first.nbytes:
+                views.appendleft(first[n_bytes:])
+                break
+            n_bytes -= first.nbytes
 
 
 def _create(name: str) -> posix_ipc.SharedMemory:

@@ -30,6 +30,7 @@ from ringpool.workers.reducers import NotSharedError
 
 _pack: Callable[[object], bytes] = msgspec.msgpack.Encoder().encode
 _unpack: Callable[[bytes | memoryview], Any] = msgspec.msgpack.Decoder().decode
+_PACKED_HEAD_BYTES = 5  # of a list of msgpack's, at most
 _MSGPACK, _PICKLE = int(Encoding.MSGPACK), int(Encoding.PICKLE)
 _UNSENT = "ringpool: neither pickle nor cloudpickle can send it to a worker; send what it is made of instead"
 _GUARDED = (
@@ -258,6 +259,11 @@ def encode_items(items: list[Any], *, starred: bool) -> tuple[int, bytes]:
         if body and reducers.may_do_without(body):
             return encoding, body
     return encoding, _pack([dumps(item) for item in items])
+
+
+def bytes_of_item(item: Any, *, starred: bool) -> int:
+    """How many bytes it adds to others of a vector, at most. Raises what pickle raises."""
+    return len(encode_items([item], starred=starred)[1]) + _PACKED_HEAD_BYTES
 
 
 def decode_items(
