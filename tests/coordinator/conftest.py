@@ -21,7 +21,7 @@ from tests.coordinator.program import Program, shared_memory_of, wait_until
 
 from ringpool import Coordinator
 
-_STAYS = re.compile(r"(.*)\.(f\d+|v)")  # functions and the arena, of a pool that stays
+_STAYS = re.compile(r"(.*)\.(f\d+|v|s\d+(\.\d+)?)")  # functions, the arena, spare blobs, of a pool that stays
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import multiprocessing
 import operator
 import os
 import pickle
+import re
 import resource
 import signal
 import socket
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.coordinator import call_functions as functions
-from tests.coordinator.program import ROOT, WATCHDOG_S, Program, is_alive, wait_until
+from tests.coordinator.program import ROOT, WATCHDOG_S, Program, is_alive, shared_memory_of, wait_until
 
 from ringpool import RingPoolExecutor, TaskOptions, WorkerDiedError
 from ringpool.errors import ArgumentTransportError, RemoteError, ResultTransportError
@@ -858,6 +859,57 @@ def test_an_argument_that_comes_back_can_be_written_to(executor: RingPoolExecuto
         assert back[0] == 0
         back[0] = 5
         assert array[0] == 0
+
+
+@pytest.mark.parametrize("n", [1_000, 25_000, 400_000])
+@pytest.mark.parametrize("way", ["keep_array", "keep_part", "keep_in_error"])
+def test_an_array_that_a_worker_keeps_stays_as_it_was(way: str, n: int) -> None:
+    """Shared memory of arrays that nobody has any more is written over."""
+    with RingPoolExecutor(1) as own:
+        for i in range(20):
+            array = np.full(n, float(i))
+            keep = getattr(functions, way)
+            future = own.submit(keep, array=array) if way == "keep_part" else own.submit(keep, array)
+            assert future.exception(WATCHDOG_S) is None or way == "keep_in_error"
+            for value in (100.0, 200.0):
+                assert own.submit(functions.sum_of, np.full(n, value)).result(WATCHDOG_S) == n * value
+        assert list(own.map(functions.sum_of, [np.full(n, 300.0)] * 50)) == [n * 300.0] * 50
+        assert own.submit(functions.first_of_kept).result(WATCHDOG_S) == list(range(20))
+
+
+def test_an_array_that_a_fork_of_a_worker_has_stays_as_it_was(tmp_path: Path) -> None:
+    gate, told = tmp_path / "gate", tmp_path / "told"
+    with RingPoolExecutor(1) as own:
+        own.submit(functions.leave_array_to_child, str(gate), str(told), np.full(25_000, 1.0)).result(WATCHDOG_S)
+        for _ in range(20):
+            own.submit(functions.sum_of, np.full(25_000, 2.0)).result(WATCHDOG_S)
+        gate.touch()
+        wait_until(lambda: told.exists() and told.read_text(), "the child's word")
+        assert told.read_text() == "1.0"
+
+
+def test_shared_memory_that_nobody_reads_is_written_over_and_no_more_is_kept_than_that() -> None:
+    def spare() -> dict[int, int]:
+        """Bytes by inode: one blob keeps its inode, whatever its name."""
+        names = [name for name in shared_memory_of(os.getpid()) if re.search(r"\.s\d+(\.\d+)?$", name)]
+        return {(found := os.stat(f"/dev/shm/{name}")).st_ino: found.st_size for name in names}
+
+    with RingPoolExecutor(2) as own:
+        for n in (1_000, 25_000):
+            own.submit(functions.sum_of, np.ones(n)).result(WATCHDOG_S)
+            wait_until(spare, "a spare one")
+            before = spare()
+            for _ in range(20):
+                assert own.submit(functions.sum_of, np.ones(n)).result(WATCHDOG_S) == n
+            assert spare() == before
+        own.submit(functions.sum_of, np.ones(400_000)).result(WATCHDOG_S)
+        assert spare() == before  # it is too large
+        for _ in range(20):
+            own.submit(functions.ones, 25_000).result(WATCHDOG_S)
+        assert len(spare().keys() - before.keys()) <= 2 * 4
+        for future in [own.submit(functions.sum_of, np.ones(100_000)) for _ in range(100)]:
+            future.result(WATCHDOG_S)
+        assert sum(spare().values()) <= 10 << 20
 
 
 def test_an_array_that_comes_back_can_be_written_to(executor: RingPoolExecutor) -> None:

@@ -90,10 +90,9 @@ def test_the_layout_is_the_one_of_the_table(stem: str) -> None:
     blobs.write(name, Encoding.PICKLE, b"abc", [memoryview(b"x" * 65), memoryview(b"yy")])
     content = path_of(name).read_bytes()
     assert content[:8] == b"RPBLOB1\0"
-    numbers = [
-        int.from_bytes(content[at:end], "little") for at, end in ((8, 12), (12, 16), (16, 24), (24, 32), (32, 40))
-    ]
-    assert numbers == [Encoding.PICKLE, 2, 3, 65, 2]
+    places = ((8, 12), (12, 16), (16, 24), (24, 32), (32, 40), (40, 48))
+    numbers = [int.from_bytes(content[at:end], "little") for at, end in places]
+    assert numbers == [Encoding.PICKLE, 2, 3, 0, 65, 2]
     assert content[64:67] == b"abc"
     assert content[128:193] == b"x" * 65
     assert content[256:] == b"yy"
@@ -327,6 +326,52 @@ def test_a_write_that_fails_half_way_leaves_nothing(stem: str) -> None:
             blobs.write(name, Encoding.PICKLE, b"body", [scattered])
         scattered.release()
     assert not path_of(name).exists()
+
+
+@pytest.mark.parametrize("former", [1, 5_000, 300_000])
+@pytest.mark.parametrize("size", [1, 5_000, 300_000])
+def test_a_spare_is_written_over_and_is_another_blob_then(stem: str, former: int, size: int) -> None:
+    spare, name = blobs.payload_spare_name(stem, 1), blobs.payload_name(stem, 2)
+    blobs.write(spare, Encoding.MSGPACK, b"o" * former, [memoryview(b"o" * former)])
+    blobs.release(spare, 3)
+    inode = path_of(spare).stat().st_ino
+    buffers = [memoryview(b"n" * size), memoryview(b"")]
+    n_bytes = blobs.write(name, Encoding.PICKLE, b"new", buffers, [blobs.payload_spare_name(stem, 9), spare])
+    assert path_of(name).stat().st_ino == inode
+    assert path_of(name).stat().st_size == n_bytes == blobs.size_of(b"new", buffers)
+    assert not path_of(spare).exists()
+    encoding, body, found = blobs.read(name)
+    assert (encoding, bytes(body), [bytes(each) for each in found]) == (Encoding.PICKLE, b"new", [b"n" * size, b""])
+    assert not blobs.is_released(name, 3)
+
+
+def test_a_blob_is_released_by_the_attempt_that_says_so(stem: str) -> None:
+    name = blobs.payload_name(stem, 1)
+    blobs.write(name, Encoding.PICKLE, b"body")
+    blobs.release(name, 0)
+    assert [blobs.is_released(name, attempt) for attempt in (0, 1, 2)] == [True, False, False]
+    blobs.release(name, 1)
+    assert [blobs.is_released(name, attempt) for attempt in (0, 1, 2)] == [False, True, False]
+    blobs.unlink(name)
+    blobs.release(name, 0)
+    assert not blobs.is_released(name, 0)
+
+
+def test_where_there_is_no_room_spares_make_some() -> None:
+    said = in_a_small_shared_memory(
+        1024,
+        """
+import os
+from ringpool.shm import blobs
+from ringpool.shm.layout import Encoding
+spares = [blobs.payload_spare_name("rp.x", number) for number in range(3)]
+for spare in spares:
+    blobs.write(spare, Encoding.PICKLE, bytes(200_000))
+blobs.write("rp.x.t1", Encoding.PICKLE, bytes(900_000), [], spares)
+print(os.listdir("/dev/shm"))
+""",
+    )
+    assert said.splitlines() == ["['rp.x.t1']"]
 
 
 def test_a_shared_memory_without_an_inode_left_is_full() -> None:

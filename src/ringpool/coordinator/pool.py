@@ -36,7 +36,13 @@ from ringpool.coordinator.contexts import (
 from ringpool.coordinator.pump import Pump
 from ringpool.coordinator.supervisor import Death, Supervisor
 from ringpool.coordinator.tickets import Ticket
-from ringpool.errors import CoordinatorClosedError, RingpoolError, ThreadStartError, WrongProcessError
+from ringpool.errors import (
+    CoordinatorClosedError,
+    RingpoolError,
+    SharedMemoryFullError,
+    ThreadStartError,
+    WrongProcessError,
+)
 from ringpool.shm import blobs, layout, segment
 from ringpool.shm.dispatch import CoordinatorEnd, Task
 from ringpool.shm.layout import INLINE_BYTES
@@ -225,9 +231,14 @@ class Pool:
         """A task with that payload, inline or as a blob. Raises ``SharedMemoryFullError``."""
         if len(encoded.body) <= INLINE_BYTES and not encoded.buffers:
             return Task(function, encoded.body, 0, form)
+        spares = self.pump.parcels.spares
         blob = next(self._blob_ids)
         name = blobs.payload_name(self.name, blob)
-        values.write_blob(name, encoded)
+        try:
+            values.write_blob(name, encoded, spares.take(blobs.size_of(encoded.body, encoded.buffers)))
+        except SharedMemoryFullError:
+            spares.clear(self.n_workers)
+            values.write_blob(name, encoded)
         self.keep(name)
         return Task(function, b"", blob, form)
 

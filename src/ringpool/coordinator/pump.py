@@ -378,7 +378,7 @@ class Pump:
     def _deliver(self, slot: int, entry: int) -> None:
         ticket = self.publisher.tickets[slot]
         record = self.end.results.read(entry)
-        blob: Any = self.parcels.take(entry) if record.encoding == _BLOB else None
+        blob: Any = self.parcels.take(entry, record.worker) if record.encoding == _BLOB else None
         if ticket is None:  # the pool broke, and its futures were told so, while a worker was still at this
             assert self.broken is not None, "a result that nobody waits for"
             return
@@ -395,7 +395,7 @@ class Pump:
         if ticket.part is None:
             self.publisher.in_ring -= 1
         if ticket.task.blob and not self.end.retains:
-            self.parcels.discard_payload(ticket.task)
+            self.parcels.discard_payload(ticket.task, record.attempt)
         self._pace.n_results += 1
         if ticket.part is None or not ticket.sink.counts_items:
             if record.status == _OK:

@@ -4,15 +4,21 @@
     0x08  I  encoding       layout.Encoding of the body: MSGPACK or PICKLE
     0x0c  I  n_buffers      out-of-band buffers of pickle protocol 5
     0x10  Q  body_bytes
-    0x18  Q  bytes of each buffer, n_buffers times
+    0x18  Q  released       by the worker of attempt (this - 1): it has nothing of it any more; 0: by none
+    0x20  Q  bytes of each buffer, n_buffers times
     then the body, then the buffers, each on a multiple of 64
 
 The publisher writes once (a buffer is copied once, into the file). A worker maps the file and makes views into the
 mapping: no copy. A view keeps its mapping alive, and an unlinked file lives on while it is mapped, so that nothing is
 reused while something still exports it, and all is freed with the last view. Whoever takes a result copies it: a
-program may keep any number of them, and a mapping would hold a descriptor, and memory of ``/dev/shm``, for each. Names:
-``<segment>.t<id>`` payloads, ``.f<id>`` functions, ``.r<sequence>.<attempt>`` results, ``.i<worker>`` what its
-initializer raised; all go with their segment.
+program may keep any number of them, and a mapping would hold a descriptor, and memory of ``/dev/shm``, for each.
+
+What nobody has any part of may be written over, for another value: that takes a quarter of the time, most of which the
+kernel needs to find and to free pages. So it is with a result's blob, once it is taken, and with a payload's, where its
+worker has copied it, or has released it. It gets the name of a spare for that; its worker looks for those of results.
+
+Names: ``<segment>.t<id>`` payloads, ``.f<id>`` functions, ``.r<sequence>.<attempt>`` results, ``.i<worker>`` what its
+initializer raised, ``.s<id>`` spare ones of payloads, ``.s<worker>.<number>`` of results; all go with their segment.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ import errno
 import mmap
 import os
 import struct
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
@@ -39,9 +46,12 @@ from ringpool.shm.layout import Encoding
 from ringpool.shm.segment import SHM_DIRECTORY
 
 MAGIC = int.from_bytes(b"RPBLOB1\0", "little")
-HEAD = struct.Struct("<QIIQ")
+HEAD = struct.Struct("<QIIQQ")
+RELEASED_AT = 0x18
 ALIGN_BYTES = 64
 COPIED_MAX_BYTES = 1 << 16  # a mapping costs a descriptor for as long as it lives, and more time than such a copy
+SPARE_MAX_BYTES = 1 << 20
+SPARES_MAX = 4  # for each worker
 IOV_MAX = 1024  # parts that one call writes; limits.h
 HEAP_MAX_BYTES = 1 << 23  # up to here malloc has memory to give that was used before; beyond, huge pages are quicker
 Buffer = bytes | bytearray | memoryview
@@ -66,19 +76,48 @@ def result_name(segment: str, sequence: int, attempt: int) -> str:
     return f"{segment}.r{sequence}.{attempt}"
 
 
+def payload_spare_name(segment: str, blob: int) -> str:
+    """That of a payload's blob, once nobody reads it."""
+    return f"{segment}.s{blob}"
+
+
+def spare_names(segment: str, worker: int) -> list[str]:
+    """Those of blobs that the worker may write over."""
+    return [f"{segment}.s{worker}.{number}" for number in range(SPARES_MAX)]
+
+
 def initializer_name(segment: str, worker: int) -> str:
     """What a worker's initializer raised."""
     return f"{segment}.i{worker}"
 
 
-def write(name: str, encoding: Encoding, body: Buffer, buffers: Sequence[memoryview] = ()) -> int:
-    """Make the blob ``name``; returns its size in bytes. Raises ``SharedMemoryFullError`` and
-    ``SharedMemoryUnusableError``, leaving nothing.
+def size_of(body: Buffer, buffers: Sequence[memoryview] = ()) -> int:
+    """How many bytes a blob of that has."""
+    size_bytes = HEAD.size + 8 * len(buffers)
+    for n_bytes in (len(body), *(buffer.nbytes for buffer in buffers)):
+        size_bytes = _up(size_bytes) + n_bytes
+    return size_bytes
+
+
+def write(
+    name: str,
+    encoding: Encoding,
+    body: Buffer,
+    buffers: Sequence[memoryview] = (),
+    spares: Sequence[str] = (),
+) -> int:
+    """Make the blob ``name``, of one of ``spares`` if there is any; returns its size in bytes. Raises
+    ``SharedMemoryFullError`` and ``SharedMemoryUnusableError``, leaving nothing.
 
     A limit of the size of files (``ulimit -f``), which a task may have set, is not meant for it.
     """
     try:
-        return _write(name, encoding, body, buffers)
+        try:
+            return _write(name, encoding, body, buffers, spares)
+        except SharedMemoryFullError:
+            for spare in spares:
+                unlink(spare)
+            return _write(name, encoding, body, buffers)
     except OSError as error:
         if error.errno != errno.EFBIG:
             raise
@@ -95,7 +134,9 @@ def write(name: str, encoding: Encoding, body: Buffer, buffers: Sequence[memoryv
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def _write(name: str, encoding: Encoding, body: Buffer, buffers: Sequence[memoryview]) -> int:
+def _write(
+    name: str, encoding: Encoding, body: Buffer, buffers: Sequence[memoryview], spares: Sequence[str] = ()
+) -> int:
     lengths = [buffer.nbytes for buffer in buffers]
     parts: list[Buffer] = [struct.pack(f"<{len(lengths)}Q", *lengths)]  # all behind the head, with what is between them
     size_bytes = HEAD.size + len(parts[0])
@@ -104,14 +145,17 @@ def _write(name: str, encoding: Encoding, body: Buffer, buffers: Sequence[memory
         parts += (bytes(gap), part)
         size_bytes += gap + memoryview(part).nbytes
     try:
-        file = _create(name)
+        file = _create(name, spares if size_bytes <= SPARE_MAX_BYTES else ())
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise SharedMemoryFullError(name, f"{SHM_DIRECTORY} has no room for another file: no inode is left") from error
     try:
+        if os.fstat(file.fd).st_size:  # a spare
+            os.pwrite(file.fd, bytes(HEAD.size), 0)
+            os.ftruncate(file.fd, size_bytes)
         _write_all(file.fd, parts, HEAD.size)  # by a call, and not into a mapping: ENOSPC, and never a SIGBUS
-        os.pwrite(file.fd, HEAD.pack(MAGIC, encoding, len(lengths), len(body)), 0)  # last: half a blob is none
+        os.pwrite(file.fd, HEAD.pack(MAGIC, encoding, len(lengths), len(body), 0), 0)  # last: half a blob is none
     except BaseException as error:
         unlink(name)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM):
@@ -135,12 +179,24 @@ def _write_all(fd: int, parts: Sequence[Buffer], at: int) -> None:
             n_bytes -= first.nbytes
 
 
-def _create(name: str) -> posix_ipc.SharedMemory:
+def _create(name: str, spares: Sequence[str]) -> posix_ipc.SharedMemory:
+    for spare in spares:
+        if _rename(spare, name):
+            return posix_ipc.SharedMemory(f"/{name}")
     try:
         return posix_ipc.SharedMemory(f"/{name}", posix_ipc.O_CREX, mode=0o600)
     except posix_ipc.ExistentialError:
         unlink(name)  # what an earlier try of the same attempt left; a name has one writer
         return posix_ipc.SharedMemory(f"/{name}", posix_ipc.O_CREX, mode=0o600)
+
+
+def _rename(name: str, new_name: str) -> bool:
+    """Whether there was a blob ``name``, and it has that new name now."""
+    try:
+        os.rename(f"{SHM_DIRECTORY}/{name}", f"{SHM_DIRECTORY}/{new_name}")
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def read(name: str, *, writable: bool = False) -> tuple[Encoding, memoryview, list[memoryview]]:
@@ -171,17 +227,51 @@ def read(name: str, *, writable: bool = False) -> tuple[Encoding, memoryview, li
         raise SegmentFormatError(name, f"it is no blob, or a damaged one: {error}") from None
 
 
-def take(name: str) -> tuple[Encoding, memoryview, list[memoryview]]:
-    """``read`` a copy that can be written to, and remove the blob. It stays where it cannot be read, except for what
-    nobody ever will: where the error is a ``SegmentFormatError``.
+def take(name: str, spare: str = "") -> tuple[Encoding, memoryview, list[memoryview]]:
+    """``read`` a copy that can be written to, and remove the blob, or give it the name ``spare``. It stays where it
+    cannot be read, except for what nobody ever will: where the error is a ``SegmentFormatError``.
     """
     try:
         blob = read(name, writable=True)
     except SegmentFormatError:
         unlink(name)
         raise
-    unlink(name)
+    if not spare or not keep_spare(name, size_of(*blob[1:]), spare):
+        unlink(name)
     return blob
+
+
+def keep_spare(name: str, size_bytes: int, spare: str) -> bool:
+    """Give the blob ``name``, which nobody reads any more, the name ``spare``, in whose place another may be; whether
+    it was there, and is worth the room that it takes.
+    """
+    return size_bytes <= SPARE_MAX_BYTES and not is_room_short() and _rename(name, spare)
+
+
+def mapping_of(body: memoryview) -> weakref.ref[mmap.mmap] | None:
+    """The mapping that the views of a blob lie in, while there are any; None where they are of a copy."""
+    return weakref.ref(body.obj) if isinstance(body.obj, mmap.mmap) else None
+
+
+def release(name: str, attempt: int) -> None:
+    """Note in the blob ``name`` that the worker of that attempt has no view of it any more."""
+    with contextlib.suppress(OSError, posix_ipc.Error):  # no descriptor is left, say: then it is not noted
+        file = posix_ipc.SharedMemory(f"/{name}")
+        try:
+            os.pwrite(file.fd, struct.pack("<Q", attempt + 1), RELEASED_AT)
+        finally:
+            file.close_fd()
+
+
+def is_released(name: str, attempt: int) -> bool:
+    """Whether the worker of that attempt has noted so."""
+    with contextlib.suppress(OSError, posix_ipc.Error):
+        file = posix_ipc.SharedMemory(f"/{name}", read_only=True)
+        try:
+            return os.pread(file.fd, 8, RELEASED_AT) == struct.pack("<Q", attempt + 1)
+        finally:
+            file.close_fd()
+    return False
 
 
 def take_or_drop(name: str) -> tuple[Encoding, memoryview, list[memoryview]]:
@@ -215,7 +305,7 @@ def _allocate(size_bytes: int) -> memoryview:
 
 def _views(view: memoryview) -> tuple[Encoding, memoryview, list[memoryview]]:
     """Encoding, body and buffers. Raises ``ValueError`` or ``struct.error`` where they are not all there."""
-    magic, encoding, n_buffers, body_bytes = HEAD.unpack_from(view, 0)
+    magic, encoding, n_buffers, body_bytes, _ = HEAD.unpack_from(view, 0)
     if magic != MAGIC:
         raise ValueError("wrong magic number")
     lengths = struct.unpack_from(f"<{n_buffers}Q", view, HEAD.size)

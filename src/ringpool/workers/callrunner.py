@@ -83,19 +83,23 @@ class CallRunner:
 
     def run(self, entry: int, function_id: int, form: int, payload: bytes, blob: int, start_ns: int) -> int:
         """Run the call of ``entry`` and post its result: of whatever kind, one is posted. When that was done, ns."""
+        mapping, n_forks = None, self._confinement.n_forks
         try:
             function = self._function(function_id)
             body, buffers = payload, None
             if blob:
                 _, body, buffers = blobs.read(blobs.payload_name(self._segment, blob))
+                mapping = blobs.mapping_of(body)
             if form == Form.PICKLED:
                 self._grant(time.monotonic_ns() + LOAD_NS)
             function, arguments, keywords = calls.decode_call(function, form, body, buffers)
             if form == Form.PICKLED:
                 self._grant(time.monotonic_ns())
             value = function(*arguments, **keywords)
-            del arguments, keywords, buffers, body
+            del function, arguments, keywords, buffers, body
             end_ns = time.monotonic_ns()
+            if mapping is not None and mapping() is None and n_forks == self._confinement.n_forks:  # nor a fork has it
+                blobs.release(blobs.payload_name(self._segment, blob), layout.attempt_of(entry))
             self._post.value(entry, value, end_ns - start_ns, calls.encode_result)
         except BaseException as error:  # a task may raise what it likes, SystemExit and KeyboardInterrupt too
             end_ns = time.monotonic_ns()
@@ -157,7 +161,7 @@ class _Outcomes:
             encoded = self._encode(value)
             if not encoded.buffers and len(encoded.body) <= room:
                 return _VALUE_KINDS[encoded.encoding], encoded.body
-            values.write_blob(self._blob(), encoded)
+            values.write_blob(self._blob(), encoded, self._post.spares)
         except BaseException as error:  # pickling may run anything, sys.exit too
             return self.error(error, room)
         return OutcomeKind.BLOB, b""
@@ -169,7 +173,7 @@ class _Outcomes:
         if len(encoded.body) <= room:
             return OutcomeKind.ERROR, encoded.body
         try:
-            values.write_blob(self._blob(), encoded)
+            values.write_blob(self._blob(), encoded, self._post.spares)
         except (RingpoolError, OSError):  # no room for it in shared memory
             words = values.encode(f"{type(error).__qualname__}: no room in shared memory for the exception").body
             return OutcomeKind.ERROR_BLOB, words if len(words) <= room else b""

@@ -73,7 +73,8 @@ class Confinement:
         os.close(guard)
         self._arm()
         self.forked = False
-        os.register_at_fork(after_in_child=self._mark_forked)
+        self.n_forks = 0
+        os.register_at_fork(after_in_child=self._mark_forked, after_in_parent=self._count_fork)
         self._poll = select.poll()
         for fd in (0, 1, 2, self.guard):
             with contextlib.suppress(OSError):  # a daemon may run without standard output
@@ -128,6 +129,9 @@ class Confinement:
 
     def _mark_forked(self) -> None:
         self.forked = True
+
+    def _count_fork(self) -> None:
+        self.n_forks += 1
 
     @staticmethod
     def disarm() -> None:

@@ -28,6 +28,7 @@ class Post:
     def __init__(self, segment: Segment, results: Results, confinement: Confinement) -> None:
         self.results = results
         self.segment = segment.name
+        self.spares = blobs.spare_names(segment.name, results.index)
         self.n_errors = 0
         self._confinement = confinement
 
@@ -64,7 +65,7 @@ class Post:
         """Where an encoded value goes: inline bytes, encoding and blob size. Writes the blob if it takes one."""
         if encoded.fits_record:
             return encoded.body, encoded.encoding, 0
-        return b"", _BLOB, values.write_blob(self.blob(entry), encoded)
+        return b"", _BLOB, values.write_blob(self.blob(entry), encoded, self.spares)
 
     def place_in_time(self, entry: int, encoded: values.Encoded, let_go: Callable[[], None]) -> tuple[bytes, int, int]:
         """``place``, for results that a ledger takes over soon: where there is no room, that makes some. ``let_go``:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import pickle
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from types import NoneType, TracebackType
 from typing import Any, NamedTuple, cast
@@ -108,9 +108,9 @@ def decode(encoding: int, body: bytes | memoryview, buffers: list[memoryview] | 
     return _unpack(body) if encoding == _MSGPACK else pickle.loads(body, buffers=buffers)
 
 
-def write_blob(name: str, encoded: Encoded) -> int:
-    """Make blob ``name`` of an encoded value; its size in bytes. Raises ``SharedMemoryFullError``."""
-    return blobs.write(name, Encoding(encoded.encoding), encoded.body, encoded.buffers)
+def write_blob(name: str, encoded: Encoded, spares: Sequence[str] = ()) -> int:
+    """Make blob ``name`` of an encoded value, see ``blobs.write``. Raises ``SharedMemoryFullError``."""
+    return blobs.write(name, Encoding(encoded.encoding), encoded.body, encoded.buffers, spares)
 
 
 def encode_result(value: object) -> Encoded:
