@@ -8,6 +8,7 @@
                                                                                           and of Pool.apply's
     pools-files    1 KiB files on tmpfs: read, hashed, written atomically                 95 % of two processes alone
     pools-cpu      1 ms of computing a task, no chunk size given                          97 % of two processes alone
+    pools-sizes    bytes of 5 and 300 kB, small dicts: as arguments, as results           faster than each peer
     pools-memory   the parent over a million lazy items, in a process of its own          at most 10 MiB
     pools-start    first result of a new pool, by start method, in a fresh interpreter    before ProcessPoolExecutor
 
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.pool_peers import Unpooled, pipe
-from benchmarks.pool_tasks import compute
+from benchmarks.pool_tasks import compute, fields_of
 
 from ringpool.bench import measure, peers
 from ringpool.bench.measure import Case, Claim, Figure, at_least, at_most
@@ -50,6 +51,8 @@ FOUND_BY_TRYING = (peers.IMAP_4096, peers.FUTURES_MAP_1024, peers.JOBLIB_1024)  
 FILE_MAPS = (peers.MAP, peers.POOL_MAP, peers.IMAP_64, peers.FUTURES_MAP_64, peers.JOBLIB, peers.MPIRE)
 FILE_SUBMITS = (peers.SUBMIT, peers.FUTURES_SUBMIT)
 CPU_MAPS = (*OUR_MAPS, peers.POOL_MAP, peers.IMAP_1, peers.FUTURES_MAP_1, peers.JOBLIB, peers.MPIRE)
+SIZED_MAPS = (peers.MAP, peers.POOL_MAP, peers.IMAP_1, peers.FUTURES_MAP_1, peers.FUTURES_MAP_64, peers.JOBLIB)
+SIZED_SUBMITS = (peers.SUBMIT, peers.FUTURES_SUBMIT)
 LAZY_MAPS = (*OUR_MAPS, peers.IMAP_64, peers.FUTURES_MAP_64, peers.JOBLIB)
 
 TASK_NS = 1_000_000
@@ -190,6 +193,24 @@ def calibrate() -> int:
     return TASK_NS * 50_000 // min(costs_ns)
 
 
+def bench_sizes(quick: bool) -> Iterator[Case]:
+    """Arguments and results that are more than a few words."""
+    scale = QUICK if quick else FULL
+    records = [{"id": i, "words": ["a", "b", "c"], "text": "x" * 50} for i in range(scale.few)]
+    works = {"small dicts there and back": Work(fields_of, records, [fields_of(record) for record in records])}
+    for n_bytes in (5_000, 300_000):
+        n, name = scale.few // 20, f"bytes of {n_bytes // 1000} kB"
+        works[f"{name}, arguments"] = Work(len, [bytes(n_bytes)] * n, [n_bytes] * n)
+        works[f"{name}, results"] = Work(bytes, [n_bytes] * n, [bytes(n_bytes)] * n)
+    for title, work in works.items():
+        with Pools(WORKERS) as pools:
+            runs = contestants((*SIZED_MAPS, *SIZED_SUBMITS), pools, work, scale.few, scale.turn_s)
+            series, others = measure.take_turns(runs, scale.rounds)
+        claims = [Claim(peers.MAP, name, at_least(1)) for name in SIZED_MAPS[1:] if name in series]
+        claims.append(Claim(peers.SUBMIT, peers.FUTURES_SUBMIT, at_least(1)))
+        yield Case(f"pools, sizes: {title}{peers.without(SIZED_MAPS)}", "items/s", series, claims, others)
+
+
 def bench_memory(quick: bool) -> Iterator[Case]:
     """How much the parent grows over a million lazy items. Once: memory has no noise."""
     n = (QUICK if quick else FULL).lazy_items
@@ -240,6 +261,7 @@ CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "pools-trip": bench_trip,
     "pools-files": bench_files,
     "pools-cpu": bench_cpu,
+    "pools-sizes": bench_sizes,
     "pools-memory": bench_memory,
     "pools-start": bench_start,
 }

@@ -177,6 +177,28 @@ def test_an_item_is_pickled_a_few_times_at_most_however_large(
     assert sum(item.n_pickled for item in items) <= most * len(items)
 
 
+def test_large_results_go_together_as_far_as_there_is_room(executor: RingPoolExecutor) -> None:
+    """... and a vector does not begin again and again, to end with its first item."""
+    for n, most in ((600, 200), (8_000, 310), (40_000, 310)):
+        n_before = executor.stats().completed
+        assert [float(found.sum()) for found in executor.map(functions.ones, [n] * 300)] == [float(n)] * 300
+        assert executor.stats().completed - n_before <= most
+
+
+def test_results_that_nobody_takes_are_held_in_so_much_memory(executor: RingPoolExecutor) -> None:
+    n_before = executor.stats().completed
+    results = executor.map(functions.ones, [125_000] * 500)  # 1 MB each
+    assert float(next(results).sum()) == 125_000
+
+    def is_idle() -> bool:
+        stats = executor.stats()
+        return stats.queued == stats.in_ring == 0
+
+    wait_until(is_idle, "results that nobody takes")
+    assert executor.stats().completed - n_before < 150
+    assert sum(float(found.sum()) for found in results) == 499 * 125_000
+
+
 def test_of_large_items_only_so_many_are_under_way_as_keep_workers_busy(executor: RingPoolExecutor) -> None:
     there: list[int] = []
 

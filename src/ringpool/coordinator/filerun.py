@@ -196,10 +196,10 @@ class FileRun(Iterator[FileResult]):
                 self._n_arrived += found.n
                 self._sizer.observe(found.spent_ns, found.n, found.n_bytes, found.blob is not None)
             elif isinstance(found, tuple):
-                ticket, record = found
+                _, record = found
                 self._n_arrived += 1
                 n_bytes = record.blob_bytes or len(record.payload)
-                is_ending = n_bytes > RESULT_BYTES or _has_buffers(ticket)
+                is_ending = n_bytes > RESULT_BYTES
                 self._sizer.observe(record.duration_ns, 1, 0 if is_ending else n_bytes, is_ending)
             self._ready.append(found)
 
@@ -365,15 +365,6 @@ def _pieces_of(paths: list[bytes], room_bytes: int) -> Iterator[tuple[int, int]]
                 at, n_bytes = i, len(path) + _PACKED_HEAD_BYTES
     if at < len(paths):
         yield at, len(paths)
-
-
-def _has_buffers(ticket: Ticket) -> bool:
-    """Whether its result has buffers of its own, which take a blob also in a vector."""
-    match ticket.result_blob:
-        case (_, _, buffers):
-            return bool(buffers)
-        case _:  # no blob, its name, or an error
-            return False
 
 
 def _index_of(worker: int) -> int:

@@ -4,8 +4,8 @@
                       ^ Sizer: about 16 ms of work to a vector, 40 ms and more under way
     next() <- piece <- held (in order) <- arrived <--------- pump
 
-Bounds: items under way, by the work in them, at most 32,768, and of large ones about 16 MiB; items drawn and not given
-out, at most 16,384, or twice as many as may be under way, and about 64 MiB of results.
+Bounds: items under way, by the work in them, at most 32,768, and of large ones, with their results, about 16 MiB; items
+drawn and not given out, at most 16,384, or twice as many as may be under way, and about 64 MiB of results.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ringpool.workers import calls
 
 HELD_ITEMS_MAX = 16_384
 HELD_BYTES_MAX = 1 << 26
-UNDER_WAY_BYTES_MAX = 1 << 24  # of items: more would only fill /dev/shm
+UNDER_WAY_BYTES_MAX = 1 << 24  # of items and their results: more would only fill /dev/shm
 VECTOR_BYTES_MAX = vectors.CHUNK_BYTES // 2  # of items: no vector has room for more
 BUFFER_PARTS = 8  # a buffer whose size is given is filled again when so small a part of it is free
 TURN_S = 1.0  # how long who closes the pool waits for a thread that draws
@@ -84,7 +84,7 @@ class MapRun:
         self._options = options
         self.inbox = MapInbox(on_retired, options.retries)
         self._sizer = Sizer(1 if options.timeout_s is not None else options.chunksize, pool.n_workers)
-        self._item_bytes = 0.0  # of those sent last, about
+        self._item_bytes = self._result_bytes = 0.0  # of those that were sent, and came, last, about
         self._held: dict[int, Piece] = {}
         self._held_bytes = 0
         self._next_index = 0
@@ -174,10 +174,10 @@ class MapRun:
 
     @property
     def _under_way_max(self) -> int:
-        most = self._sizer.under_way_max
-        if most * self._item_bytes <= UNDER_WAY_BYTES_MAX:
+        most, n_bytes = self._sizer.under_way_max, self._item_bytes + self._result_bytes
+        if most * n_bytes <= UNDER_WAY_BYTES_MAX:
             return most
-        return min(most, max(2 * self._pool.n_workers + 2, int(UNDER_WAY_BYTES_MAX / self._item_bytes)))
+        return min(most, max(2 * self._pool.n_workers + 2, int(UNDER_WAY_BYTES_MAX / n_bytes)))
 
     def _refill(self, buffersize: int) -> int:
         """So much of the buffer is to be free before more is drawn: one by one, items would cost a vector each."""
@@ -352,9 +352,10 @@ class MapRun:
         arrived = self.inbox.arrived
         while arrived:
             piece = arrived.popleft()
-            self._sizer.observe(piece.spent_ns, piece.n, piece.n_bytes)
+            self._sizer.observe(piece.spent_ns, piece.n, piece.n_bytes, piece.is_large)
             self._held[piece.index if self._options.ordered else len(self._held) + self._n_taken] = piece
             self._held_bytes += piece.size_bytes
+            self._result_bytes += (piece.size_bytes / piece.n - self._result_bytes) / 4
 
     def _take(self) -> Piece | None:
         piece = self._held.pop(self._next_index if self._options.ordered else self._n_taken, None)

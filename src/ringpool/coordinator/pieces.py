@@ -14,6 +14,7 @@ import msgspec
 
 from ringpool.coordinator.futures import death_of, is_from_signal, outcome_of
 from ringpool.coordinator.inbox import Inbox
+from ringpool.coordinator.sizer import RESULT_BYTES
 from ringpool.coordinator.tickets import Part, Ticket
 from ringpool.errors import RemoteError, SegmentFormatError
 from ringpool.shm import blobs, vectors
@@ -39,9 +40,9 @@ class Piece(msgspec.Struct, eq=False):
 
     ``spent_ns`` in the function; ``outcomes``: a stream of further ones, see ``vectors``; ``n_bytes`` that they took
     in their chunk, plain words not counted; ``blob``: what one of them left in shared memory, or its name, or the error
-    of reading it; ``failed``: whether there
-    may be a ``Failure`` among them. ``worker``: where they ran, -1 where that is not known; ``attempts``: how often the
-    first was started; ``times``: of items that are timed, the last first, ns.
+    of reading it; ``blob_bytes`` of it; ``is_large``: the last of them has no room in a vector, or hardly any;
+    ``failed``: whether there may be a ``Failure`` among them. ``worker``: where they ran, -1 where that is not known;
+    ``attempts``: how often the first was started; ``times``: of items that are timed, the last first, ns.
     """
 
     index: int
@@ -51,6 +52,8 @@ class Piece(msgspec.Struct, eq=False):
     outcomes: bytes = b""
     n_bytes: int = 0
     blob: Any = None
+    blob_bytes: int = 0
+    is_large: bool = False
     failed: bool = False
     worker: int = -1
     attempts: int = 1
@@ -59,7 +62,7 @@ class Piece(msgspec.Struct, eq=False):
     @property
     def size_bytes(self) -> int:
         """About how much memory it holds."""
-        return 8 * self.n + self.n_bytes
+        return 8 * self.n + self.n_bytes + self.blob_bytes
 
     def decode(self) -> None:
         """Make values of the stream."""
@@ -144,8 +147,14 @@ class MapInbox(Inbox):
             self.dropped()
             return
         value, error = outcome_of(ticket, record)
-        outcome = value if error is None else Failure(error)
-        self.put(Piece(ticket.index, 1, [outcome], record.duration_ns, failed=error is not None))
+        piece = Piece(ticket.index, 1, [value if error is None else Failure(error)], record.duration_ns)
+        piece.failed = error is not None
+        piece.is_large = record.blob_bytes > RESULT_BYTES
+        if piece.is_large:
+            piece.blob_bytes = record.blob_bytes
+        else:
+            piece.n_bytes = record.blob_bytes or len(record.payload)
+        self.put(piece)
 
     def deliver_vector(self, ticket: Ticket, record: ResultRecord, arena: Arena, blob: str) -> list[Ticket]:
         """Take the outcomes; what was not run comes back."""
@@ -215,6 +224,9 @@ class MapInbox(Inbox):
         piece.times = arena.times(span, taken.n, done.n)
         if outcomes and blob is not None:
             piece.blob = self._blob_of(blob)
+            piece.is_large = piece.blob is not None
+            if not isinstance(piece.blob, str | BaseException | None):
+                piece.blob_bytes = blobs.size_of(*piece.blob[1:])
         return piece
 
     def _after_death(self, ticket: Ticket, part: Part, record: ResultRecord, first: int, deaths: int) -> list[Ticket]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -159,6 +160,8 @@ class _Outcomes:
             return OutcomeKind.MSGPACK, body
         try:
             encoded = self._encode(value)
+            if encoded.buffers and len(encoded.body) + sum(each.nbytes for each in encoded.buffers) <= room:
+                encoded = values.encode(value, math.inf)
             if not encoded.buffers and len(encoded.body) <= room:
                 return _VALUE_KINDS[encoded.encoding], encoded.body
             values.write_blob(self._blob(), encoded, self._post.spares)

@@ -58,22 +58,25 @@ def are_plain(found: Iterable[object]) -> bool:
         return False
 
 
-def encode(value: object) -> Encoded:
-    """``value`` as bytes. Raises whatever pickle raises for it."""
+def encode(value: object, buffer_bytes_min: float = OUT_OF_BAND_MIN_BYTES) -> Encoded:
+    """``value`` as bytes, buffers of less than ``buffer_bytes_min`` in the body. Raises what pickle raises for it."""
     if are_plain((value,)):
         try:
             return Encoded(_MSGPACK, _pack(value))
         except (OverflowError, UnicodeEncodeError):
             pass  # an int beyond 64 bits, a str with surrogates (a path that is not UTF-8)
     large: list[memoryview] = []
+    keep = keeper(large, buffer_bytes_min)
     try:
-        body = reducers.dumps(value, keeper(large), large)
+        body = reducers.dumps(value, keep, large)
     except TypeError:
         large.clear()
-        body = reducers.dumps_by_table(value, keeper(large))
+        body = reducers.dumps_by_table(value, keep)
     except pickle.PicklingError:
         large.clear()
-        body = byname.dumps(value, keeper(large))  # raises the same, unless it was for that
+        body = byname.dumps(value, keep)  # raises the same, unless it was for that
+    if not large:
+        return Encoded(_PICKLE, body)
     if any(buffer.readonly and type(buffer.obj).__module__ == "numpy" for buffer in large):
         # Of an argument, perhaps, which is read-only here. Protocol 5 would say so of the result; others copy it.
         with suppress(Exception):  # some know protocol 5 alone
