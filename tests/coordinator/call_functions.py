@@ -188,6 +188,20 @@ class NeverPickled:
         raise TypeError("not to be pickled")
 
 
+class PickledOnce:
+    """... as ``len`` of ``n_bytes`` bytes; then an error."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self.n_bytes = n_bytes
+        self.was_pickled = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.was_pickled:
+            raise LookupError("pickled again")
+        self.was_pickled = True
+        return len, (bytes(self.n_bytes),)
+
+
 class CountsPickles:
     """How often it was pickled in this process; of about ``n_bytes`` bytes."""
 
@@ -545,6 +559,28 @@ def sum_of(array: Any) -> float:
 
 def first_of_kept() -> list[float]:
     return [float(array[0]) for array in _arrays]
+
+
+def keep_and_fork(array: Any) -> None:
+    """The child returns from the call as well."""
+    if os.fork():
+        os.wait()
+        _arrays.append(array)
+
+
+def leave_array_to_child_and_die_once(gate: str, told: str, died: str, array: Any) -> None:
+    if not os.path.exists(died):
+        Path(died).touch()
+        if not os.fork():
+            os.setsid()  # it is not killed with its worker then
+            leave_array_to_child(gate, told, array)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def give_bytes_as(user: int, n: int) -> bytes:
+    os.seteuid(user)
+    return bytes(n)
 
 
 def leave_array_to_child(gate: str, told: str, array: Any) -> None:

@@ -177,6 +177,20 @@ def test_an_item_is_pickled_a_few_times_at_most_however_large(
     assert sum(item.n_pickled for item in items) <= most * len(items)
 
 
+@pytest.mark.parametrize("chunksize", [None, 16])
+def test_a_large_item_that_is_pickled_once_and_not_again_is_its_own_error(
+    executor: RingPoolExecutor, chunksize: int | None
+) -> None:
+    """Which of them are pickled once more depends on how they fit."""
+    small: list[Any] = [bytes(10)] * 500  # so that many go together
+    items = [*small, *(functions.PickledOnce(30_000) for _ in range(64))]
+    found = list(executor.map(functions.identity, items, chunksize=chunksize, return_exceptions=True))
+    assert found[:500] == small
+    for outcome in found[500:]:
+        assert outcome == 30_000 or (type(outcome) is LookupError and outcome.args == ("pickled again",))
+    assert list(executor.map(functions.double, range(10))) == list(range(0, 20, 2))
+
+
 def test_large_results_go_together_as_far_as_there_is_room(executor: RingPoolExecutor) -> None:
     """... and a vector does not begin again and again, to end with its first item."""
     for n, most in ((600, 200), (8_000, 310), (40_000, 310)):

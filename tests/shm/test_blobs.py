@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import mmap
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import posix_ipc
 import pytest
 from tests.shm.test_segment import in_a_small_shared_memory, with_mounted
 from tests.workers.files.child import Child, say
@@ -89,7 +91,7 @@ def test_the_layout_is_the_one_of_the_table(stem: str) -> None:
     name = blobs.payload_name(stem, 1)
     blobs.write(name, Encoding.PICKLE, b"abc", [memoryview(b"x" * 65), memoryview(b"yy")])
     content = path_of(name).read_bytes()
-    assert content[:8] == b"RPBLOB1\0"
+    assert content[:8] == b"RPBLOB2\0"
     places = ((8, 12), (12, 16), (16, 24), (24, 32), (32, 40), (40, 48))
     numbers = [int.from_bytes(content[at:end], "little") for at, end in places]
     assert numbers == [Encoding.PICKLE, 2, 3, 0, 65, 2]
@@ -343,6 +345,30 @@ def test_a_spare_is_written_over_and_is_another_blob_then(stem: str, former: int
     encoding, body, found = blobs.read(name)
     assert (encoding, bytes(body), [bytes(each) for each in found]) == (Encoding.PICKLE, b"new", [b"n" * size, b""])
     assert not blobs.is_released(name, 3)
+
+
+def test_a_spare_that_cannot_be_opened_is_removed(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spare, name = blobs.payload_spare_name(stem, 1), blobs.payload_name(stem, 2)
+    blobs.write(spare, Encoding.PICKLE, b"body")
+
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(posix_ipc, "SharedMemory", refuse)
+        with pytest.raises(OSError, match="Too many open files"):
+            blobs.write(name, Encoding.PICKLE, b"body", [], [spare])
+    assert not path_of(spare).exists()
+    assert not path_of(name).exists()
+
+
+@pytest.mark.parametrize(("size", "is_kept"), [((1 << 20) - 1, True), (1 << 20, False)])
+def test_no_blob_is_spare_that_is_not_taken_for_one(stem: str, size: int, is_kept: bool) -> None:
+    """By their binary digits: 1 MiB has as many as what is larger."""
+    name, spare = blobs.payload_name(stem, 1), blobs.payload_spare_name(stem, 1)
+    blobs.write(name, Encoding.PICKLE, bytes(100))
+    assert blobs.keep_spare(name, size, spare) == is_kept
+    assert path_of(spare).exists() == is_kept
 
 
 def test_a_blob_is_released_by_the_attempt_that_says_so(stem: str) -> None:

@@ -227,7 +227,12 @@ class MapRun:
             return
         self._item_bytes = len(body) / len(items)
         if len(body) > vectors.room_for_items(len(items)):
-            self._send_apart(items, index)
+            try:
+                sizes = [calls.bytes_of_item(item, starred=self._starred) for item in items]
+            except Exception:  # one of them cannot be pickled again
+                self._send_halves(items, index)
+            else:
+                self._send_apart(items, index, sizes)
             return
         part = Part(body, encoding, index, 0, len(items), splits=self._options.chunksize is None)
         task = Task(self._function_id, b"", 0, Form.VECTOR)
@@ -238,11 +243,10 @@ class MapRun:
         self._send(items[:half], index)
         self._send(items[half:], index + half)
 
-    def _send_apart(self, items: list[Any], index: int) -> None:
+    def _send_apart(self, items: list[Any], index: int, sizes: list[int]) -> None:
         """They are too large for one vector: as many to each as there is room for, and the largest by themselves."""
         room, begin, n_bytes = vectors.room_for_items(len(items)), 0, 0
-        for i, item in enumerate(items):
-            item_bytes = calls.bytes_of_item(item, starred=self._starred)
+        for i, item_bytes in enumerate(sizes):
             if i > begin and n_bytes + item_bytes > room:
                 self._send(items[begin:i], index + begin)
                 begin, n_bytes = i, 0

@@ -48,16 +48,16 @@ class Spares:
         finally:
             self._lock.release()
 
-    def give(self, blob: int, attempt: int) -> None:
-        """Nobody will read this one, which that attempt at its task was the last to do; -1: none has read it. It is
-        spare; or removed where its worker may still have a view of it, where it is large, or room is short.
+    def give(self, blob: int, entry: int | None) -> None:
+        """Nobody will read this one, which was read for that ``entry`` of the ring alone; None: for others, it may be.
+        It is spare; or removed where somebody may still have a view of it, where it is large, or room is short.
         """
         name, spare = blobs.payload_name(self._segment, blob), blobs.payload_spare_name(self._segment, blob)
         try:
             size_bytes = os.stat(f"{SHM_DIRECTORY}/{name}").st_size
         except FileNotFoundError:
             return
-        is_free = size_bytes <= blobs.COPIED_MAX_BYTES or attempt < 0 or blobs.is_released(name, attempt)
+        is_free = size_bytes <= blobs.COPIED_MAX_BYTES or (entry is not None and blobs.is_released(name, entry))
         if not is_free or not blobs.keep_spare(name, size_bytes, spare):
             blobs.unlink(name)
         elif self._lock.acquire(blocking=False):
@@ -71,11 +71,9 @@ class Spares:
         else:
             blobs.unlink(spare)
 
-    def clear(self, n_workers: int) -> None:
-        """Remove all, and those of the ``n_workers`` workers: room is short."""
-        for worker in range(n_workers):
-            for name in blobs.spare_names(self._segment, worker):
-                blobs.unlink(name)
+    def clear(self) -> None:
+        """Remove all, and those of workers: room is short."""
+        blobs.drop_spares(self._segment)
         if self._lock.acquire(blocking=False):
             try:
                 self._clear()
@@ -132,7 +130,7 @@ class Parcels:
             for name in self._retained.popleft():
                 blobs.unlink(name)
 
-    def discard_payload(self, task: Task, attempt: int = -1) -> None:
-        """The task has the result of that attempt at it; or none has begun, and none will."""
+    def discard_payload(self, task: Task, entry: int | None = None) -> None:
+        """The task will not be run any more. ``entry``: the one for which it was, where no worker has died in it."""
         if task.blob:
-            self.spares.give(task.blob, attempt)
+            self.spares.give(task.blob, entry)

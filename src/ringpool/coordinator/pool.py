@@ -237,7 +237,7 @@ class Pool:
         try:
             values.write_blob(name, encoded, spares.take(blobs.size_of(encoded.body, encoded.buffers)))
         except SharedMemoryFullError:
-            spares.clear(self.n_workers)
+            spares.clear()
             values.write_blob(name, encoded)
         self.keep(name)
         return Task(function, b"", blob, form)

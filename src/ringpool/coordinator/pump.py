@@ -395,7 +395,8 @@ class Pump:
         if ticket.part is None:
             self.publisher.in_ring -= 1
         if ticket.task.blob and not self.end.retains:
-            self.parcels.discard_payload(ticket.task, record.attempt)
+            was_run_once = record.attempt == 0 and ticket.first_sequence < 0
+            self.parcels.discard_payload(ticket.task, entry if was_run_once else None)
         self._pace.n_results += 1
         if ticket.part is None or not ticket.sink.counts_items:
             if record.status == _OK:

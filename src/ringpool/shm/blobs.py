@@ -1,10 +1,10 @@
 """Blobs: payloads and results that do not fit a record. One file in ``/dev/shm`` each.
 
-    0x00  Q  magic          b"RPBLOB1\\0"
+    0x00  Q  magic          b"RPBLOB2\\0"
     0x08  I  encoding       layout.Encoding of the body: MSGPACK or PICKLE
     0x0c  I  n_buffers      out-of-band buffers of pickle protocol 5
     0x10  Q  body_bytes
-    0x18  Q  released       by the worker of attempt (this - 1): it has nothing of it any more; 0: by none
+    0x18  Q  released       this entry of the ring, plus 1: its worker has nothing of it any more; 0: nobody says so
     0x20  Q  bytes of each buffer, n_buffers times
     then the body, then the buffers, each on a multiple of 64
 
@@ -45,7 +45,7 @@ from ringpool.errors import (
 from ringpool.shm.layout import Encoding
 from ringpool.shm.segment import SHM_DIRECTORY
 
-MAGIC = int.from_bytes(b"RPBLOB1\0", "little")
+MAGIC = int.from_bytes(b"RPBLOB2\0", "little")
 HEAD = struct.Struct("<QIIQQ")
 RELEASED_AT = 0x18
 ALIGN_BYTES = 64
@@ -115,8 +115,9 @@ def write(
         try:
             return _write(name, encoding, body, buffers, spares)
         except SharedMemoryFullError:
-            for spare in spares:
-                unlink(spare)
+            if not spares:
+                raise
+            drop_spares(spares[0].rpartition(".s")[0])
             return _write(name, encoding, body, buffers)
     except OSError as error:
         if error.errno != errno.EFBIG:
@@ -145,7 +146,7 @@ def _write(
         parts += (bytes(gap), part)
         size_bytes += gap + memoryview(part).nbytes
     try:
-        file = _create(name, spares if size_bytes <= SPARE_MAX_BYTES else ())
+        file = _create(name, spares if size_bytes < SPARE_MAX_BYTES else ())
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -181,8 +182,16 @@ def _write_all(fd: int, parts: Sequence[Buffer], at: int) -> None:
 
 def _create(name: str, spares: Sequence[str]) -> posix_ipc.SharedMemory:
     for spare in spares:
-        if _rename(spare, name):
+        try:
+            if not _rename(spare, name):
+                continue
+        except PermissionError:  # a task has made this process another user's
+            break
+        try:
             return posix_ipc.SharedMemory(f"/{name}")
+        except BaseException:
+            unlink(name)
+            raise
     try:
         return posix_ipc.SharedMemory(f"/{name}", posix_ipc.O_CREX, mode=0o600)
     except posix_ipc.ExistentialError:
@@ -245,7 +254,7 @@ def keep_spare(name: str, size_bytes: int, spare: str) -> bool:
     """Give the blob ``name``, which nobody reads any more, the name ``spare``, in whose place another may be; whether
     it was there, and is worth the room that it takes.
     """
-    return size_bytes <= SPARE_MAX_BYTES and not is_room_short() and _rename(name, spare)
+    return size_bytes < SPARE_MAX_BYTES and not is_room_short() and _rename(name, spare)
 
 
 def mapping_of(body: memoryview) -> weakref.ref[mmap.mmap] | None:
@@ -253,22 +262,22 @@ def mapping_of(body: memoryview) -> weakref.ref[mmap.mmap] | None:
     return weakref.ref(body.obj) if isinstance(body.obj, mmap.mmap) else None
 
 
-def release(name: str, attempt: int) -> None:
-    """Note in the blob ``name`` that the worker of that attempt has no view of it any more."""
+def release(name: str, entry: int) -> None:
+    """Note in the blob ``name`` that the worker that had that entry of the ring has no view of it any more."""
     with contextlib.suppress(OSError, posix_ipc.Error):  # no descriptor is left, say: then it is not noted
         file = posix_ipc.SharedMemory(f"/{name}")
         try:
-            os.pwrite(file.fd, struct.pack("<Q", attempt + 1), RELEASED_AT)
+            os.pwrite(file.fd, struct.pack("<Q", entry + 1), RELEASED_AT)
         finally:
             file.close_fd()
 
 
-def is_released(name: str, attempt: int) -> bool:
-    """Whether the worker of that attempt has noted so."""
+def is_released(name: str, entry: int) -> bool:
+    """Whether that worker has noted so."""
     with contextlib.suppress(OSError, posix_ipc.Error):
         file = posix_ipc.SharedMemory(f"/{name}", read_only=True)
         try:
-            return os.pread(file.fd, 8, RELEASED_AT) == struct.pack("<Q", attempt + 1)
+            return os.pread(file.fd, 8, RELEASED_AT) == struct.pack("<Q", entry + 1)
         finally:
             file.close_fd()
     return False
@@ -337,6 +346,15 @@ def is_room_short() -> bool:
     """Whether less than a quarter of ``/dev/shm`` is free: what waits there in vain is better off elsewhere."""
     found = os.statvfs(SHM_DIRECTORY)
     return found.f_bavail * 4 < found.f_blocks
+
+
+def drop_spares(segment: str) -> None:
+    """Remove what is spare, of payloads and of all workers' results."""
+    with os.scandir(SHM_DIRECTORY) as files:
+        found = [file.name for file in files if file.name.startswith(f"{segment}.s")]
+    for name in found:
+        with contextlib.suppress(posix_ipc.PermissionsError):  # a task has made this process another user's
+            unlink(name)
 
 
 def unlink(name: str) -> None:

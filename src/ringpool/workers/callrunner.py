@@ -100,7 +100,7 @@ class CallRunner:
             del function, arguments, keywords, buffers, body
             end_ns = time.monotonic_ns()
             if mapping is not None and mapping() is None and n_forks == self._confinement.n_forks:  # nor a fork has it
-                blobs.release(blobs.payload_name(self._segment, blob), layout.attempt_of(entry))
+                blobs.release(blobs.payload_name(self._segment, blob), entry)
             self._post.value(entry, value, end_ns - start_ns, calls.encode_result)
         except BaseException as error:  # a task may raise what it likes, SystemExit and KeyboardInterrupt too
             end_ns = time.monotonic_ns()

@@ -74,7 +74,7 @@ class Confinement:
         self._arm()
         self.forked = False
         self.n_forks = 0
-        os.register_at_fork(after_in_child=self._mark_forked, after_in_parent=self._count_fork)
+        os.register_at_fork(before=self._count_fork, after_in_child=self._mark_forked)
         self._poll = select.poll()
         for fd in (0, 1, 2, self.guard):
             with contextlib.suppress(OSError):  # a daemon may run without standard output
