@@ -9,7 +9,8 @@ import os
 import pickle
 import secrets
 import sys
-from collections import namedtuple
+import threading
+from collections import OrderedDict, namedtuple
 from collections.abc import Iterator
 from concurrent.futures.process import _RemoteTraceback as RemoteTraceback
 from multiprocessing.reduction import ForkingPickler
@@ -483,3 +484,18 @@ def test_what_is_rebuilt_here_as_no_exception_is_an_error(rebuilt: Any) -> None:
     found = values.decode_error((rebuilt, "a traceback"))
     assert isinstance(found, ResultTransportError)
     assert found.type_name == type(rebuilt).__qualname__
+
+
+@pytest.mark.parametrize(
+    "value", [{"a": 1}, [1, [2, {3}]], (None, "x" * 4000), {1, 2}, {"b": bytes(3000)}, [np.ones(400)], []]
+)
+def test_the_short_way_makes_the_same(value: object) -> None:
+    assert values.encode_short(value) == values.encode(value).body
+
+
+@pytest.mark.parametrize(
+    "value",
+    [1, "text", b"bytes", None, OrderedDict(a=1), [bytes(5000)], [np.ones(600)], [threading.Lock()], np.ones(2)],
+)
+def test_the_short_way_is_for_small_containers_that_pickle_alone_can_send(value: object) -> None:
+    assert values.encode_short(value) is None

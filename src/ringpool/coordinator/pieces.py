@@ -6,6 +6,7 @@ vector's result (pump's thread) --> MapInbox --outcomes--> Piece --> arrived -->
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
@@ -23,6 +24,7 @@ from ringpool.shm.results import ResultRecord
 from ringpool.shm.vectors import Arena
 from ringpool.workers import values
 
+_PICKLE = int(OutcomeKind.PICKLE)
 _OK, _DIED, _CANCELLED = int(Status.OK), int(Status.DIED), int(Status.CANCELLED)
 
 
@@ -66,22 +68,24 @@ class Piece(msgspec.Struct, eq=False):
 
     def decode(self) -> None:
         """Make values of the stream."""
+        found = self.values
         for kind, body in vectors.stream(self.outcomes) if self.outcomes else ():
             try:
-                self.values.append(self._decode(kind, body))
+                if kind == _PICKLE:
+                    found.append(pickle.loads(body))
+                    continue
+                found.append(self._decode(kind, body))
             except BaseException as error:  # unpickling may run anything, sys.exit too
                 if is_from_signal(error):
                     raise
-                self.values.append(Failure(values.undecodable(error, "unknown")))
-            self.failed = self.failed or type(self.values[-1]) is Failure
+                found.append(Failure(values.undecodable(error, "unknown")))
+            self.failed = self.failed or type(found[-1]) is Failure
         self.outcomes = b""
 
     def _decode(self, kind: int, body: memoryview) -> Any:
         match kind:
             case OutcomeKind.MSGPACK:
                 return values.decode(0, body)
-            case OutcomeKind.PICKLE:
-                return values.decode(1, body)
             case OutcomeKind.BLOB:
                 return values.decode(*self._taken())
             case OutcomeKind.ERROR:

@@ -152,12 +152,18 @@ class _Outcomes:
         self._post = post
         self._entry = entry
         self._encode = encode
+        self._are_short = True
 
     def value(self, value: object, room: int) -> tuple[int, bytes]:
         """Kind and bytes of a value."""
         body = values.encode_inline(value)
         if body is not None and len(body) <= room:
             return OutcomeKind.MSGPACK, body
+        if self._are_short and body is None:
+            body = values.encode_short(value)
+            if body is not None and len(body) <= room:
+                return OutcomeKind.PICKLE, body
+            self._are_short = False  # large ones would be pickled twice, each
         try:
             encoded = self._encode(value)
             if encoded.buffers and len(encoded.body) + sum(each.nbytes for each in encoded.buffers) <= room:

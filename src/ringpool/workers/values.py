@@ -27,6 +27,7 @@ from ringpool.shm.layout import INLINE_BYTES, Encoding
 from ringpool.workers import byname, reducers
 
 OUT_OF_BAND_MIN_BYTES = 4096
+_CONTAINERS = frozenset({dict, list, tuple, set})
 PLAIN = frozenset({NoneType, bool, int, float, str, bytes})
 _pack: Callable[[object], bytes] = msgspec.msgpack.Encoder().encode
 _unpack: Callable[[bytes | memoryview], Any] = msgspec.msgpack.Decoder().decode
@@ -104,6 +105,18 @@ def encode_inline(value: object) -> bytes | None:
     except (OverflowError, UnicodeEncodeError, TypeError):  # the last: a class that cannot be hashed
         return None
     return body if body is not None and len(body) <= INLINE_BYTES else None
+
+
+def encode_short(value: object) -> bytes | None:
+    """``value`` as a pickle, the same that ``encode`` makes, or None: the short way for small containers."""
+    if type(value) not in _CONTAINERS:
+        return None
+    try:
+        body = pickle.dumps(value, 5)
+    except Exception:  # ``encode`` knows more ways, or says why not
+        return None
+    is_short = len(body) < OUT_OF_BAND_MIN_BYTES  # so has no buffer that would be out of band
+    return body if is_short and not reducers.are_foreign() and reducers.may_do_without(body) else None
 
 
 def decode(encoding: int, body: bytes | memoryview, buffers: list[memoryview] | None = None) -> Any:
