@@ -26,6 +26,7 @@ from ringpool import RingPoolExecutor
 from ringpool.coordinator.inbox import Inbox
 from ringpool.coordinator.pump import Pump
 from ringpool.errors import WorkerDiedError, WrongProcessError
+from ringpool.shm import blobs
 
 RunProgram = Callable[..., Program]
 BOTH = pytest.mark.parametrize("map_name", ["map", "map_unordered"])
@@ -57,6 +58,19 @@ def notes(tmp_path: Path) -> str:
 def wait_for_commands(executor: RingPoolExecutor) -> None:
     """Until the pool has done what it was told before."""
     executor._rp_pool.pump.call(lambda: None)
+
+
+def settled_memory(executor: RingPoolExecutor) -> set[str]:
+    """What this process has in ``/dev/shm``, once the functions of maps before have gone from it."""
+    pool, introduced = executor._rp_calls.pool, executor._rp_calls._functions
+
+    def are_gone() -> bool:
+        stay = {blobs.function_name(pool.name, number) for number in introduced.values()}
+        functions_there = {name for name in shared_memory_of(os.getpid()) if name.startswith(f"{pool.name}.f")}
+        return functions_there <= stay
+
+    wait_until(are_gone, "the end of the functions before")
+    return shared_memory_of(os.getpid())
 
 
 # ---- taken by nobody -------------------------------------------------------------------------------------------------
@@ -137,7 +151,7 @@ LEFT: dict[str, Callable[[], Iterable[Any]]] = {
 
 @pytest.mark.parametrize("source", LEFT)
 def test_of_a_map_that_nobody_takes_nothing_is_left_when_it_has_run(executor: RingPoolExecutor, source: str) -> None:
-    before = shared_memory_of(os.getpid())
+    before = settled_memory(executor)
     function = partial(functions.identity)
     there = weakref.ref(function)
     executor.map(function, LEFT[source]())
@@ -148,7 +162,7 @@ def test_of_a_map_that_nobody_takes_nothing_is_left_when_it_has_run(executor: Ri
         return bool(there() or executor._rp_pool.runs or executor._rp_pool.pump.feeders)
 
     wait_until(lambda: not is_left(), "the end of the map")
-    wait_until(lambda: shared_memory_of(os.getpid()) <= before, "the end of its function")  # others may end as well
+    wait_until(lambda: shared_memory_of(os.getpid()) == before, "the end of its function")
 
 
 class NotIterable:
@@ -165,11 +179,11 @@ def interrupted() -> Iterator[int]:
 def test_of_a_map_that_nobody_has_got_nothing_is_left(
     executor: RingPoolExecutor, items: Callable[[], Iterable[int]], error: type[BaseException]
 ) -> None:
-    before = shared_memory_of(os.getpid())
+    before = settled_memory(executor)
     with pytest.raises(error):
         executor.map(functions.identity, items())
     assert not executor._rp_pool.runs
-    wait_until(lambda: shared_memory_of(os.getpid()) <= before, "the end of its function")  # others may end as well
+    wait_until(lambda: shared_memory_of(os.getpid()) == before, "the end of its function")
 
 
 # ---- taken after the end of the pool ---------------------------------------------------------------------------------
@@ -542,7 +556,7 @@ def test_who_takes_results_in_a_thread_does_not_keep_a_pool_from_cancelling(tmp_
     thread.start()
     closing = threading.Thread(target=pool.shutdown, kwargs={"cancel_futures": True})
     closing.start()
-    wait_until(lambda: pool._rp_calls.pool.pump._cancels_all, "the pool that cancels")  # pyright: ignore
+    wait_until(lambda: pool._rp_calls.pool.pump._cancels_all, "the pool that cancels")  # pyright: ignore[reportPrivateUsage]
     gate.touch()
     closing.join(WATCHDOG_S)
     thread.join(WATCHDOG_S)

@@ -152,7 +152,7 @@ class Arena:
                 mine = self.writes if mode == "exclusive" else self.reads
                 mine[index] = 1
                 self.wrong[index] |= self._another(index, mode)
-                time.sleep(lots.random() * 1e-3)
+                time.sleep(lots.random() * 1e-3)  # inside, so that others come, and kills
                 self.wrong[index] |= self._another(index, mode)
                 mine[index] = 0
                 self.grants[index] += 1

@@ -194,7 +194,7 @@ class FileRun(Iterator[FileResult]):
             found: _Found = arrived.popleft()
             if isinstance(found, Piece):
                 self._n_arrived += found.n
-                self._sizer.observe(found.spent_ns, found.n, found.n_bytes, found.blob is not None)
+                self._sizer.observe(found.spent_ns, found.n, found.n_bytes, found.is_large)
             elif isinstance(found, tuple):
                 _, record = found
                 self._n_arrived += 1
