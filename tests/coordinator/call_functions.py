@@ -571,10 +571,11 @@ def keep_and_fork(array: Any) -> None:
 def leave_array_to_child_and_die_once(gate: str, told: str, died: str, array: Any) -> None:
     if not os.path.exists(died):
         Path(died).touch()
-        if not os.fork():
-            os.setsid()  # it is not killed with its worker then
+        if not (child := os.fork()):
+            os.setsid()  # what it leaves is not killed with its worker then
             leave_array_to_child(gate, told, array)
             os._exit(0)
+        os.waitpid(child, 0)
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -14,10 +14,9 @@ import sys
 from collections.abc import Callable, Collection
 from multiprocessing.context import BaseContext
 from types import ModuleType
-from typing import cast
 
 from ringpool import startup
-from ringpool.coordinator import serveraddress
+from ringpool.coordinator import forkservers
 from ringpool.coordinator.supervisor import WORKER_NAME, current_directory
 from ringpool.errors import DaemonicProcessError, MainModuleError, MonkeyPatchedError, WorkingDirectoryError
 from ringpool.workers.process import EXIT_UNGUARDED, flush
@@ -25,8 +24,7 @@ from ringpool.workers.process import EXIT_UNGUARDED, flush
 START_METHOD = "forkserver"
 _PATCHERS = {"gevent.monkey": "is_module_patched", "eventlet.patcher": "is_monkey_patched"}
 _UNPATCHED = ("thread", "threading", "select", "socket")  # eventlet says "thread" for threading
-_AHEAD = "ringpool.workers.ahead"  # imports the main module too, where it can
-_PRELOAD = [_AHEAD, "ringpool.workers.process"]
+_PRELOAD = [forkservers.AHEAD, "ringpool.workers.process"]
 
 
 def require_no_main_import() -> None:
@@ -82,18 +80,9 @@ def start_server(held_back: Collection[signal.Signals] = (signal.SIGINT, signal.
     held back from it, and from each worker until that has a session of its own; other processes of the server never get
     what is ``held_back``.
     """
-    context = context_of(None)
-    if context.get_start_method() != "forkserver":
-        return
-    from multiprocessing import forkserver, resource_tracker
-
-    serveraddress.keep_short()
-    resource_tracker.ensure_running()  # first: when it is started, it lets the signal through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if context_of(None).get_start_method() == "forkserver":
+        forkservers.keep_short()
+        forkservers.start(held_back)
 
 
 def named_context(chosen: str | BaseContext | ModuleType) -> BaseContext:
@@ -107,14 +96,11 @@ def context_of(chosen: str | BaseContext | ModuleType | None) -> BaseContext:
     """The context of a pool's processes; its fork server, if that is what it has, will import what workers need."""
     context = named_context(chosen or start_method())
     if context.get_start_method() == "forkserver":
-        from multiprocessing import forkserver
-
-        server = forkserver._forkserver  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage, reportUnknownMemberType, reportUnknownVariableType]
-        preload = cast("list[str]", getattr(server, "_preload_modules", []))
+        preload = forkservers.preload()
         if preload == ["__main__"]:  # the default: the program has not asked for its own
             context.set_forkserver_preload(_preload())
         elif "__main__" in preload:
-            context.set_forkserver_preload([_AHEAD, *(name for name in preload if name != "__main__")])
+            context.set_forkserver_preload([forkservers.AHEAD, *(name for name in preload if name != "__main__")])
     return context
 
 

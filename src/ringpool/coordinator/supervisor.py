@@ -29,14 +29,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator
-from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
 import msgspec
 
-from ringpool.coordinator import serveraddress
+from ringpool.coordinator import forkservers
 from ringpool.coordinator.ending import Ending
 from ringpool.errors.tasks import WorkingDirectoryError
 from ringpool.workers.descriptor import Descriptor
@@ -82,24 +81,6 @@ def _require_descriptors(any_open: int) -> None:
     finally:
         for descriptor in found:
             os.close(descriptor)
-
-
-def _end_new_server() -> bool:
-    """End the fork server, if it has no process yet, because it is still importing; whether it was so.
-
-    The interpreter may wait for it at exit: the resource tracker ends when all have who were given its pipe, and some
-    releases of Python 3.13 wait for that without a limit.
-    """
-    server: Any = getattr(forkserver, "_forkserver", None)
-    pid: int = getattr(server, "_forkserver_pid", None) or 0
-    try:
-        with open(f"/proc/{pid}/task/{pid}/children") as children:
-            if children.read():
-                return False
-        os.kill(pid, signal.SIGKILL)
-    except OSError:  # it has ended; or this kernel does not tell
-        return False
-    return True
 
 
 class _Guard:
@@ -189,27 +170,21 @@ class _Guards:
 def _forget_processes() -> None:
     """In a fork of this process: the workers and the fork server are its parent's children, and none of its own.
 
-    ``multiprocessing`` does not notice. Its exit handler would join the workers and fail; its fork server would be
-    waited for and not be found; and the server would not end with its owner while this fork holds its pipe's write end.
+    ``multiprocessing`` does not notice. Its exit handler would join the workers and fail.
     """
     children: set[object] = getattr(multiprocessing.process, "_children", set())
     children.clear()
-    server: Any = getattr(forkserver, "_forkserver", None)
-    alive_fd = getattr(server, "_forkserver_alive_fd", None)
-    if alive_fd is not None:
-        with contextlib.suppress(OSError):
-            os.close(alive_fd)
-        server.__init__()
+    forkservers.forget()
 
 
 @contextlib.contextmanager
 def _interrupts_held_back(context: BaseContext) -> Generator[None]:
     """A worker begins with SIGINT blocked, until it is bound to us: a Ctrl-C before would be a traceback of its own.
 
-    The fork server must not inherit that: it would pass it on to processes that are none of ours. There,
-    ``workers.ahead`` does this.
+    The fork server, once it runs, does not have that from us: there, ``workers.ahead`` does this.
     """
     if context.get_start_method() == "forkserver":
+        forkservers.start_shared()
         yield
         return
     if context.get_start_method() == "spawn":
@@ -340,7 +315,7 @@ class Supervisor:
             if not self._killing and self.pids:  # none: the fork server has yet to make them
                 _say(f"workers {self.pids} have not ended {timeout_s:g} s after they were told to, and are killed")
             self.kill_all()
-            if not (self._starting and self._context.get_start_method() == "forkserver") or _end_new_server():
+            if not (self._starting and self._context.get_start_method() == "forkserver") or forkservers.end_if_new():
                 self._ending.wait(KILL_TIMEOUT_S)
 
     def _wake(self) -> None:
@@ -371,7 +346,7 @@ class Supervisor:
     def _run(self) -> None:
         try:
             if self._context.get_start_method() == "forkserver":
-                serveraddress.keep_short()
+                forkservers.keep_short()
             while not (self._stopping and not self._workers):
                 if self._killing:
                     for worker in self._workers.values():

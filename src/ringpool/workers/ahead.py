@@ -9,9 +9,9 @@ A fork that fails (EAGAIN, where ``ulimit -u`` or a container's ``pids.max`` is 
 ``multiprocessing``, and all workers with it. Here it costs the one who asked: he reads the end of his pipe. The server
 goes on after ECONNABORTED, which it takes for a client that left.
 
-A worker begins with SIGINT blocked, until it is bound to its program: a Ctrl-C before would be a traceback of its own.
-A process of somebody else's has it back when it comes to its own work. One whose program ended before it had sent what
-the process is to be ends without a word: nobody waits for it.
+A worker begins with SIGINT blocked, until it is bound to its program: a Ctrl-C before would be a traceback of its own;
+so does the server, until it ignores that. A process of somebody else's has it back when it comes to its own work. One
+whose program ended before it had sent what the process is to be ends without a word: nobody waits for it.
 
 When the program has ended, by SIGKILL too, so does the server; then it ends what tasks had started.
 """
@@ -76,6 +76,8 @@ def _keep_from_programs(server: FrameType) -> None:
 def _hold_back_interrupts() -> None:
     """Until it is known whose process this is; the server itself ignores them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    if "ringpool.workers.heeded" in sys.modules:
+        before.discard(signal.SIGINT)
     base: Any = process.BaseProcess
     bootstrap = base._bootstrap
 
