@@ -58,8 +58,7 @@ class Sizer:
         if self._items:
             mean_ns = self.mean_ns
             wanted = (VECTOR_NS if mean_ns < LONG_NS else VECTOR_NS / 2) / (mean_ns + 1)
-            if self._bytes:
-                wanted = min(wanted, RESULT_BYTES / (self._bytes / self._items))
+            wanted = min(wanted, RESULT_BYTES / max(1.0, self._bytes / self._items))
             if self._share_ending:
                 wanted = min(wanted, 1 / self._share_ending) if self._share_ending < SHARE_MAX else 1
             self._n = max(1, min(int(wanted), self._n * GROWTH_MAX, VECTOR_ITEMS_MAX))
