@@ -150,7 +150,7 @@ def wait_for_if_and_give(gate: str, wanted: int, kind: str, item: int) -> Any:
     wait_for_if(gate, wanted, item)
     if kind == "int" or (kind == "mixed" and item % 700 < 350):
         return item
-    return f"{item} {'x' * 70_000 if item % 500 == 499 else ''}"
+    return f"{item} {'x' * 300_000 if item % 500 == 499 else ''}"
 
 
 def item_of(result: Any) -> int:

@@ -148,7 +148,7 @@ def test_items_that_are_large_all_of_them(executor: RingPoolExecutor) -> None:
     assert list(executor.map(functions.large, range(30), chunksize=10)) == items
 
 
-@pytest.mark.parametrize("n_bytes", [900, 960, 961, 4096, 30_000, 300_000])
+@pytest.mark.parametrize("n_bytes", [900, 960, 961, 4096, 30_000, 130_000, 300_000])
 def test_items_and_results_of_any_size(executor: RingPoolExecutor, n_bytes: int) -> None:
     items = [bytes([item]) * n_bytes for item in range(100)]
     assert list(executor.map(functions.identity, items)) == items
@@ -159,15 +159,15 @@ def test_items_and_results_of_any_size(executor: RingPoolExecutor, n_bytes: int)
 
 @pytest.mark.parametrize("chunksize", [None, 1000])
 def test_items_of_sizes_that_differ_widely(executor: RingPoolExecutor, chunksize: int | None) -> None:
-    sizes = [(1, 20, 300, 5_000, 32_700, 32_768, 70_000, 1_000_000)[n * n % 8] for n in range(400)]
-    for items in ([bytes(size) for size in sizes], [{"of": bytes(size)} for size in sizes], [bytes(60_000)] * 2):
+    sizes = [(1, 20, 300, 5_000, 131_000, 131_072, 280_000, 1_000_000)[n * n % 8] for n in range(400)]
+    for items in ([bytes(size) for size in sizes], [{"of": bytes(size)} for size in sizes], [bytes(240_000)] * 2):
         assert list(executor.map(functions.identity, items, chunksize=chunksize)) == items
     assert list(executor.map(functions.add, sizes, sizes, chunksize=chunksize)) == [2 * size for size in sizes]
 
 
 @pytest.mark.parametrize(
     ("sizes", "chunksize", "most"),
-    [([20_000] * 200, None, 1.5), ([100_000] * 128, 128, 4), ([100] * 127 + [100_000], 128, 4), ([10] * 500, None, 1)],
+    [([80_000] * 200, None, 1.5), ([400_000] * 128, 128, 4), ([100] * 127 + [400_000], 128, 4), ([10] * 500, None, 1)],
 )
 def test_an_item_is_pickled_a_few_times_at_most_however_large(
     executor: RingPoolExecutor, sizes: list[int], chunksize: int | None, most: float
@@ -183,11 +183,11 @@ def test_a_large_item_that_is_pickled_once_and_not_again_is_its_own_error(
 ) -> None:
     """Which of them are pickled once more depends on how they fit."""
     small: list[Any] = [bytes(10)] * 500  # so that many go together
-    items = [*small, *(functions.PickledOnce(30_000) for _ in range(64))]
+    items = [*small, *(functions.PickledOnce(120_000) for _ in range(64))]
     found = list(executor.map(functions.identity, items, chunksize=chunksize, return_exceptions=True))
     assert found[:500] == small
     for outcome in found[500:]:
-        assert outcome == 30_000 or (type(outcome) is LookupError and outcome.args == ("pickled again",))
+        assert outcome == 120_000 or (type(outcome) is LookupError and outcome.args == ("pickled again",))
     assert list(executor.map(functions.double, range(10))) == list(range(0, 20, 2))
 
 

@@ -32,6 +32,7 @@ def test_large_results_make_short_vectors() -> None:
     made = Sizer(None, 2)
     for _ in range(20):
         made.observe(1000, 100, 100 * 3000)
+        assert made.n >= 1
     assert made.n == sizer.RESULT_BYTES // 3000
 
 

@@ -18,6 +18,7 @@ from tests.shm import test_vectors
 from tests.shm.test_vectors import Stand
 
 from ringpool.shm import owner, segment
+from ringpool.shm.layout import CHUNK_BYTES
 
 VECTORS, PIECES, BALANCE, PUMP, FILES = (
     "vectors.py",
@@ -314,7 +315,7 @@ def _room() -> None:
 
 def _times() -> None:
     with _stand() as stand:
-        test_vectors.test_outcomes_that_fill_a_chunk_leave_the_times_of_files(stand, 1024, 1 << 64)
+        test_vectors.test_outcomes_that_fill_a_chunk_leave_the_times_of_files(stand, CHUNK_BYTES // 64, 1 << 64)
 
 
 def _filled() -> None:

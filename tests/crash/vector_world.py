@@ -45,7 +45,7 @@ from ringpool.workers import callrunner, calls, filetasks, posting, tasks
 from ringpool.workers.confinement import Confinement
 from ringpool.workers.process import Worker, WorkerArguments
 
-LARGE = 70_000  # bytes: more than a chunk
+LARGE = 300_000  # bytes: more than a chunk
 TRACED = {each.__file__ for each in (vectors, callrunner, calls, posting, results, filetasks)}
 FUNCTION = 1
 N_CHUNKS = 5

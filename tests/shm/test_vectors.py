@@ -7,14 +7,17 @@ run at the same time, and die, is for tests/crash.
 from __future__ import annotations
 
 import enum
+import errno
 import math
 import os
 import pickle
 import random
+import resource
 import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import msgspec
@@ -362,7 +365,7 @@ def test_what_does_not_fit_ends_the_vector_and_the_rest_comes_back(stand: Stand,
     assert stand.read(span, 3) == [others, others, Elsewhere()]
 
 
-@pytest.mark.parametrize("n", [1, 2, 100, 1000, 4000, 4096, 8000, 8178])
+@pytest.mark.parametrize("n", [1, 2, 100, 1000, 4000, 4096, 32_000, CHUNK_BYTES // 8 - 14])
 def test_beside_items_that_take_all_their_room_any_outcomes_have_theirs(stand: Stand, n: int) -> None:
     items_bytes = vectors.room_for_items(n)
     assert items_bytes >= 0
@@ -380,7 +383,7 @@ def test_beside_items_that_take_all_their_room_any_outcomes_have_theirs(stand: S
 
 
 def test_more_items_than_a_chunk_has_words_have_no_room() -> None:
-    assert vectors.room_for_items(8192) < 0
+    assert vectors.room_for_items(CHUNK_BYTES // 8) < 0
     assert vectors.room_for_items(1) == CHUNK_BYTES // 2
 
 
@@ -482,7 +485,7 @@ def test_files_are_timed_each_by_itself(
     assert (mapping[: CHUNK * CHUNK_BYTES], mapping[(CHUNK + 1) * CHUNK_BYTES :]) == before
 
 
-@pytest.mark.parametrize("n", [1, 50, 1024])
+@pytest.mark.parametrize("n", [1, 50, CHUNK_BYTES // 64])
 @pytest.mark.parametrize("outcome", ["x" * 40, 2**64, ValueError("y" * 30), (1,)], ids=repr)
 def test_outcomes_that_fill_a_chunk_leave_the_times_of_files(stand: Stand, n: int, outcome: Any) -> None:
     items_bytes = vectors.room_for_items(n, timed=True)
@@ -505,10 +508,10 @@ def test_outcomes_that_fill_a_chunk_leave_the_times_of_files(stand: Stand, n: in
 
 
 def test_files_whose_times_have_no_room_are_an_error(stand: Stand) -> None:
-    items_bytes = vectors.room_for_items(1000)
-    stand.worker.items(Span(CHUNK, 0, 3000, items_bytes, 0))
+    n, items_bytes = CHUNK_BYTES * 3 // 64, vectors.room_for_items(1000)
+    stand.worker.items(Span(CHUNK, 0, n, items_bytes, 0))
     with pytest.raises(SegmentFormatError):
-        stand.worker.items(Span(CHUNK, 0, 3000, items_bytes, FILES))
+        stand.worker.items(Span(CHUNK, 0, n, items_bytes, FILES))
 
 
 def test_a_part_of_a_vector_runs_its_own_items_alone(stand: Stand) -> None:
@@ -751,7 +754,7 @@ def test_a_chunk_full_of_anything_is_read_or_refused(stand: Stand, seed: int) ->
         except SegmentFormatError:
             n_refused += 1
             continue
-        assert len(plain) + len(vectors.stream(stream)) == n
+        assert len(plain) + len([*vectors.stream(stream)]) == n
     assert n_refused
 
 
@@ -767,6 +770,56 @@ def test_chunks_are_given_out_once_until_they_come_back(stem: str) -> None:
     assert arena.take() == 1
     assert arena.take() is None
     arena.close()
+
+
+def test_chunks_have_their_memory_when_they_are_wanted(stem: str) -> None:
+    """And a worker, which has mapped the arena before, sees what is in them."""
+    arena, file = Arena(stem, 5, 2), f"/dev/shm/{stem}.v"
+    worker = Chunks.attach(stem)
+
+    def reserved() -> int:
+        return os.stat(file).st_blocks * 512
+
+    assert os.stat(file).st_size == len(worker.mapping) == 5 * CHUNK_BYTES
+    assert reserved() == 2 * CHUNK_BYTES
+    taken = [arena.take(), arena.take()]
+    assert reserved() == 2 * CHUNK_BYTES
+    taken += [arena.take()]
+    assert taken == [1, 0, 2]
+    assert reserved() == 3 * CHUNK_BYTES
+    arena.mapping[3 * CHUNK_BYTES - 1] = worker.mapping[2 * CHUNK_BYTES] = 7
+    assert worker.mapping[3 * CHUNK_BYTES - 1] == arena.mapping[2 * CHUNK_BYTES] == 7
+    arena.give(0)
+    assert arena.take() == 0
+    assert [arena.take(), arena.take(), arena.take()] == [3, 4, None]
+    assert reserved() == 5 * CHUNK_BYTES
+    worker.close()
+    arena.close()
+
+
+@pytest.mark.parametrize("why", ["no room", "no descriptor", "no name"])
+def test_a_chunk_that_cannot_be_had_is_not_there_for_now(stem: str, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    arena = Arena(stem, 3, 1)
+    assert arena.take() == 0
+    with monkeypatch.context() as patch, ExitStack() as stack:
+        if why == "no room":
+            patch.setattr(os, "posix_fallocate", refuse_room)
+        elif why == "no descriptor":
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        else:
+            os.rename(f"/dev/shm/{stem}.v", f"/dev/shm/{stem}.w")
+            stack.callback(os.rename, f"/dev/shm/{stem}.w", f"/dev/shm/{stem}.v")
+        assert arena.take() is None
+        arena.give(0)
+        assert arena.take() == 0
+    assert arena.take() == 1
+    arena.close()
+
+
+def refuse_room(*_arguments: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_segment_without_an_arena_is_an_error(stem: str) -> None:

@@ -19,6 +19,7 @@ from ringpool.shm.dispatch import CoordinatorEnd
 from ringpool.shm.vectors import Arena
 
 TAKE_BACK_AFTER_S = 0.02  # a claim of several tasks that has not moved for so long is broken up
+WATCH_BEFORE_S = 0.75 * TAKE_BACK_AFTER_S  # who is awake then looks at once, and need not wake up for that
 SPLIT_WORTH_NS = 300_000  # what is left of a vector must be expected to take so long, or it is left alone
 SPLIT_LOOK_S = 0.005  # how often the pump looks, while vectors are in the ring and somebody has nothing to do
 
@@ -48,7 +49,7 @@ class Balance:
         for somebody may wait for room there, and the results that a claim holds are nobody's until it ends.
         """
         now = time.monotonic()
-        if now - self._watched_at < TAKE_BACK_AFTER_S:
+        if now - self._watched_at < WATCH_BEFORE_S:
             return False
         self._watched_at = now
         ring = self._end.ring

@@ -37,7 +37,7 @@ from ringpool.workers import calls
 HELD_ITEMS_MAX = 16_384
 HELD_BYTES_MAX = 1 << 26
 UNDER_WAY_BYTES_MAX = 1 << 24  # of items and their results: more would only fill /dev/shm
-VECTOR_BYTES_MAX = vectors.CHUNK_BYTES // 2  # of items: no vector has room for more
+VECTOR_BYTES_MAX = vectors.CHUNK_BYTES * 7 // 16  # of items: there is room for half a chunk, and some are larger
 BUFFER_PARTS = 8  # a buffer whose size is given is filled again when so small a part of it is free
 TURN_S = 1.0  # how long who closes the pool waits for a thread that draws
 FILL_S = 0.001  # how long items are drawn while results wait to be taken

@@ -82,7 +82,7 @@ class Piece(msgspec.Struct, eq=False):
             self.failed = self.failed or type(found[-1]) is Failure
         self.outcomes = b""
 
-    def _decode(self, kind: int, body: memoryview) -> Any:
+    def _decode(self, kind: int, body: bytes) -> Any:
         match kind:
             case OutcomeKind.MSGPACK:
                 return values.decode(0, body)
@@ -203,7 +203,7 @@ class MapInbox(Inbox):
             piece = self._piece(part, span, arena, done, spent_ns, worker)
         except SegmentFormatError:  # the vector's result will say so, to this map alone
             return False
-        if piece.outcomes and vectors.stream(piece.outcomes)[-1][0] >= OutcomeKind.BLOB:
+        if piece.outcomes and [*vectors.stream(piece.outcomes)][-1][0] >= OutcomeKind.BLOB:
             return False  # with which a vector ends: the rest comes with its result
         self.put(piece)
         part.taken, part.taken_ns = done, spent_ns

@@ -56,7 +56,7 @@ from ringpool.workers.umask import umask
 ABORT_TIMEOUT_S = 1.0
 STOP_TIMEOUT_S = 5.0
 SPINS = 500  # looks for work before a worker sleeps: about 250 us in all, during which whoever needs the core has it
-CHUNKS_PER_WORKER, CHUNKS_MORE = 4, 24
+CHUNKS_PER_WORKER, CHUNKS_MORE = 4, 24  # at most
 
 # CPython 3.12.0 to 3.12.2 start no thread, and fork no process, from when a program's main module has come to its end
 # (python/cpython#113964): before tasks that it leaves behind are run.
@@ -256,7 +256,8 @@ class Pool:
             if self.closing:  # it may have removed its segment already
                 raise self._closed_error()
             if self.pump.publisher.arena is None:
-                self.pump.publisher.arena = Arena(self.name, CHUNKS_PER_WORKER * self.n_workers + CHUNKS_MORE)
+                n = CHUNKS_PER_WORKER * self.n_workers + CHUNKS_MORE
+                self.pump.publisher.arena = Arena(self.name, n, self.n_workers + 2)
 
     # ---- the end
 

@@ -156,7 +156,7 @@ TASK_BLAME_AT = 0x28
 V_PROGRESS, V_LIMIT, V_PREFIX, V_PREFIX_ITEMS = range(4)
 VECTOR = struct.Struct("<4Q")
 VECTOR_ITEMS_AT = 0x40
-CHUNK_BYTES = 1 << 16
+CHUNK_BYTES = 1 << 18
 SPAN = struct.Struct("<IIIII")  # chunk, first item, end, bytes of the items, ItemsEncoding
 OUTCOME = struct.Struct("<II")  # bytes that follow, OutcomeKind
 

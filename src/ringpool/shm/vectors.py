@@ -1,6 +1,6 @@
 """Vectors: one task record for many items of a map, so that what a task costs is shared between them.
 
-    /dev/shm/<segment>.v     the arena: chunks of 64 KiB. Each belongs to the task that is published with it
+    /dev/shm/<segment>.v     the arena: chunks of 256 KiB. Each belongs to the task that is published with it
 
     publisher   Arena.take -> write: items, head -> publish the SPAN -> ... -> collect -> outcomes -> Arena.give
     worker      for each item: progress := i -> read limit -> call -> outcome -> ... -> post the task's result
@@ -29,7 +29,7 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ _ITEM_MASK = (1 << 32) - 1
 _CHUNK_WORDS = CHUNK_BYTES >> 3
 _OUTCOME_BYTES = layout.OUTCOME.size
 _PACKABLE = frozenset((bool, str, bytes, int, float, NoneType))
+_ENDS = int(OutcomeKind.BLOB)  # and above: with such an outcome a vector ends
 _ERRORS = (OutcomeKind.ERROR, OutcomeKind.ERROR_BLOB)
 _YIELDS_BEFORE_SLEEP = 100
 RESTORES = 16  # in a vector: about 10 us, and a vector is milliseconds of work
@@ -246,7 +247,7 @@ class Chunks:
             tail += _OUTCOME_BYTES
             mapping[tail : tail + len(body)] = body
             tail += len(body)
-            if code >= OutcomeKind.BLOB:  # outcomes are larger than the publisher thought: it will make vectors shorter
+            if code >= _ENDS:  # outcomes are larger than the publisher thought: it will make vectors shorter
                 stop = i + 1
                 break
         words[progress] = packed | stop
@@ -387,39 +388,68 @@ def errors_in(outcomes: bytes) -> int:
     return sum(kind in _ERRORS for kind, _ in stream(outcomes)) if outcomes else 0
 
 
-def stream(outcomes: bytes) -> list[tuple[int, memoryview]]:
-    """Kind (``OutcomeKind``) and body of each outcome of a stream."""
-    found: list[tuple[int, memoryview]] = []
-    view, at = memoryview(outcomes), 0
-    while at < len(outcomes):
-        length, kind = layout.OUTCOME.unpack_from(outcomes, at)
+def stream(outcomes: bytes) -> Iterator[tuple[int, bytes]]:
+    """Kind (``OutcomeKind``) and body of each outcome of a stream.
+
+    Two lists, and bytes: of thousands of tuples and views, the garbage collector would look at each, and at all else
+    more often.
+    """
+    kinds, bodies, at, end = list[int](), list[bytes](), 0, len(outcomes)
+    head = layout.OUTCOME.unpack_from
+    while at < end:
+        length, kind = head(outcomes, at)
         at += _OUTCOME_BYTES
-        found.append((kind, view[at : at + length]))
+        kinds.append(kind)
+        bodies.append(outcomes[at : at + length])
         at += length
-    return found
+    return zip(kinds, bodies, strict=True)
 
 
 class Arena(Chunks):
-    """The arena of ``segment``, made by its publisher, who alone gives out its ``n`` chunks. One thread uses it."""
+    """The arena of ``segment``, made by its publisher, who alone gives out its ``n`` chunks. One thread uses it.
 
-    def __init__(self, segment: str, n: int) -> None:
+    ``n_at_first`` of them (None: all) have their memory from the start; each of the others when all those are in use.
+    Raises ``SharedMemoryFullError`` where there is no room for the first.
+    """
+
+    def __init__(self, segment: str, n: int, n_at_first: int | None = None) -> None:
         with contextlib.suppress(posix_ipc.ExistentialError):  # left by an attempt that Ctrl-C has cut short
             posix_ipc.unlink_shared_memory(_name(segment))
+        self._n = n
+        self._n_reserved = n if n_at_first is None else min(n_at_first, n)
+        n_bytes = self._n_reserved * CHUNK_BYTES
         file = posix_ipc.SharedMemory(_name(segment), posix_ipc.O_CREX, mode=0o600)
         try:
-            os.posix_fallocate(file.fd, 0, n * CHUNK_BYTES)  # ENOSPC now, not a SIGBUS later
+            os.posix_fallocate(file.fd, 0, n_bytes)  # ENOSPC now, not a SIGBUS later
+            os.ftruncate(file.fd, n * CHUNK_BYTES)
             super().__init__(segment, mmap.mmap(file.fd, n * CHUNK_BYTES))
         except OSError as error:
             posix_ipc.unlink_shared_memory(_name(segment))
-            reason = f"{SHM_DIRECTORY} has no room for {n * CHUNK_BYTES:,} bytes"
-            raise SharedMemoryFullError(segment, reason) from error
+            raise SharedMemoryFullError(segment, f"{SHM_DIRECTORY} has no room for {n_bytes:,} bytes") from error
         finally:
             file.close_fd()
-        self._free = list(range(n))
+        self._free = list(range(self._n_reserved))
 
     def take(self) -> int | None:
         """A chunk that is free, the one that was used last; or None."""
+        if not self._free and self._n_reserved < self._n:
+            self._reserve()
         return self._free.pop() if self._free else None
+
+    def _reserve(self) -> None:
+        """One chunk more, if there is room for it."""
+        try:
+            file = posix_ipc.SharedMemory(_name(self.segment))
+        except (OSError, posix_ipc.Error):  # EMFILE
+            return
+        try:
+            os.posix_fallocate(file.fd, self._n_reserved * CHUNK_BYTES, CHUNK_BYTES)
+        except OSError:  # ENOSPC: those that there are serve
+            return
+        finally:
+            file.close_fd()
+        self._free.append(self._n_reserved)
+        self._n_reserved += 1
 
     def give(self, chunk: int) -> None:
         """Its task is delivered."""

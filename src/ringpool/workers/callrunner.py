@@ -20,7 +20,9 @@ from ringpool.workers.posting import Encode, Post
 FUNCTIONS_MAX = 256  # unpickled at a time
 LOAD_NS = 60_000_000_000  # what importing a function or its arguments may take before that counts as the task's time
 _OK, _PICKLE = int(Status.OK), int(Encoding.PICKLE)
-_VALUE_KINDS = {int(Encoding.MSGPACK): int(OutcomeKind.MSGPACK), _PICKLE: int(OutcomeKind.PICKLE)}
+_PACKED, _PICKLED = int(OutcomeKind.MSGPACK), int(OutcomeKind.PICKLE)
+_VALUE_KINDS = {int(Encoding.MSGPACK): _PACKED, _PICKLE: _PICKLED}
+_encode_short = values.encode_short
 
 
 class CallRunner:
@@ -156,13 +158,14 @@ class _Outcomes:
 
     def value(self, value: object, room: int) -> tuple[int, bytes]:
         """Kind and bytes of a value."""
+        if self._are_short:
+            body = _encode_short(value)
+            if body is not None and len(body) <= room:
+                return _PICKLED, body
         body = values.encode_inline(value)
         if body is not None and len(body) <= room:
-            return OutcomeKind.MSGPACK, body
-        if self._are_short and body is None:
-            body = values.encode_short(value)
-            if body is not None and len(body) <= room:
-                return OutcomeKind.PICKLE, body
+            return _PACKED, body
+        if body is None:
             self._are_short = False  # large ones would be pickled twice, each
         try:
             encoded = self._encode(value)

@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
@@ -216,14 +216,19 @@ def rebuild(body: bytes | memoryview, buffers: list[memoryview] | None = None) -
     try:
         return pickle.loads(body, buffers=buffers)
     except BaseException as error:  # unpickling may run anything, sys.exit too
-        reason = str(error)
-        if isinstance(error, EOFError) and not reason:
-            reason = "if it holds a connection or a socket: that can be fetched once, so such a call is not tried again"
-        if isinstance(error, AttributeError) and "main__" in reason and sys.modules["__main__"].__name__ != "__main__":
-            reason += _GUARDED  # multiprocessing has imported it, as "__mp_main__"
-        from ringpool.errors import ArgumentTransportError  # here: no worker imports this at its start
+        _refuse(error)
 
-        raise ArgumentTransportError(type(error).__qualname__, reason) from error
+
+def _refuse(error: BaseException) -> NoReturn:
+    """Raise ``ArgumentTransportError``, because of that."""
+    reason = str(error)
+    if isinstance(error, EOFError) and not reason:
+        reason = "if it holds a connection or a socket: that can be fetched once, so such a call is not tried again"
+    if isinstance(error, AttributeError) and "main__" in reason and sys.modules["__main__"].__name__ != "__main__":
+        reason += _GUARDED  # multiprocessing has imported it, as "__mp_main__"
+    from ringpool.errors import ArgumentTransportError  # here: no worker imports this at its start
+
+    raise ArgumentTransportError(type(error).__qualname__, reason) from error
 
 
 def encode_result(value: object) -> values.Encoded:
@@ -277,6 +282,19 @@ def decode_items(
         case ItemsEncoding.PLAIN_STARRED:
             return items, lambda item: function(*item)
         case ItemsEncoding.PICKLED:
-            return items, lambda item: function(rebuild(item))
+            return items, _of_pickled(function)
         case _:
-            return items, lambda item: function(*rebuild(item))
+            return items, _of_pickled(lambda arguments: function(*arguments))
+
+
+def _of_pickled(function: Callable[[Any], Any]) -> Callable[[bytes], Any]:
+    loads = pickle.loads
+
+    def call(item: bytes) -> Any:
+        try:  # as in ``rebuild``; called once less, for each item
+            found = loads(item)
+        except BaseException as error:
+            _refuse(error)
+        return function(found)
+
+    return call

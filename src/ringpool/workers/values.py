@@ -27,8 +27,8 @@ from ringpool.shm.layout import INLINE_BYTES, Encoding
 from ringpool.workers import byname, reducers
 
 OUT_OF_BAND_MIN_BYTES = 4096
-_CONTAINERS = frozenset({dict, list, tuple, set})
 PLAIN = frozenset({NoneType, bool, int, float, str, bytes})
+_dumps = pickle.dumps
 _pack: Callable[[object], bytes] = msgspec.msgpack.Encoder().encode
 _unpack: Callable[[bytes | memoryview], Any] = msgspec.msgpack.Decoder().decode
 _MSGPACK, _PICKLE, _BLOB = int(Encoding.MSGPACK), int(Encoding.PICKLE), int(Encoding.BLOB)
@@ -109,10 +109,11 @@ def encode_inline(value: object) -> bytes | None:
 
 def encode_short(value: object) -> bytes | None:
     """``value`` as a pickle, the same that ``encode`` makes, or None: the short way for small containers."""
-    if type(value) not in _CONTAINERS:
+    kind = type(value)
+    if kind is not dict and kind is not list and kind is not tuple and kind is not set:
         return None
     try:
-        body = pickle.dumps(value, 5)
+        body = _dumps(value, 5)
     except Exception:  # ``encode`` knows more ways, or says why not
         return None
     is_short = len(body) < OUT_OF_BAND_MIN_BYTES  # so has no buffer that would be out of band
