@@ -38,6 +38,7 @@ HELD_ITEMS_MAX = 16_384
 HELD_BYTES_MAX = 1 << 26
 UNDER_WAY_BYTES_MAX = 1 << 24  # of items and their results: more would only fill /dev/shm
 VECTOR_BYTES_MAX = vectors.CHUNK_BYTES * 7 // 16  # of items: there is room for half a chunk, and some are larger
+ENOUGH_BYTES, ENOUGH_ITEMS = 32 << 10, 64  # to share what a vector costs: so many bytes, of at least so many items
 BUFFER_PARTS = 8  # a buffer whose size is given is filled again when so small a part of it is free
 TURN_S = 1.0  # how long who closes the pool waits for a thread that draws
 FILL_S = 0.001  # how long items are drawn while results wait to be taken
@@ -168,9 +169,13 @@ class MapRun:
 
     @property
     def _n_of_vector(self) -> int:
-        """How many items go together: as many as take the time that a vector should, if there is room for them."""
-        n = self._sizer.n
-        return n if n * self._item_bytes <= VECTOR_BYTES_MAX else max(1, int(VECTOR_BYTES_MAX / self._item_bytes))
+        """How many items go together: as many as take the time that a vector should, if there is room for them; and no
+        more than are enough, or all that are under way would take memory for nothing.
+        """
+        n, n_bytes = self._sizer.n, self._item_bytes
+        if n * n_bytes <= ENOUGH_BYTES:
+            return n
+        return min(n, max(ENOUGH_ITEMS, int(ENOUGH_BYTES / n_bytes)), max(1, int(VECTOR_BYTES_MAX / n_bytes)))
 
     @property
     def _under_way_max(self) -> int:
