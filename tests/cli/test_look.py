@@ -427,6 +427,25 @@ def test_a_pattern_whose_files_the_job_has_moved_away_is_no_mistake(here: Path) 
     assert "no file that matches it as a pattern" in other.stderr
 
 
+def test_what_was_set_aside_of_a_list_from_standard_input_is_done_after_all(here: Path) -> None:
+    """As it is said."""
+    Path("kill").touch()
+    Path("file").write_text("content")
+    command = "run --exec 'test ! -e kill || kill -9 $PPID; cat {src} > {dst}' - --out 'out/{name}'"
+    shell = f"ls {here}/file | {shlex.quote(sys.executable)} -m ringpool {command}"
+    said = subprocess.run(
+        ["/bin/sh", "-c", shell], env=environment(), capture_output=True, text=True, timeout=60
+    ).stderr
+    Path("kill").unlink()
+    advice = "the same command with the list in a file, as @FILE, and then"
+    assert f"{advice} `ringpool retry out --dead` do those that are set aside" in said
+    assert f"{advice} ringpool retry out --dead" in run("status", "out").stdout
+    Path("list").write_text(f"{here}/file\n")
+    assert "1 set aside" in run(*shlex.split(command.replace(" - ", " @list "))).stderr
+    assert "1 file done" in run("retry", "out", "--dead").stderr
+    assert Path("out/file").read_text() == "content"
+
+
 @pytest.mark.usefixtures("mixed")
 def test_a_job_whose_list_came_from_standard_input_is_not_said_to_be_resumed(here: Path) -> None:
     command = "run --exec 'cat {src} > {dst}; exit 3' - --out 'out/{name}'"

@@ -553,6 +553,19 @@ def keep_in_error(array: Any) -> None:
         raise
 
 
+def head_of(array: Any) -> Any:
+    return array[:10]
+
+
+def heads_of(array: Any) -> list[Any]:
+    return [array[:10]]
+
+
+class ExitsInPickling:
+    def __reduce__(self) -> Any:
+        raise SystemExit(3)
+
+
 def sum_of(array: Any) -> float:
     return float(array.sum())
 

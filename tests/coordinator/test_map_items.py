@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import signal
@@ -15,7 +16,10 @@ from tests.coordinator import call_functions as functions
 from tests.coordinator.program import WATCHDOG_S, shared_memory_of, wait_until
 
 from ringpool import RingPoolExecutor, WorkerDiedError
+from ringpool.coordinator.pieces import Piece
 from ringpool.errors import ArgumentTransportError, RemoteError, ResultTransportError, TaskTimeoutError
+from ringpool.shm import blobs, layout
+from ringpool.shm.layout import CHUNK_BYTES, OutcomeKind
 
 N = 2000
 WHERE = frozenset({0, 1, 2, 777, 778, 1500, N - 1})  # alone, side by side, first and last
@@ -227,6 +231,38 @@ def test_of_large_items_only_so_many_are_under_way_as_keep_workers_busy(executor
     assert max(there) <= 20
 
 
+def test_of_large_items_behind_small_ones_no_more_are_under_way(executor: RingPoolExecutor) -> None:
+    """Whether they are at hand or drawn: their size is known when they are encoded."""
+    large = bytes(1 << 20)
+    items = [b""] * 20_000 + [large] * 200 + [b"", large] * 100
+    for source in (items, iter(items)):
+        there: list[int] = []
+        for n, found in enumerate(executor.map(functions.length, source)):
+            assert found == len(items[n])
+            if n >= 20_000 or n % 100 == 0:
+                there.append(sum(".t" in name for name in shared_memory_of(os.getpid())))
+        assert max(there) <= 24
+
+
+@pytest.mark.parametrize("item", [1, None, (1, "a")], ids=str)
+def test_a_chunksize_may_be_larger_than_a_vector_has_room_for(executor: RingPoolExecutor, item: Any) -> None:
+    items = [item] * 70_000
+    n_before = executor.stats().completed
+    assert list(executor.map(functions.identity, items, chunksize=70_000)) == items
+    assert executor.stats().completed - n_before < 100
+
+
+def test_what_an_item_raises_that_no_exception_is_harms_no_other(executor: RingPoolExecutor) -> None:
+    """In the thread of the pool that draws ahead, too."""
+    results = executor.map(functions.identity, [1] * 30_000 + [functions.ExitsInPickling()] + [2] * 50)
+    assert next(results) == 1
+    wait_until(lambda: executor.stats()[1:3] == (0, 0), "what is drawn ahead")
+    assert executor.submit(functions.double, 4).result(WATCHDOG_S) == 8
+    with pytest.raises(SystemExit):
+        list(results)
+    assert list(executor.map(functions.double, range(10))) == list(range(0, 20, 2))
+
+
 def test_values_come_back_as_they_were(executor: RingPoolExecutor) -> None:
     items = [
         0,
@@ -379,3 +415,36 @@ def test_the_errors_of_items_can_be_pickled(executor: RingPoolExecutor, notes: s
 def test_nothing_stays_in_the_ring(executor: RingPoolExecutor) -> None:
     wait_until(lambda: executor.stats()[1:3] == (0, 0), "the end of all tasks")
     assert executor.submit(os.getppid).result(WATCHDOG_S) > 0
+
+
+def test_a_map_goes_on_in_the_chunks_that_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    fallocate, refused = os.posix_fallocate, []
+
+    def refuse_more(file: int, offset: int, n_bytes: int) -> None:
+        if n_bytes == CHUNK_BYTES:
+            refused.append(offset)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fallocate(file, offset, n_bytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse_more)
+    with RingPoolExecutor(2) as own:
+        assert list(own.map(functions.double, range(100_000), chunksize=100)) == list(range(0, 200_000, 2))
+    assert set(refused) == {4 * CHUNK_BYTES}
+
+
+def test_chunks_are_of_a_part_of_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blobs, "size_of_place", lambda: 20 * 8 * CHUNK_BYTES)
+    for n_workers, n_chunks in ((2, 20), (30, 32)):  # the first are one for each, and two more
+        with RingPoolExecutor(n_workers) as own:
+            assert next(own.map(functions.double, range(100))) == 0
+            arena = own._rp_pool.pump.publisher.arena
+            assert arena is not None
+            assert len(arena.mapping) == n_chunks * CHUNK_BYTES
+
+
+def test_an_exception_for_which_there_was_no_room_at_all_is_one_in_words() -> None:
+    piece = Piece(0, 1, [], outcomes=layout.OUTCOME.pack(0, OutcomeKind.ERROR_BLOB))
+    piece.decode()
+    [failure] = piece.values
+    assert type(failure.error) is RemoteError
+    assert "no room in shared memory" in str(failure.error)

@@ -135,9 +135,9 @@ def test_a_large_buffer_is_filled_in_few_pieces(
     sizes: list[int] = []
     send = MapRun._send
 
-    def count(run: MapRun, items: list[Any], index: int) -> None:
-        sizes.append(len(items))
-        send(run, items, index)
+    def count(run: MapRun, items: list[Any], index: int) -> int:
+        sizes.append(send(run, items, index))
+        return sizes[-1]
 
     monkeypatch.setattr(MapRun, "_send", count)
     drawn = Drawn(50_000)

@@ -157,7 +157,7 @@ class VectorWorld(World):
         at = 0
         for n in lengths:
             items = [b"%d" % i if files else i for i in range(at, at + n)]
-            encoding, body = calls.encode_items(items, starred=False)
+            encoding, body, _ = calls.encode_items(items, starred=False)
             self.queue(Part(body, ItemsEncoding.FILES if files else encoding, at, 0, n))
             at += n
 

@@ -663,24 +663,51 @@ def test_a_wait_between_two_calls_does_not_become_a_timeout(tmp_path: Path) -> N
     assert report.kinds == {"ValueError": 1}
 
 
-def test_a_stop_while_the_run_starts_is_heard_and_one_before_it_is_none(tmp_path: Path) -> None:
+def test_a_stop_while_the_run_starts_is_heard_and_one_before_it_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = named(tmp_path / "in", "a", "b", "c", "d")
     job = Job(functions.copy, str(source), f"{tmp_path}/out/{{name}}")
+    open_ledger = Ledger.open
 
-    asked: list[str] = []
+    def stop_first(*arguments: Any, **more: Any) -> Ledger:
+        job.stop("not yet")
+        return open_ledger(*arguments, **more)
 
-    def stop_at_first(work: Any) -> bool:
-        if not asked:
-            assert not (tmp_path / "out").exists()
-            job.stop("not yet")
-        asked.append(work.path)
-        return True
-
-    report = job.run(1, only=stop_at_first)
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "open", stop_first)
+        report = job.run(1)
     assert (report.stopped, counts(report)) == ("not yet", (0, 0, 0, 0))
     job.stop()
     report = job.run(1)
     assert (report.stopped, counts(report)) == ("", (4, 0, 0, 0))
+
+
+def test_a_run_goes_on_while_it_passes_over_what_is_not_asked_for(tmp_path: Path) -> None:
+    told: list[str] = []
+    progress: list[int] = []
+    n_passed = 0
+
+    def names() -> Iterator[str]:
+        nonlocal n_passed
+        yield "asked for"
+        while not (told and progress and len(rows_of(tmp_path)) == 1):
+            n_passed += 1
+            assert n_passed < 3_000_000
+            yield "not asked for"
+        job.stop("enough")
+        for _ in range(3_000_000):
+            yield "not asked for, and after the stop"
+        raise AssertionError("the stop was not heard")
+
+    job = Job(functions.name_of, names(), directory=tmp_path, fingerprints=False)
+    report = job.run(
+        1,
+        only=lambda work: work.path == "asked for",
+        on_row=lambda work, _row, _value: told.append(work.path),
+        on_progress=lambda now: progress.append(now.done),
+    )
+    assert (report.stopped, counts(report), told) == ("enough", (1, 0, 0, 0), ["asked for"])
 
 
 def test_a_second_stop_does_not_wait(tmp_path: Path) -> None:

@@ -483,7 +483,8 @@ def test_arrays_of_any_kind_arrive(blob: str, array: Any) -> None:
 
 def run(items: list[Any], *, starred: bool, function: Callable[..., Any] = call) -> list[Any]:
     """Send items, and call with each of them."""
-    encoding, body = calls.encode_items(items, starred=starred)
+    encoding, body, n = calls.encode_items(items, starred=starred)
+    assert n == len(items)
     arrived, call_one = calls.decode_items(function, int(encoding), body)
     assert len(arrived) == len(items)
     return [call_one(item) for item in arrived]
@@ -527,7 +528,7 @@ def test_within_one_item_what_is_one_object_stays_one() -> None:
 @pytest.mark.parametrize("starred", [False, True])
 def test_an_item_that_cannot_be_rebuilt_harms_no_other(starred: bool) -> None:
     things: list[Any] = [1, Undone(sys.exit, 3), [2], Undone(interrupt), Undone(raise_mute), 3]
-    encoding, body = calls.encode_items([(item,) for item in things] if starred else things, starred=starred)
+    encoding, body, _ = calls.encode_items([(item,) for item in things] if starred else things, starred=starred)
     arrived, call_one = calls.decode_items(call, int(encoding), body)
     for item, thing in zip(arrived, things, strict=True):
         if isinstance(thing, Undone):
@@ -537,9 +538,22 @@ def test_an_item_that_cannot_be_rebuilt_harms_no_other(starred: bool) -> None:
             assert call_one(item) == ((thing,), {})
 
 
-def test_items_of_which_one_cannot_be_pickled_raise() -> None:
-    with pytest.raises(LookupError, match="not me"):
-        calls.encode_items([1, Refuses(), 2], starred=False)
+def test_items_end_before_one_that_cannot_be_pickled() -> None:
+    assert calls.encode_items([(1,), Refuses(), 2], starred=False)[2] == 1
+    assert calls.encode_items([Refuses(), 2], starred=False)[2] == 0
+
+
+@pytest.mark.parametrize("starred", [False, True])
+@pytest.mark.parametrize(
+    "item", [0, "x" * 100, "\u20ac" * 100, b"y" * 5000, ["z" * 100], 1 << 80, ("a", 1), {"b": bytes(3000)}], ids=repr
+)
+def test_as_many_items_are_encoded_as_there_is_room_for(item: Any, starred: bool) -> None:
+    items = [(item, 1)] * 200 if starred else [item] * 200
+    for room in (0, 1, 10, 99, 100, 1000, 4999, 20_000, 1 << 20):
+        _, body, n = calls.encode_items(items, starred=starred, room_bytes=room)
+        assert n == 0 or len(body) <= room
+        _, more, _ = calls.encode_items(items[: n + 1], starred=starred)
+        assert n == 200 or len(more) + 20 + len(more) // 3 > room  # not much fewer than there might be
 
 
 def test_closures_are_items_like_any_other() -> None:
@@ -547,7 +561,7 @@ def test_closures_are_items_like_any_other() -> None:
 
 
 def test_items_that_are_damaged_are_an_error() -> None:
-    encoding, body = calls.encode_items([1, 2, "three"], starred=False)
+    encoding, body, _ = calls.encode_items([1, 2, "three"], starred=False)
     with pytest.raises(msgspec.DecodeError):
         calls.decode_items(call, int(encoding), body[:-2])
 
@@ -560,6 +574,6 @@ def test_any_plain_items_arrive_as_they_were(items: list[Any]) -> None:
 
 def test_large_items_are_in_the_pickle_for_a_vector_has_no_place_beside_it() -> None:
     array = np.arange(CHUNK_BYTES)
-    _, body = calls.encode_items([array, 1], starred=False)
+    _, body, _ = calls.encode_items([array, 1], starred=False)
     assert len(body) > array.nbytes
     assert np.array_equal(run([array, 1], starred=False)[0][0][0], array)

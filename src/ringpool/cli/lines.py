@@ -32,6 +32,8 @@ import msgspec
 from ringpool.cli.stopping import Stopped, stopper
 from ringpool.errors.words import one_line as one_line, printable as printable
 
+AS_FILE = "the same command with the list in a file, as @FILE"  # from where it can be read again
+
 # ---- lines -----------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from ringpool.cli.lines import command, counted, one_line, print_line, printable, say, size_in_words
+from ringpool.cli.lines import AS_FILE, command, counted, one_line, print_line, printable, say, size_in_words
 from ringpool.cli.options import DIRECTORY
 
 if TYPE_CHECKING:
@@ -170,6 +170,8 @@ def _ways_on(job: dict[str, Any], directory: str) -> Iterator[str]:
     call = job["call"]["call"]
     if not are_repeatable(call.get("inputs", ()), call.get("manifest")):
         yield "go on      the same command with the same list: its inputs came from standard input"
+        if job["files"]["set_aside"]:
+            yield f"           {AS_FILE}, and then {command('retry', directory, '--dead')}"
         return
     label = "go on"
     for line in _commands(job, directory):

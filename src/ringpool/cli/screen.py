@@ -21,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING
 
-from ringpool.cli.lines import command, counted, may_redraw, one_line, say, size_in_words
+from ringpool.cli.lines import AS_FILE, command, counted, may_redraw, one_line, say, size_in_words
 from ringpool.cli.stopping import REASONS
 
 if TYPE_CHECKING:
@@ -99,13 +99,16 @@ def ways_on(progress: Progress, directory: str, *, is_repeatable: bool) -> str:
     if not (progress.failed or progress.dead):
         return ""
     ways = [f"`{command('status', directory)}` says what failed and why"]
-    if not is_repeatable:
-        ways.append("the same command with the same list does the failed files again")
-        return "; ".join(ways)
-    if progress.failed:
+    if progress.failed and is_repeatable:
         ways.append(f"`{command('retry', directory)}` does the failed files again")
+    elif progress.failed:
+        ways.append("the same command with the same list does the failed files again")
     if progress.dead:
-        ways.append(f"`{command('retry', directory, '--dead')}` those that are set aside too")
+        dead = f"`{command('retry', directory, '--dead')}`"
+        if is_repeatable:
+            ways.append(f"{dead} those that are set aside too")
+        else:
+            ways.append(f"{AS_FILE}, and then {dead} do those that are set aside")
     return "; ".join(ways)
 
 

@@ -1,6 +1,6 @@
 """The items of a map, drawn as they are wanted: what is at hand many at a time, what takes its time one by one.
 
-iterator --draw--> list of items, for the one who asked
+iterator --draw--> list of items, for the one who asked; put_back: those for which there was no room, next time's first
              |
              +---- send_drawn: while the next one is waited for, the pump sends those before it
 """
@@ -32,6 +32,8 @@ class Items:
         self.exhausted = False
         self.error: Exception | None = None
         self._iterator = iterator
+        self._has_ended = False
+        self._back: list[Any] = []
         self._group = VECTOR_ITEMS_MAX if at_hand else 1
         self._group_max = VECTOR_ITEMS_MAX if at_hand else DRAW_GROUP_MAX
         self._drawing: list[Any] | None = None  # so far: it grows while its last item is waited for
@@ -42,14 +44,16 @@ class Items:
 
     def draw(self, n: int) -> list[Any]:
         """Up to ``n`` items; fewer where they take long to come. Without those that were sent meanwhile."""
-        self._drawing = items = list[Any]()
+        items = self._back[:n]
+        del self._back[:n]
+        self._drawing = items
         self._began_s = began_s = time.monotonic()
         try:
-            while len(items) < n:
+            while len(items) < n and not self._has_ended:
                 wanted = min(n, len(items) + self._group)
                 items.extend(islice(self._iterator, wanted - len(items)))
                 if len(items) < wanted:
-                    self.exhausted = True
+                    self._has_ended = True
                     break
                 if not self.at_hand and time.monotonic() - began_s > DRAW_S:
                     break
@@ -61,12 +65,19 @@ class Items:
         except BaseException:  # Ctrl-C
             self._drawing = None
             raise
+        self.exhausted = self._has_ended and not self._back
         if not self.at_hand:
             self._judge(time.monotonic(), began_s)
         with self._is_drawing:
             self._drawing = None
             n_sent, self._n_sent_meanwhile = self._n_sent_meanwhile, 0
         return items[n_sent:]
+
+    def put_back(self, items: list[Any]) -> None:
+        """They were drawn last, and are not sent yet."""
+        if items:
+            self._back[:0] = items
+            self.exhausted = False
 
     def _judge(self, now_s: float, began_s: float) -> None:
         """An iterator that has taken its time is asked for one item; one that took long, for a while one by one."""
@@ -77,8 +88,10 @@ class Items:
             self._n_quick = 0
             self._waited_s, self._slow_until_s = waited_s, now_s + SLOW_FOR * waited_s
 
-    def send_drawn(self, send: Callable[[list[Any]], None]) -> None:
-        """In the pump's thread: items that were drawn do not wait for the next one, where that takes its time."""
+    def send_drawn(self, send: Callable[[list[Any]], int]) -> None:
+        """In the pump's thread: items that were drawn do not wait for the next one, where that takes its time. ``send``
+        says how many it has sent.
+        """
         drawing = self._drawing
         if not drawing or time.monotonic() - self._began_s < DRAW_S:
             return
@@ -86,8 +99,7 @@ class Items:
             try:
                 if self._drawing is drawing:
                     items = drawing[self._n_sent_meanwhile :]
-                    self._n_sent_meanwhile += len(items)
-                    send(items)
+                    self._n_sent_meanwhile += send(items)
             finally:
                 self._is_drawing.release()
 
@@ -102,8 +114,13 @@ class Items:
 
     def end(self, error: Exception | None) -> None:
         """Draw nothing more."""
-        self.exhausted = True
+        self.exhausted = self._has_ended = True
         self.error = error
+        self._back.clear()
+
+    def begin_again(self) -> None:
+        """Draw from the iterator, although it has raised something."""
+        self.exhausted = self._has_ended = False
 
     def take_error(self) -> Exception | None:
         """``error``, which is None from now on."""
@@ -112,5 +129,6 @@ class Items:
 
     def let_go(self) -> None:
         """Draw nothing more, and do not keep the iterator."""
-        self.exhausted = True
+        self.exhausted = self._has_ended = True
         self._iterator = iter(())
+        self._back.clear()

@@ -227,7 +227,7 @@ class Job:
         """
         require_no_main_import()  # before anything is looked at, made, or found busy by whose worker this is
         require_importable(self.name, mp_context)
-        works = filter(only, self._works) if only is not None else iter(self._works)
+        works = iter(self._works)
         if verify not in ("size", "digest"):
             raise ValueError(f"verify is 'size' or 'digest', not {verify!r}")
         with contextlib.ExitStack() as held:
@@ -254,6 +254,7 @@ class Job:
                     settings,
                     progress,
                     stops=stops,
+                    only=only,
                     redo=redo,
                     on_progress=on_progress,
                     on_row=on_row,

@@ -101,7 +101,8 @@ class RunSettings(NamedTuple):
 class JobRun:
     """Does ``works``, and keeps ``ledger`` (None: there is none yet, for ``plan``) of ``job``.
 
-    ``stops``: what it is asked by others, perhaps before it is made.
+    ``stops``: what it is asked by others, perhaps before it is made. ``only``: what is none of its works says no to it;
+    the run hears, tells and writes meanwhile.
     ``on_progress(progress)`` is called ten times a second at most; ``on_row(work, row)`` for each file that ended.
     """
 
@@ -114,6 +115,7 @@ class JobRun:
         progress: Progress,
         *,
         stops: Stops | None = None,
+        only: Callable[[Work], bool] | None = None,
         redo: Callable[[Work], bool] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         on_row: Callable[[Work, tuple[Any, ...], Any], None] | None = None,
@@ -125,6 +127,7 @@ class JobRun:
         self._ledger = ledger
         self._job = job
         self._settings = settings
+        self._only = only
         self._redo = redo
         self._on_progress = on_progress
         self._on_row = on_row
@@ -146,7 +149,7 @@ class JobRun:
         self._stops = stops if stops is not None else Stops()
         self._stopped_at: float | None = None
         self._is_drawing = False
-        self._next_start_s = 0.0
+        self._next_start_s = 0.0  # when the next file may begin; time that was lost is made up for, up to RATED_S
 
     # ---- for other threads, and signal handlers
 
@@ -198,6 +201,7 @@ class JobRun:
         self._pool, self._function = pool, function_id
         rate_per_s = self._settings.rate_per_s
         if rate_per_s is not None:
+            self._next_start_s = time.monotonic()
             self._window = min(WINDOW, max(pool.n_workers, int(rate_per_s * RATED_S)))
         waiting = lists.while_waiting.set(self._meanwhile)
         try:
@@ -284,7 +288,7 @@ class JobRun:
             ticket = self._ticket_unless_done(work)
             if ticket is not None:
                 if rate_per_s is not None:
-                    self._next_start_s = max(self._next_start_s, clock() - 1 / rate_per_s) + 1 / rate_per_s
+                    self._next_start_s = max(self._next_start_s, clock() - RATED_S) + 1 / rate_per_s
                 pump.queue(ticket)
                 self._under_way += 1
                 not_told += 1
@@ -315,6 +319,8 @@ class JobRun:
         return None
 
     def _ticket_unless_done(self, work: Work) -> JobTicket | None:
+        if self._only is not None and not self._only(work):
+            return None
         reason = self._reason(work)
         if reason is None:
             self.progress.skipped += 1

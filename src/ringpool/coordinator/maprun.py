@@ -38,6 +38,7 @@ HELD_ITEMS_MAX = 16_384
 HELD_BYTES_MAX = 1 << 26
 UNDER_WAY_BYTES_MAX = 1 << 24  # of items and their results: more would only fill /dev/shm
 VECTOR_BYTES_MAX = vectors.CHUNK_BYTES * 7 // 16  # of items: there is room for half a chunk, and some are larger
+ITEMS_MAX = vectors.CHUNK_BYTES // 16  # to a vector, of a chunksize that is larger: beside half a chunk of outcomes
 ENOUGH_BYTES, ENOUGH_ITEMS = 32 << 10, 64  # to share what a vector costs: so many bytes, of at least so many items
 BUFFER_PARTS = 8  # a buffer whose size is given is filled again when so small a part of it is free
 TURN_S = 1.0  # how long who closes the pool waits for a thread that draws
@@ -86,6 +87,7 @@ class MapRun:
         self.inbox = MapInbox(on_retired, options.retries)
         self._sizer = Sizer(1 if options.timeout_s is not None else options.chunksize, pool.n_workers)
         self._item_bytes = self._result_bytes = 0.0  # of those that were sent, and came, last, about
+        self._large_bytes = 0  # of those that were sent by themselves, and in blobs
         self._held: dict[int, Piece] = {}
         self._held_bytes = 0
         self._next_index = 0
@@ -132,7 +134,7 @@ class MapRun:
         while not self._items.exhausted and (n := self._room()) > 0:
             items = self._items.draw(n)
             if items:
-                self._send_next(items)
+                self._items.put_back(items[self._send_next(items) :])
                 sent = True
             if sent and (not self._items.at_hand or time.monotonic() - began_s > FILL_S):  # to draw more may take long
                 self._pool.pump.wake()
@@ -172,7 +174,7 @@ class MapRun:
         """How many items go together: as many as take the time that a vector should, if there is room for them; and no
         more than are enough, or all that are under way would take memory for nothing.
         """
-        n, n_bytes = self._sizer.n, self._item_bytes
+        n, n_bytes = min(self._sizer.n, ITEMS_MAX), self._item_bytes
         if n * n_bytes <= ENOUGH_BYTES:
             return n
         return min(n, max(ENOUGH_ITEMS, int(ENOUGH_BYTES / n_bytes)), max(1, int(VECTOR_BYTES_MAX / n_bytes)))
@@ -190,11 +192,15 @@ class MapRun:
 
     def _room(self) -> int:
         """How many items may be drawn now."""
+        n_under_way = self._n_drawn - self.inbox.n_arrived - self._n_unsent
+        is_enough = n_under_way > 2 * self._pool.n_workers + 1
+        if is_enough and self._large_bytes - self.inbox.large_arrived > UNDER_WAY_BYTES_MAX:
+            return 0
         n_given_out = self._n_drawn - self._n_given
         if self._options.buffersize is not None and not self._unbounded:
             return min(self._n_of_vector, self._options.buffersize - n_given_out)
         n, most = self._n_of_vector, self._under_way_max
-        if self._n_drawn - self.inbox.n_arrived - self._n_unsent >= most:
+        if n_under_way >= most:
             return 0
         full = n_given_out >= max(HELD_ITEMS_MAX, 2 * most) or self._held_bytes > HELD_BYTES_MAX
         return 0 if full and not self._unbounded else n
@@ -204,10 +210,17 @@ class MapRun:
         if not self._closed:
             self._items.send_drawn(self._send_next)
 
-    def _send_next(self, items: list[Any]) -> None:
-        if items:
-            index, self._n_drawn = self._n_drawn, self._n_drawn + len(items)
-            self._send(items, index)
+    def _send_next(self, items: list[Any]) -> int:
+        """Send as many of them as go together; how many these were."""
+        if not items:
+            return 0
+        index, n_all = self._n_drawn, len(items)
+        self._n_drawn += n_all
+        n = self._send(items, index)
+        while n < n_all and self._n_drawn != index + n_all:  # a signal handler has sent some that come behind these
+            n += self._send(items[n:], index + n)
+        self._n_drawn -= n_all - n
+        return n
 
     @property
     def holds_items(self) -> bool:
@@ -221,55 +234,35 @@ class MapRun:
         """
         return self._items.take_longer_than(self._sizer.mean_ns / 1e9)
 
-    def _send(self, items: list[Any], index: int) -> None:
-        if len(items) == 1:
-            self._send_one(items[0], index)
-            return
-        try:
-            encoding, body = calls.encode_items(items, starred=self._starred)
-        except Exception:  # one of them cannot be sent
-            self._send_halves(items, index)
-            return
-        self._item_bytes = len(body) / len(items)
-        if len(body) > vectors.room_for_items(len(items)):
-            try:
-                sizes = [calls.bytes_of_item(item, starred=self._starred) for item in items]
-            except Exception:  # one of them cannot be pickled again
-                self._send_halves(items, index)
-            else:
-                self._send_apart(items, index, sizes)
-            return
-        part = Part(body, encoding, index, 0, len(items), splits=self._options.chunksize is None)
-        task = Task(self._function_id, b"", 0, Form.VECTOR)
-        self._queue(Ticket(task, self.inbox, self._function, None, part=part))
-
-    def _send_halves(self, items: list[Any], index: int) -> None:
-        half = len(items) // 2
-        self._send(items[:half], index)
-        self._send(items[half:], index + half)
-
-    def _send_apart(self, items: list[Any], index: int, sizes: list[int]) -> None:
-        """They are too large for one vector: as many to each as there is room for, and the largest by themselves."""
-        room, begin, n_bytes = vectors.room_for_items(len(items)), 0, 0
-        for i, item_bytes in enumerate(sizes):
-            if i > begin and n_bytes + item_bytes > room:
-                self._send(items[begin:i], index + begin)
-                begin, n_bytes = i, 0
-            n_bytes += item_bytes
-        if begin:
-            self._send(items[begin:], index + begin)
-        else:
-            self._send_halves(items, index)
+    def _send(self, items: list[Any], index: int) -> int:
+        """... the first of which has this ``index``."""
+        if len(items) > 1:
+            room = vectors.room_for_items(len(items))
+            encoding, body, n = calls.encode_items(items, starred=self._starred, room_bytes=room)
+            if n > 1:
+                self._item_bytes = len(body) / n
+                part = Part(body, encoding, index, 0, n, splits=self._options.chunksize is None)
+                task = Task(self._function_id, b"", 0, Form.VECTOR)
+                self._queue(Ticket(task, self.inbox, self._function, None, part=part))
+                return n
+        self._send_one(items[0], index)
+        return 1
 
     def _send_one(self, item: Any, index: int) -> None:
         try:
             call = calls.encode_call(None, item if self._starred else (item,), {})
-            self._item_bytes = len(call.encoded.body) + sum(buffer.nbytes for buffer in call.encoded.buffers)
+            n_bytes = len(call.encoded.body) + sum(buffer.nbytes for buffer in call.encoded.buffers)
             task = self._pool.task(self._function_id, call.encoded, call.form)
-        except Exception as error:  # it cannot be sent, or there is no room for it
+        except BaseException as error:  # it cannot be sent, or there is no room for it
+            if not calls.is_of_item(error):
+                raise
             self._n_unsent += 1
             self.inbox.arrived.append(Piece(index, 1, [Failure(error)], failed=True))
             return
+        self._item_bytes = n_bytes
+        if task.blob:
+            self._large_bytes += n_bytes
+            self.inbox.large[index] = n_bytes
         self._queue(Ticket(task, self.inbox, self._function, None, index=index))
 
     def _queue(self, ticket: Ticket) -> None:
@@ -418,7 +411,8 @@ class MapRun:
         """What this map's own thread could not begin to draw may belong to the thread that closes the pool."""
         items, n_drawn = self._items, self._n_drawn
         error = items.take_error()
-        self._is_bound = items.exhausted = False
+        self._is_bound = False
+        items.begin_again()
         self._send_rest()
         if items.error is None and n_drawn == self._n_drawn:
             items.error = error  # a generator that has raised says the next time that it is at its end

@@ -94,6 +94,8 @@ class Piece(msgspec.Struct, eq=False):
                 if body:  # there was no room for the exception itself
                     type_name, _, message = str(values.decode(0, body)).partition(": ")
                     return Failure(RemoteError(type_name, message, ""))
+                if self.blob is None:  # nor for words about it
+                    return Failure(RemoteError("an exception", "there was no room in shared memory for it", ""))
                 return Failure(values.decode_error(values.decode(*self._taken())))
 
     def _taken(self) -> Any:
@@ -111,6 +113,8 @@ class MapInbox(Inbox):
     def __init__(self, on_retired: Callable[[], None], retries: int) -> None:
         super().__init__(on_retired)
         self.n_arrived = 0  # items; written by the pump's thread alone
+        self.large: dict[int, int] = {}  # bytes of items in blobs that are under way, by index; who draws adds to it
+        self.large_arrived = 0  # bytes of those that were
         self.discards = False  # nobody takes results, and yet all items are run
         self.refill: Callable[[], None] | None = None  # called when something has arrived, in the pump's thread
         self._is_refilling = False
@@ -141,6 +145,8 @@ class MapInbox(Inbox):
     def put(self, piece: Piece) -> None:
         """Outcomes have arrived."""
         self.n_arrived += piece.n
+        if self.large and piece.n == 1:
+            self.large_arrived += self.large.pop(piece.index, 0)
         if self.discards:
             piece.values, piece.outcomes, piece.blob = [], b"", None
         self.arrived.append(piece)

@@ -45,7 +45,7 @@ from ringpool.errors import (
 )
 from ringpool.shm import blobs, layout, segment
 from ringpool.shm.dispatch import CoordinatorEnd, Task
-from ringpool.shm.layout import INLINE_BYTES
+from ringpool.shm.layout import CHUNK_BYTES, INLINE_BYTES
 from ringpool.shm.vectors import Arena
 from ringpool.workers import calls, values
 from ringpool.workers.environment import environment
@@ -56,7 +56,8 @@ from ringpool.workers.umask import umask
 ABORT_TIMEOUT_S = 1.0
 STOP_TIMEOUT_S = 5.0
 SPINS = 500  # looks for work before a worker sleeps: about 250 us in all, during which whoever needs the core has it
-CHUNKS_PER_WORKER, CHUNKS_MORE = 4, 24  # at most
+CHUNKS_PER_WORKER, CHUNKS_MORE = 4, 24  # at most; and together no more than this part of /dev/shm:
+CHUNKS_SHARE = 8
 
 # CPython 3.12.0 to 3.12.2 start no thread, and fork no process, from when a program's main module has come to its end
 # (python/cpython#113964): before tasks that it leaves behind are run.
@@ -256,8 +257,10 @@ class Pool:
             if self.closing:  # it may have removed its segment already
                 raise self._closed_error()
             if self.pump.publisher.arena is None:
-                n = CHUNKS_PER_WORKER * self.n_workers + CHUNKS_MORE
-                self.pump.publisher.arena = Arena(self.name, n, self.n_workers + 2)
+                n_at_first = self.n_workers + 2
+                n_fitting = max(n_at_first, blobs.size_of_place() // CHUNKS_SHARE // CHUNK_BYTES)
+                n = min(CHUNKS_PER_WORKER * self.n_workers + CHUNKS_MORE, n_fitting)
+                self.pump.publisher.arena = Arena(self.name, n, n_at_first)
 
     # ---- the end
 

@@ -29,6 +29,7 @@ import errno
 import mmap
 import os
 import struct
+import sys
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -340,6 +341,12 @@ def could_have(size_bytes: int) -> bool:
     """Whether so much would fit into ``/dev/shm``, were nothing else there."""
     found = os.statvfs(SHM_DIRECTORY)
     return size_bytes < found.f_blocks * found.f_frsize
+
+
+def size_of_place() -> int:
+    """How many bytes ``/dev/shm`` has, used or not; a huge number where it has no limit."""
+    found = os.statvfs(SHM_DIRECTORY)
+    return found.f_blocks * found.f_frsize or sys.maxsize
 
 
 def is_room_short() -> bool:

@@ -16,6 +16,7 @@ import functools
 import os
 import pickle
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -30,6 +31,7 @@ from ringpool.workers.reducers import NotSharedError
 
 _pack: Callable[[object], bytes] = msgspec.msgpack.Encoder().encode
 _unpack: Callable[[bytes | memoryview], Any] = msgspec.msgpack.Decoder().decode
+_SIZED = frozenset({str, bytes})
 _PACKED_HEAD_BYTES = 5  # of a list of msgpack's, at most
 _MSGPACK, _PICKLE = int(Encoding.MSGPACK), int(Encoding.PICKLE)
 _UNSENT = "ringpool: neither pickle nor cloudpickle can send it to a worker; send what it is made of instead"
@@ -243,32 +245,77 @@ def encode_result(value: object) -> values.Encoded:
 # ---- items of a vector -----------------------------------------------------------------------------------------------
 
 
-def encode_items(items: list[Any], *, starred: bool) -> tuple[int, bytes]:
-    """Items as bytes, and their ``ItemsEncoding``. ``starred``: each is a tuple of arguments.
+def encode_items(items: list[Any], *, starred: bool, room_bytes: int = sys.maxsize) -> tuple[int, bytes, int]:
+    """The first of the items, as many as ``room_bytes`` bytes have room for: their ``ItemsEncoding``, the bytes, and
+    how many they are. ``starred``: each is a tuple of arguments. With one that cannot be sent it ends before that one.
 
     Items of plain types are encoded together. Others are pickled one by one, so that two items that share an object get
-    one each, as they would by themselves, and one that cannot be rebuilt harms no other. Raises what
-    pickle raises for one that cannot be sent.
+    one each, as they would by themselves, and one that cannot be rebuilt harms no other.
     """
-    if values.are_plain(chain.from_iterable(items) if starred else items):
+    n = _n_plain(items, starred, room_bytes)
+    while n is not None:
         try:
-            return (ItemsEncoding.PLAIN_STARRED if starred else ItemsEncoding.PLAIN), _pack(items)
+            body = _pack(items[:n])
         except (OverflowError, UnicodeEncodeError):
-            pass
-    encoding = ItemsEncoding.PICKLED_STARRED if starred else ItemsEncoding.PICKLED
+            break
+        if len(body) <= room_bytes or not n:
+            return (ItemsEncoding.PLAIN_STARRED if starred else ItemsEncoding.PLAIN), body, n
+        n = min(n - 1, n * room_bytes // len(body))
+    bodies: list[bytes] = []
     if not is_lost("__main__") and not reducers.are_foreign():
-        try:
-            body = _pack([pickle.dumps(item, 5) for item in items])
-        except Exception:  # one by one, then
-            body = b""
-        if body and reducers.may_do_without(body):
-            return encoding, body
-    return encoding, _pack([dumps(item) for item in items])
+        bodies = _pickled(items, pickle.dumps, room_bytes)
+    body = _pack(bodies)
+    if not bodies or not reducers.may_do_without(body):
+        bodies = _pickled(items, lambda item, _protocol: dumps(item), room_bytes)
+        body = _pack(bodies)
+    return (ItemsEncoding.PICKLED_STARRED if starred else ItemsEncoding.PICKLED), body, len(bodies)
 
 
-def bytes_of_item(item: Any, *, starred: bool) -> int:
-    """How many bytes it adds to others of a vector, at most. Raises what pickle raises."""
-    return len(encode_items([item], starred=starred)[1]) + _PACKED_HEAD_BYTES
+def _n_plain(items: list[Any], starred: bool, room_bytes: int) -> int | None:
+    """How many of the items may have room, by their texts and bytes: what is huge is not encoded only to be measured.
+    None: they are not all of plain types.
+    """
+    try:
+        kinds = set(map(type, chain.from_iterable(items) if starred else items))
+    except TypeError:  # a class that cannot be hashed
+        return None
+    if not kinds <= values.PLAIN:
+        return None
+    if kinds.isdisjoint(_SIZED):
+        return len(items)
+    n_bytes = 0
+    if not starred and kinds <= _SIZED:
+        n_bytes = sum(map(len, items))
+        if n_bytes <= room_bytes:
+            return len(items)
+        n_bytes = 0
+    for n, item in enumerate(items):
+        n_bytes += sum(len(value) for value in (item if starred else (item,)) if type(value) in _SIZED)
+        if n_bytes > room_bytes:
+            return n
+    return len(items)
+
+
+def _pickled(items: list[Any], encode: Callable[[Any, int], bytes], room_bytes: int) -> list[bytes]:
+    """A pickle of each, as far as there is room, and up to one that cannot be pickled."""
+    bodies: list[bytes] = []
+    n_bytes = _PACKED_HEAD_BYTES
+    try:
+        for item in items:
+            body = encode(item, 5)
+            n_bytes += _PACKED_HEAD_BYTES + len(body)
+            if n_bytes > room_bytes:
+                break
+            bodies.append(body)
+    except BaseException as error:  # who comes to that one is told
+        if not is_of_item(error):
+            raise
+    return bodies
+
+
+def is_of_item(error: BaseException) -> bool:
+    """Whether what pickling raised is the item's own; in the main thread, what is no ``Exception`` may be Ctrl-C."""
+    return isinstance(error, Exception) or threading.current_thread() is not threading.main_thread()
 
 
 def decode_items(

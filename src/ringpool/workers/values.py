@@ -29,6 +29,7 @@ from ringpool.workers import byname, reducers
 OUT_OF_BAND_MIN_BYTES = 4096
 PLAIN = frozenset({NoneType, bool, int, float, str, bytes})
 _dumps = pickle.dumps
+_FROM_BUFFER = b"frombuffer"  # in numpy's pickles, by whatever name of its module
 _pack: Callable[[object], bytes] = msgspec.msgpack.Encoder().encode
 _unpack: Callable[[bytes | memoryview], Any] = msgspec.msgpack.Decoder().decode
 _MSGPACK, _PICKLE, _BLOB = int(Encoding.MSGPACK), int(Encoding.PICKLE), int(Encoding.BLOB)
@@ -67,7 +68,8 @@ def encode(value: object, buffer_bytes_min: float = OUT_OF_BAND_MIN_BYTES) -> En
         except (OverflowError, UnicodeEncodeError):
             pass  # an int beyond 64 bits, a str with surrogates (a path that is not UTF-8)
     large: list[memoryview] = []
-    keep = keeper(large, buffer_bytes_min)
+    found: list[memoryview] = []
+    keep = keeper(large, buffer_bytes_min, found)
     try:
         body = reducers.dumps(value, keep, large)
     except TypeError:
@@ -76,20 +78,24 @@ def encode(value: object, buffer_bytes_min: float = OUT_OF_BAND_MIN_BYTES) -> En
     except pickle.PicklingError:
         large.clear()
         body = byname.dumps(value, keep)  # raises the same, unless it was for that
-    if not large:
-        return Encoded(_PICKLE, body)
-    if any(buffer.readonly and type(buffer.obj).__module__ == "numpy" for buffer in large):
+    if any(buffer.readonly and type(buffer.obj).__module__ == "numpy" for buffer in found):
         # Of an argument, perhaps, which is read-only here. Protocol 5 would say so of the result; others copy it.
         with suppress(Exception):  # some know protocol 5 alone
             return Encoded(_PICKLE, reducers.dumps(value, None, None, protocol=4))
     return Encoded(_PICKLE, body, tuple(large))
 
 
-def keeper(large: list[memoryview], bytes_min: float = OUT_OF_BAND_MIN_BYTES) -> Callable[[pickle.PickleBuffer], bool]:
-    """A ``buffer_callback`` that puts buffers of ``bytes_min`` bytes and more into ``large``; others stay in band."""
+def keeper(
+    large: list[memoryview], bytes_min: float = OUT_OF_BAND_MIN_BYTES, found: list[memoryview] | None = None
+) -> Callable[[pickle.PickleBuffer], bool]:
+    """A ``buffer_callback`` that puts buffers of ``bytes_min`` bytes and more into ``large``; others stay in band. All
+    go into ``found``, where that is given.
+    """
 
     def keep_in_band(buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
+        if found is not None:
+            found.append(raw)
         if raw.nbytes < bytes_min:
             return True
         large.append(raw)
@@ -117,7 +123,9 @@ def encode_short(value: object) -> bytes | None:
     except Exception:  # ``encode`` knows more ways, or says why not
         return None
     is_short = len(body) < OUT_OF_BAND_MIN_BYTES  # so has no buffer that would be out of band
-    return body if is_short and not reducers.are_foreign() and reducers.may_do_without(body) else None
+    if not is_short or body.find(_FROM_BUFFER) >= 0:  # nor one that may be read-only
+        return None
+    return body if not reducers.are_foreign() and reducers.may_do_without(body) else None
 
 
 def decode(encoding: int, body: bytes | memoryview, buffers: list[memoryview] | None = None) -> Any:
