@@ -5,7 +5,7 @@
     next() <- piece <- held (in order) <- arrived <--------- pump
 
 Bounds: items under way, by the work in them, at most 32,768, and of large ones, with their results, about 16 MiB; items
-drawn and not given out, at most 16,384, or twice as many as may be under way, and about 64 MiB of results.
+drawn and not given out, at most 16,384, or half as many again as may be under way, and about 64 MiB of results.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class MapRun:
         n, most = self._n_of_vector, self._under_way_max
         if n_under_way >= most:
             return 0
-        full = n_given_out >= max(HELD_ITEMS_MAX, 2 * most) or self._held_bytes > HELD_BYTES_MAX
+        full = n_given_out >= max(HELD_ITEMS_MAX, most * 3 // 2) or self._held_bytes > HELD_BYTES_MAX
         return 0 if full and not self._unbounded else n
 
     def send_drawn(self) -> None:
