@@ -283,12 +283,11 @@ def _n_plain(items: list[Any], starred: bool, room_bytes: int) -> int | None:
         return None
     if kinds.isdisjoint(_SIZED):
         return len(items)
+    found = chain.from_iterable(items) if starred else items
+    sizes = map(len, found) if kinds <= _SIZED else [len(value) for value in found if type(value) in _SIZED]
+    if sum(sizes) <= room_bytes:
+        return len(items)
     n_bytes = 0
-    if not starred and kinds <= _SIZED:
-        n_bytes = sum(map(len, items))
-        if n_bytes <= room_bytes:
-            return len(items)
-        n_bytes = 0
     for n, item in enumerate(items):
         n_bytes += sum(len(value) for value in (item if starred else (item,)) if type(value) in _SIZED)
         if n_bytes > room_bytes:
