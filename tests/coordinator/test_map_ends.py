@@ -23,10 +23,13 @@ from tests.coordinator import call_functions as functions
 from tests.coordinator.program import WATCHDOG_S, Program, shared_memory_of, wait_until
 
 from ringpool import RingPoolExecutor
+from ringpool.coordinator import pool as pool_module
 from ringpool.coordinator.inbox import Inbox
 from ringpool.coordinator.pump import Pump
 from ringpool.errors import WorkerDiedError, WrongProcessError
 from ringpool.shm import blobs
+from ringpool.shm.layout import CHUNK_BYTES
+from ringpool.shm.vectors import Arena
 
 RunProgram = Callable[..., Program]
 BOTH = pytest.mark.parametrize("map_name", ["map", "map_unordered"])
@@ -124,6 +127,32 @@ def test_a_map_that_nobody_takes_draws_what_belongs_to_the_thread_that_closes(no
             rows = database.execute("SELECT item FROM items")
             own.map(partial(functions.note_first, notes), rows)
     assert sorted(functions.noted(notes)) == list(range(500))
+
+
+def test_such_a_map_draws_what_there_was_no_room_for_as_well(notes: str) -> None:
+    """Items that were drawn before and are sent by another thread do not make the iterator that thread's."""
+    with closing(sqlite3.connect(":memory:")) as database:
+        database.execute("CREATE TABLE items (item INTEGER, content BLOB)")
+        sizes = [10] * 575 + [6000 * CHUNK_BYTES // (1 << 18)] * 1425
+        database.executemany("INSERT INTO items VALUES (?, ?)", ((i, bytes(size)) for i, size in enumerate(sizes)))
+        with RingPoolExecutor(2) as own:
+            rows = database.execute("SELECT item, content FROM items ORDER BY item")
+            own.map(partial(functions.note_first, notes), rows, chunksize=100)
+    assert sorted(functions.noted(notes)) == list(range(2000))
+
+
+def test_a_handler_that_closes_the_pool_while_a_map_is_prepared_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = shared_memory_of(os.getpid())
+    own = RingPoolExecutor(2)
+
+    def close_first(*arguments: Any) -> Arena:
+        own.shutdown()
+        return Arena(*arguments)
+
+    monkeypatch.setattr(pool_module, "Arena", close_first)
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        own.map(abs, range(10))
+    assert shared_memory_of(os.getpid()) == before
 
 
 @pytest.mark.parametrize("n", [0, 30])

@@ -710,6 +710,19 @@ def test_a_run_goes_on_while_it_passes_over_what_is_not_asked_for(tmp_path: Path
     assert (report.stopped, counts(report), told) == ("enough", (1, 0, 0, 0), ["asked for"])
 
 
+def test_what_came_before_an_error_of_only_is_done(tmp_path: Path) -> None:
+    names = [f"name{i:03}" for i in range(300)]
+
+    def refuse(work: Any) -> bool:
+        if work.path == "name200":
+            raise LookupError("only")
+        return True
+
+    with pytest.raises(LookupError, match="only"):
+        Job(functions.name_of, iter(names), directory=tmp_path, fingerprints=False).run(1, only=refuse)
+    assert counts(Job(functions.name_of, iter(names), directory=tmp_path, fingerprints=False).run(1))[:1] == (100,)
+
+
 def test_a_second_stop_does_not_wait(tmp_path: Path) -> None:
     source = named(tmp_path / "in", "a", "b.slow")
     job = Job(functions.fail_by_name, str(source), f"{tmp_path}/out/{{name}}")

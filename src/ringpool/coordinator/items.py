@@ -32,6 +32,7 @@ class Items:
         self.exhausted = False
         self.error: Exception | None = None
         self._iterator = iterator
+        self.n_taken = 0  # that the iterator has given, ever
         self._has_ended = False
         self._back: list[Any] = []
         self._group = VECTOR_ITEMS_MAX if at_hand else 1
@@ -46,7 +47,7 @@ class Items:
         """Up to ``n`` items; fewer where they take long to come. Without those that were sent meanwhile."""
         items = self._back[:n]
         del self._back[:n]
-        self._drawing = items
+        self._drawing, n_before = items, len(items)
         self._began_s = began_s = time.monotonic()
         try:
             while len(items) < n and not self._has_ended:
@@ -65,6 +66,7 @@ class Items:
         except BaseException:  # Ctrl-C
             self._drawing = None
             raise
+        self.n_taken += len(items) - n_before
         self.exhausted = self._has_ended and not self._back
         if not self.at_hand:
             self._judge(time.monotonic(), began_s)

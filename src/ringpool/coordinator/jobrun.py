@@ -80,6 +80,9 @@ class JobInbox(Inbox):
         return False
 
 
+_NOT_ASKED_FOR: Any = object()  # instead of a work
+
+
 class StopNow(BaseException):
     """The run is to end at once."""
 
@@ -285,7 +288,7 @@ class JobRun:
             work = self._draw()
             if work is None:
                 break
-            ticket = self._ticket_unless_done(work)
+            ticket = None if work is _NOT_ASKED_FOR else self._ticket_unless_done(work)
             if ticket is not None:
                 if rate_per_s is not None:
                     self._next_start_s = max(self._next_start_s, clock() - RATED_S) + 1 / rate_per_s
@@ -302,11 +305,12 @@ class JobRun:
             pump.wake()
 
     def _draw(self) -> Work | None:
-        """The next input; None: there is none, for now or at all."""
+        """The next input; None: there is none, for now or at all. What is not asked for is not told by its name."""
         try:
             self._is_drawing = True
             try:
-                return next(self._works)
+                work = next(self._works)
+                return work if self._only is None or self._only(work) else _NOT_ASKED_FOR
             finally:
                 self._is_drawing = False
         except StopIteration:
@@ -319,8 +323,6 @@ class JobRun:
         return None
 
     def _ticket_unless_done(self, work: Work) -> JobTicket | None:
-        if self._only is not None and not self._only(work):
-            return None
         reason = self._reason(work)
         if reason is None:
             self.progress.skipped += 1

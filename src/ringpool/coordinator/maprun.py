@@ -386,11 +386,11 @@ class MapRun:
             self._ending = None
 
     def _run_out(self, ending: Ending) -> None:
-        n_drawn = self._n_drawn
+        n_taken = self._items.n_taken
         try:
             self._send_rest()
         finally:
-            self._is_bound = self._items.error is not None and n_drawn == self._n_drawn
+            self._is_bound = self._items.error is not None and n_taken == self._items.n_taken
             if not self._is_bound:
                 self._report()
                 self._retire()
@@ -409,12 +409,12 @@ class MapRun:
 
     def _draw_bound(self) -> None:
         """What this map's own thread could not begin to draw may belong to the thread that closes the pool."""
-        items, n_drawn = self._items, self._n_drawn
+        items, n_taken = self._items, self._items.n_taken
         error = items.take_error()
         self._is_bound = False
         items.begin_again()
         self._send_rest()
-        if items.error is None and n_drawn == self._n_drawn:
+        if items.error is None and n_taken == items.n_taken:
             items.error = error  # a generator that has raised says the next time that it is at its end
 
     def _report(self) -> None:

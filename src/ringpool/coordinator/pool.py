@@ -118,6 +118,7 @@ class Pool:
         require_no_daemon()
         require_unpatched()
         self.pid = os.getpid()
+        self._arena_lock = threading.Lock()
         self.lock = threading.Lock()  # for short steps of Python code in threads that are not the main one alone
         self._beginning = threading.Lock()
         self.closing = False
@@ -253,14 +254,20 @@ class Pool:
 
     def make_arena(self) -> None:
         """Have an arena, for vectors. Raises ``SharedMemoryFullError``, or that the pool is closed."""
-        with self.lock:
-            if self.closing:  # it may have removed its segment already
-                raise self._closed_error()
-            if self.pump.publisher.arena is None:
+        with self._arena_lock:  # not ``lock``: whoever closes the pool meanwhile, in a signal handler, waits for that
+            if not self.closing and self.pump.publisher.arena is None:
                 n_at_first = self.n_workers + 2
                 n_fitting = max(n_at_first, blobs.size_of_place() // CHUNKS_SHARE // CHUNK_BYTES)
                 n = min(CHUNKS_PER_WORKER * self.n_workers + CHUNKS_MORE, n_fitting)
-                self.pump.publisher.arena = Arena(self.name, n, n_at_first)
+                arena = Arena(self.name, n, n_at_first)
+                with self.lock:
+                    if not self.closing:
+                        self.pump.publisher.arena = arena
+                        return
+                arena.close()  # the segment may be removed already, without this
+                arena.unlink()
+            if self.closing:
+                raise self._closed_error()
 
     # ---- the end
 
@@ -345,7 +352,7 @@ class Pool:
             stopped = self.pump.stop()
         finally:
             if not self._retains:
-                with self.lock:  # an arena that is being made is there now
+                with self.lock:
                     self._removed = True
                     segment.unlink(self.name)
         self._uninstall_signals()

@@ -430,6 +430,11 @@ class Arena(Chunks):
             file.close_fd()
         self._free = list(range(self._n_reserved))
 
+    def unlink(self) -> None:
+        """Remove its name, if it is there; its mappings stay valid."""
+        with contextlib.suppress(posix_ipc.ExistentialError):
+            posix_ipc.unlink_shared_memory(_name(self.segment))
+
     def take(self) -> int | None:
         """A chunk that is free, the one that was used last; or None."""
         if not self._free and self._n_reserved < self._n:
