@@ -211,7 +211,7 @@ class MapRun:
             self._items.send_drawn(self._send_next)
 
     def _send_next(self, items: list[Any]) -> int:
-        """Send as many of them as go together; how many these were."""
+        """Send as many of them as go together, by the next indexes; how many these were."""
         if not items:
             return 0
         index, n_all = self._n_drawn, len(items)
@@ -235,7 +235,7 @@ class MapRun:
         return self._items.take_longer_than(self._sizer.mean_ns / 1e9)
 
     def _send(self, items: list[Any], index: int) -> int:
-        """... the first of which has this ``index``."""
+        """Send the first of them, which has this ``index``, and those that go together with it; how many they are."""
         if len(items) > 1:
             room = vectors.room_for_items(len(items))
             encoding, body, n = calls.encode_items(items, starred=self._starred, room_bytes=room)
