@@ -14,11 +14,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
 from tests.workers.files.child import say
 
 from ringpool.errors import BatchWriteError
 from ringpool.workers.files import atomic, batch, durability, output, replacement, stream, target
 from ringpool.workers.files.atomic import atomic_open, atomic_write
+from ringpool.workers.files.attributes import born_ns
 from ringpool.workers.files.batch import write_batch
 from ringpool.workers.files.durability import Durability
 from ringpool.workers.files.naming import is_staging_name, random_token, staging_name
@@ -41,6 +43,25 @@ def traced() -> Iterator[list[Call]]:
 
     with intercepted(record):
         yield trace
+
+
+@contextmanager
+def one_inode(path: Path) -> Iterator[None]:
+    """Whatever is at ``path`` has one and the same inode in the block, as after a removal it often has. Skips where the
+    file system does not say when a file was made.
+    """
+    if not born_ns(os.fsencode(path.parent)):
+        pytest.skip("this file system does not say when a file was made")
+
+    def with_one(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = call(*args, **kwargs)
+        if not isinstance(result, os.stat_result):
+            return result
+        where = os.readlink(f"/proc/self/fd/{args[0]}") if name == "fstat" else os.fsdecode(args[0])
+        return os.stat_result((result[0], 1, *result[2:])) if where == str(path) else result
+
+    with intercepted(with_one):
+        yield
 
 
 @contextmanager

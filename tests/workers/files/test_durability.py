@@ -13,6 +13,7 @@ import pytest
 from tests.workers.files.child_atomic import (
     identity,
     names,
+    one_inode,
     synced,
     traced,
 )
@@ -53,6 +54,19 @@ def test_a_directory_that_a_neighbour_may_have_left_unsynced_is_synced_once(tmp_
             prepare_target(os.fsencode(tmp_path / "theirs/a"), level)
         stories.append(synced(trace))
     assert stories == [[], ["directory"], []]
+
+
+def test_a_directory_that_has_got_the_inode_of_a_durable_one_is_synced(tmp_path: Path) -> None:
+    with one_inode(tmp_path / "daily"):
+        for _ in range(2):  # the second is somebody else's, who has promised nothing
+            (tmp_path / "daily").mkdir()
+            stories: list[list[str]] = []
+            for _ in range(2):
+                with traced() as trace:
+                    prepare_target(os.fsencode(tmp_path / "daily/a"), Durability.FULL)
+                stories.append(synced(trace))
+            assert stories == [["directory"], []]
+            (tmp_path / "daily").rmdir()
 
 
 def test_neighbours_may_make_one_directory_at_once(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from tests.workers.files import child_store
 from tests.workers.files.child import Child
+from tests.workers.files.child_atomic import one_inode, synced, traced
 from tests.workers.files.child_store import CausedError, log_bytes, log_directory
 
 from ringpool.errors import AtomicWriteError, DurabilityError, ErrorLogError, LockTimeoutError
@@ -572,6 +573,19 @@ def test_durability_is_an_fsync_of_the_record_and_of_the_name_of_a_new_segment(t
     name = f"{1:016}.log"
     expected = {"none": [[], []], "data": [[name], [name]], "full": [[name, "errors"], [name]]}[durability]
     assert synced == ["write", *expected[0], "write", *expected[1]]
+
+
+def test_a_segment_that_has_got_the_inode_of_a_durable_one_is_synced(tmp_path: Path) -> None:
+    log = ErrorLog(tmp_path, durability="full")
+    fill(log, 1)
+    segment = log_directory(tmp_path) / f"{1:016}.log"
+    with one_inode(segment):
+        for _ in range(2):
+            segment.unlink()
+            fill(ErrorLog(tmp_path, durability="none"), 1)  # it is made by somebody else, who has promised nothing
+            with traced() as trace:
+                fill(log, 2)
+            assert synced(trace) == ["write", "file", "directory", "write", "file"]
 
 
 def test_a_failed_fsync_is_not_tried_again(tmp_path: Path) -> None:

@@ -21,12 +21,13 @@ import stat
 from enum import StrEnum
 
 from ringpool.errors import AtomicWriteError, DurabilityError, FileOperationError
+from ringpool.workers.files.attributes import born_ns
 from ringpool.workers.files.oslayer import calls
 
 DIRECTORIES_REMEMBERED_MAX = 4096
 
-# Directories whose own entry this process has seen made durable: (st_dev, st_ino). Full, it starts anew.
-_durable_directories: set[tuple[int, int]] = set()
+# Directories whose own entry this process has seen made durable, see ``identity_of``. Full, it starts anew.
+_durable_directories: set[tuple[int, int, int]] = set()
 
 
 class Durability(StrEnum):
@@ -80,7 +81,7 @@ def make_directories(directory: bytes, *, durable: bool) -> None:
                 _sync_entry(here, found, ours=True)
         if found is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        if durable and (found.st_dev, found.st_ino) not in _durable_directories:
+        if durable and identity_of(found, here) not in _durable_directories:
             _sync_entry(here, found, ours=False)
     except FileOperationError:
         raise
@@ -96,7 +97,7 @@ def make_durable(fd: int, path: bytes) -> None:
     Raises ``OSError``, ``DurabilityError``.
     """
     found = calls.fstat(fd)
-    if (found.st_dev, found.st_ino) not in _durable_directories:
+    if identity_of(found, path, fd) not in _durable_directories:
         _sync_entry(path, found, ours=False, dir_fd=fd)
 
 
@@ -121,7 +122,12 @@ def _sync_entry(directory: bytes, found: os.stat_result | None, *, ours: bool, d
     if found is not None:
         if len(_durable_directories) >= DIRECTORIES_REMEMBERED_MAX:
             _durable_directories.clear()
-        _durable_directories.add((found.st_dev, found.st_ino))
+        _durable_directories.add(identity_of(found, directory, dir_fd))
+
+
+def identity_of(found: os.stat_result, path: bytes, fd: int | None = None) -> tuple[int, int, int]:
+    """Device, inode and birth of what is at ``path``, or open: the inode of what was removed is soon another one's."""
+    return found.st_dev, found.st_ino, born_ns(path, fd)
 
 
 def _stat_directory(path: bytes) -> os.stat_result | None:

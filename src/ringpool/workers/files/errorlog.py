@@ -33,7 +33,7 @@ from contextlib import suppress
 import msgspec
 
 from ringpool.errors import DurabilityError, ErrorLogError, LockTimeoutError
-from ringpool.workers.files.durability import Durability, close_quietly, make_directories, sync
+from ringpool.workers.files.durability import Durability, close_quietly, identity_of, make_directories, sync
 from ringpool.workers.files.errorrecord import (
     HEADER_BYTES,
     RECORD_BYTES_MAX,
@@ -146,7 +146,7 @@ class ErrorLog:
         self._directory = os.path.join(self._base, DIRECTORY, b"errors")
         self._segments = _Segments(self._directory)
         self._segment_bytes = bytes_max // SEGMENTS
-        self._durable_segment: tuple[int, int] | None = None  # device and inode, once its entry is on disk
+        self._durable_segment: tuple[int, ...] | None = None  # its number and identity, once its entry is on disk
 
     # ---- writing -----------------------------------------------------------------------------------------------------
 
@@ -215,7 +215,7 @@ class ErrorLog:
             sizes[number] = found.st_size
             self._make_room(sizes, record_bytes)
             self._write(fd, body, number, found.st_size)
-            self._sync(fd, directory, number, (found.st_dev, found.st_ino))
+            self._sync(fd, directory, number, found)
         finally:
             for opened in (fd, directory):
                 if opened >= 0:
@@ -282,13 +282,15 @@ class ErrorLog:
             size = end
         raise OSError(errno.EAGAIN, "others append to the segment without its lock")
 
-    def _sync(self, fd: int, directory: int, number: int, identity: tuple[int, int]) -> None:
+    def _sync(self, fd: int, directory: int, number: int, found: os.stat_result) -> None:
         segment = self._segments.path(number)
         if self.durability in (Durability.DATA, Durability.FULL):
             sync(fd, segment, "fsync")
-        if self.durability is Durability.FULL and self._durable_segment != identity:
-            sync(directory, segment, "fsync of its directory")
-            self._durable_segment = identity
+        if self.durability is Durability.FULL:
+            identity = number, *identity_of(found, segment, fd)
+            if self._durable_segment != identity:
+                sync(directory, segment, "fsync of its directory")
+                self._durable_segment = identity
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
