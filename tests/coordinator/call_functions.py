@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ import ringpool
 LARGE_BYTES = 1 << 20
 _NOTE_BYTES = 8
 _kept: list[object] = []  # what a task leaves behind in its worker
+_left: list[ProcessPoolExecutor] = []
+
+
+def leave_an_executor() -> int:
+    """The process of an executor that the task does not end."""
+    own = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    _left.append(own)
+    return own.submit(os.getpid).result()
 
 
 # ---- notes -----------------------------------------------------------------------------------------------------------

@@ -77,3 +77,32 @@ def test_what_a_fork_cancels_is_run_all_the_same(run_program: RunProgram, submit
     assert program.finish() == 0, program.err
     assert program.err == ""
     program.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("is_bare", [True, False])
+def test_a_fork_of_a_program_that_has_a_fork_server_has_a_pool(run_program: RunProgram, is_bare: bool) -> None:
+    """The server is its parent's, and came before any pool."""
+    program = run_program(
+        f"""
+        import multiprocessing
+
+        def square_all():
+            with RingPoolExecutor(1) as pool:
+                assert list(pool.map(abs, [-1, -2])) == [1, 2]
+
+        if __name__ == "__main__":
+            own = multiprocessing.get_context("forkserver").Process(target=abs, args=(1,))
+            own.start()
+            own.join()
+            if {is_bare}:
+                assert in_a_fork(square_all) == 0
+            child = multiprocessing.get_context("fork").Process(target=square_all)
+            child.start()
+            child.join(20)
+            assert child.exitcode == 0
+        """,
+        top=TOP,
+    )
+    assert program.finish() == 0, program.err
+    assert program.err == ""
+    program.assert_nothing_is_left()

@@ -56,6 +56,23 @@ def test_a_task_submitted_just_before_close_is_run(file: Path) -> None:
         assert future.result(0) == 5
 
 
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_an_executor_that_a_task_has_left_ends_with_its_worker(run_program: RunProgram, method: str) -> None:
+    """By itself: ``multiprocessing`` would wait for its processes, who would wait to be told."""
+    program = run_program(
+        f"""
+        if __name__ == "__main__":
+            with RingPoolExecutor(1, {method!r}) as pool:
+                child = pool.submit(functions.leave_an_executor).result()
+            assert not os.path.exists(f"/proc/{{child}}")
+        """,
+        top="from ringpool import RingPoolExecutor\nfrom tests.coordinator import call_functions as functions\n",
+    )
+    assert program.finish() == 0, program.err
+    assert program.err == ""
+    program.assert_nothing_is_left()
+
+
 def test_close_twice_is_close_once(file: Path) -> None:
     own = Coordinator(1)
     future = own.submit_file_task(tasks.size, file)

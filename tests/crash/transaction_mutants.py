@@ -23,6 +23,7 @@ from tests.workers.files import child_transaction
 from tests.workers.files.trials import KNOWN_PLANS, ViolationError, room, try_plan
 
 from ringpool.workers.files import commit, holds, journal, recovery
+from ringpool.workers.files.holds import Hold
 from ringpool.workers.files.journal import AFTER, BEFORE, Effect, Journal, encode
 from ringpool.workers.files.locks import LockSet
 from ringpool.workers.files.oslayer import calls, intercepted
@@ -112,10 +113,10 @@ def _nothing(_: Callable[..., None]) -> Callable[..., None]:
 
 
 def _without_hold(_: Callable[..., Any]) -> Callable[..., Any]:
-    def planted(dir_fd: int, name: bytes, flags: int) -> int | None:
-        fd = os.open(name, os.O_RDONLY | flags, dir_fd=dir_fd)
-        holds._held.add(fd)
-        return fd
+    def planted(self: Hold, dir_fd: int, name: bytes, flags: int) -> bool:
+        self.fd = os.open(name, os.O_RDONLY | flags, dir_fd=dir_fd)
+        holds._held.add(self)
+        return True
 
     return planted
 
@@ -145,7 +146,7 @@ MUTANTS = {
     "no fsync of the names that go": Mutant(_without_fsync(BEFORE)),
     "a recovery does not sync its journal": Mutant(_without_fsync("fsync of a journal's directory, in its recovery")),
     "no mark": Mutant(_replaced(LockSet, "mark", _nothing)),
-    "the id is not held": Mutant(_replaced(holds, "take", _without_hold), "a living one"),
+    "the id is not held": Mutant(_replaced(Hold, "take", _without_hold), "a living one"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import pickle
 import random
@@ -250,6 +251,15 @@ def test_an_error_that_cannot_be_shown_is_raised_all_the_same() -> None:
 
     with pytest.raises(MuteError):
         retrying(SWIFT)(Flaky(MuteError(), MuteError(), MuteError()))()
+
+
+def test_an_error_that_takes_no_notes_is_raised_all_the_same() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class FrozenError(OSError):
+        code: int
+
+    with pytest.raises(FrozenError):
+        retrying(SWIFT)(Flaky(FrozenError(1), FrozenError(2), FrozenError(3)))()
 
 
 class Owner:

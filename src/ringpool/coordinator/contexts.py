@@ -96,6 +96,7 @@ def context_of(chosen: str | BaseContext | ModuleType | None) -> BaseContext:
     """The context of a pool's processes; its fork server, if that is what it has, will import what workers need."""
     context = named_context(chosen or start_method())
     if context.get_start_method() == "forkserver":
+        forkservers.forget_foreign()
         preload = forkservers.preload()
         if preload == ["__main__"]:  # the default: the program has not asked for its own
             context.set_forkserver_preload(_preload())

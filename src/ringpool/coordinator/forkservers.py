@@ -108,5 +108,18 @@ def forget() -> None:
         server.__init__()
 
 
+def forget_foreign() -> None:
+    """``forget``, where the server is another process's: of the program that this one is a fork of, made by
+    ``os.fork`` or by a process of ``multiprocessing``, before ``ringpool`` was there to notice.
+    """
+    pid: int | None = getattr(_server(), "_forkserver_pid", None)
+    if pid is None:
+        return
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        forget()
+
+
 def _server() -> Any:
     return getattr(forkserver, "_forkserver", None)

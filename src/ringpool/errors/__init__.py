@@ -82,6 +82,7 @@ from typing import TYPE_CHECKING
 
 from ringpool.errors.base import (
     RingpoolError as RingpoolError,
+    add_note as add_note,
     signal_name as signal_name,
     words_of as words_of,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal as signals
+from contextlib import suppress
 
 _PACKAGE = "ringpool.errors"
 
@@ -23,6 +24,12 @@ def words_of(value: object) -> str:
         return str(value)
     except Exception as error:
         return f"({type(value).__qualname__} that cannot be shown: {type(error).__qualname__})"
+
+
+def add_note(error: BaseException, text: str) -> None:
+    """Add a note to ``error``. One that takes none (a frozen dataclass) is raised all the same."""
+    with suppress(Exception):
+        error.add_note(text)
 
 
 def signal_name(number: int) -> str:

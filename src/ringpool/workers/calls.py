@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
+from ringpool.errors import add_note
 from ringpool.shm.layout import INLINE_BYTES, Encoding, Form, ItemsEncoding
 from ringpool.workers import reducers, values
 from ringpool.workers.reducers import NotSharedError
@@ -171,7 +172,7 @@ def dumps(
         raise
     except Exception as error:
         if _UNSENT not in getattr(error, "__notes__", ()):  # of what it holds
-            error.add_note(_UNSENT)
+            add_note(error, _UNSENT)
         raise
 
 
@@ -238,7 +239,7 @@ def encode_result(value: object) -> values.Encoded:
     try:
         return values.encode(value)
     except BaseException as error:
-        error.add_note(f"ringpool: the call's return value, of type {type(value).__qualname__}, cannot be pickled")
+        add_note(error, f"ringpool: the call's return value, of type {type(value).__qualname__}, cannot be pickled")
         raise
 
 

@@ -99,6 +99,8 @@ def main(arguments: WorkerArguments, guard: Descriptor, setup: Setup | None = No
         worker = Worker(arguments, confinement)
         name_process(f"{WORKER_NAME}{arguments.index}")  # from now on it is one
         code = worker.run()
+        if not code:
+            _end_executors()
     except ProcessLookupError:
         code = EXIT_ORPHAN
     except InitializerFailure as failure:
@@ -125,6 +127,19 @@ def _import_main(path: str) -> None:
         spawn.import_main_path(path)
     finally:
         del this._inheriting
+
+
+def _end_executors() -> None:
+    """What an interpreter calls when its main thread ends. ``multiprocessing`` does that for a process of its own last,
+    and first waits for its children: those of an executor that a task has left (``loky``'s, under joblib, goes on by
+    itself) would wait to be told.
+    """
+    callbacks: list[Callable[[], object]] = getattr(threading, "_threading_atexits", [])
+    while callbacks:
+        try:
+            callbacks.pop()()
+        except Exception:  # as there, each has its turn
+            traceback.print_exc()
 
 
 def _be_main_thread() -> None:

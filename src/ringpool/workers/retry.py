@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar, cast, overload
 
-from ringpool.errors import DurabilityError, words_of
+from ringpool.errors import DurabilityError, add_note, words_of
 
 NOTES_MAX = 10  # of attempts that an error carries: the first, and the last ones
 
@@ -216,8 +216,8 @@ class _Attempts:
                 return wait_s
             self._notes.append(f"no further attempt: it would begin after the deadline of {policy.deadline_s:g} s")
         if len(self._notes) > 1:
-            for note in self._notes:
-                error.add_note(note)
+            for text in self._notes:
+                add_note(error, text)
         return None
 
     def _remember(self, error: Exception, elapsed_s: float) -> None:

@@ -35,6 +35,7 @@ from ringpool.workers.files.locks import PathLock
 from ringpool.workers.files.naming import is_staging_name
 from ringpool.workers.files.objects import ContentAddress
 from ringpool.workers.files.oslayer import intercepted
+from ringpool.workers.files.recovery import recover_root
 from ringpool.workers.files.resources import resource_stats
 from ringpool.workers.files.store import FileStore
 from ringpool.workers.files.transaction import FileTransaction, snapshot
@@ -330,7 +331,8 @@ def outcomes_of_deaths(kind: str, base: str) -> None:
 
 
 def _two_files(base: Path) -> None:
-    snapshot(["a", "b"], base=base)  # whoever died here is recovered
+    recover_root(os.fsencode(base))  # whoever died here, marked or not: all that come make the same calls then
+    snapshot(["a", "b"], base=base)
     for name in ("a", "b"):
         (base / name).write_text("old")
 

@@ -98,12 +98,30 @@ def hold_turn(directory: str) -> None:
 
 def fork_while_held(directory: str) -> None:
     """It holds the id of a transaction until it is killed, and its fork lives on until the test answers."""
-    make(Path(directory), [Effect(b"a", True, 0)], staged=1)
+    made = make(Path(directory), [Effect(b"a", True, 0)], staged=1)
     if os.fork() == 0:
         say("forked")
         listen()
         os._exit(0)
     os.wait()
+    made.close()
+
+
+def staged_and_killed_in_forks(directory: str) -> None:
+    """Each of three forks is killed when its transaction has staged two files, and has no journal yet."""
+    with FileTransaction(directory, durability="atomic") as transaction:
+        transaction.write("a", b"old")
+    for _ in range(3):
+        pid = os.fork()
+        if pid == 0:
+            LockSet.mark = lambda self, text: os.kill(os.getpid(), signal.SIGKILL)
+            with FileTransaction(directory, durability="atomic") as transaction:
+                transaction.write("a", b"new")
+                transaction.write("b", b"new")
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    say("3 forks")
+    listen()
 
 
 # ---- killed at every system call -------------------------------------------------------------------------------------

@@ -309,6 +309,40 @@ def test_what_is_staged_is_open_to_whom_the_base_is_open_for_writing(tmp_path: P
     assert stat.S_IMODE((base / ".ringpool/txn").stat().st_mode) == mode
 
 
+def test_a_base_that_a_new_one_encloses_is_recovered_by_who_knew_it(tmp_path: Path) -> None:
+    """From then on nobody sees the marks of its dead."""
+    base = tmp_path / "base"
+    base.mkdir()
+    with PathLock(base / "a"):
+        pass
+    make(base, [Effect(b"a", True, 0), Effect(b"b", True, 0)], staged=2).close()
+    with PathLock(base / "a"):
+        assert not (base / "a").exists(), "it is known, and there is no mark: the test has no teeth"
+    (tmp_path / ".ringpool").mkdir()
+    with PathLock(base / "b"):
+        assert ((base / "a").exists(), (base / "b").exists()) == (True, True)
+
+
+def test_a_directory_that_has_got_the_path_of_a_known_base_is_recovered(tmp_path: Path) -> None:
+    for name in ("base", "copy"):
+        (tmp_path / name).mkdir()
+    base = tmp_path / "base"
+    with PathLock(base / "a", base=base):
+        pass
+    make(tmp_path / "copy", [Effect(b"a", True, 0)], staged=1).close()
+    base.rename(tmp_path / "former")
+    (tmp_path / "copy").rename(base)
+    with PathLock(base / "a", base=base):
+        assert (base / "a").exists()
+
+
+def test_a_fork_of_who_knew_a_base_takes_away_what_the_one_before_it_has_left(tmp_path: Path) -> None:
+    with Child(child_transaction.staged_and_killed_in_forks, tmp_path) as child:
+        child.wait_for("3 forks")
+        assert len(txn(tmp_path)) < 5, "one's staged files, lock and journal, not three's"
+        child.answer()
+
+
 def test_who_comes_while_another_recovers_waits_for_it(tmp_path: Path) -> None:
     """After a power cut there are no marks: only this keeps a second process from what is half done."""
     make(tmp_path, [Effect(b"a", True, 0), Effect(b"b", True, 0)], staged=2).close()

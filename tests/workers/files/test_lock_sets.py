@@ -197,13 +197,13 @@ def test_a_timeout_holds_for_the_wait_for_anothers_recovery_as_well(
     monkeypatch.setattr(recovery, "RECOVERER_PATIENCE_S", 1e9)
     with PathLock(tmp_path / "a") as lock:
         file = lock_file(tmp_path, lock)
-    made = journal.Journal.begin(os.fsencode(tmp_path), durable=False)
+    made, turn = journal.Journal.begin(os.fsencode(tmp_path), durable=False), holds.Hold()
     if is_marked:
         file.write_bytes(made.id)
-        held = None
     else:
         turns._looked_at.clear()  # pyright: ignore[reportPrivateUsage]  (as in a process that has just started)
-        held = holds.take(made.txn_fd, b".", os.O_DIRECTORY)
+        turns._recovered.clear()  # pyright: ignore[reportPrivateUsage]
+        turn.take(made.txn_fd, b".", os.O_DIRECTORY)
     try:
         for kind in (PathLock, AsyncPathLock):
             with pytest.raises(LockTimeoutError, match="recovery of a dead transaction") as caught:
@@ -211,8 +211,7 @@ def test_a_timeout_holds_for_the_wait_for_anothers_recovery_as_well(
             assert caught.value.waited_s >= timeout_s
             assert is_free(file)
     finally:
-        if held is not None:
-            holds.let_go(held)
+        turn.let_go()
         made.close()
     acquire(PathLock(tmp_path / "a", timeout_s=0))
 

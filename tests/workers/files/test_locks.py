@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import errno
+import gc
 import math
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
@@ -29,7 +32,7 @@ from tests.workers.files.child_locks import (
 )
 
 from ringpool.errors import FileOperationError, LockTimeoutError, LockUpgradeError, PathNameError
-from ringpool.workers.files import lockfiles, locks, stripes, tickets, turns
+from ringpool.workers.files import commit, holds, journal, lockfiles, locks, stripes, tickets, turns
 from ringpool.workers.files.asynclocks import AsyncPathLock
 from ringpool.workers.files.errorlog import ErrorLog
 from ringpool.workers.files.locks import LockSet, PathLock, call_locked
@@ -87,6 +90,45 @@ def test_a_waiter_gets_it_when_the_holder_leaves(tmp_path: Path) -> None:
             child.answer()
             child.wait_for("released")
         assert got == [False]
+
+
+@pytest.mark.parametrize("kind", [PathLock, AsyncPathLock, LockSet])
+def test_who_waits_gets_the_file_that_it_came_for_wherever_the_process_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    ours, other = PathLock(tmp_path / "one/a"), PathLock(tmp_path / "two/a")
+    monkeypatch.chdir(tmp_path / "one")
+    got, end = threading.Event(), threading.Event()
+
+    async def wait_async() -> None:
+        async with AsyncPathLock("a", timeout_s=60):
+            got.set()
+            end.wait(60)
+
+    def wait() -> None:
+        if kind is AsyncPathLock:
+            asyncio.run(wait_async())
+            return
+        with LockSet(["a"], timeout_s=60) if kind is LockSet else PathLock("a", timeout_s=60):
+            got.set()
+            end.wait(60)
+
+    with Child(hold, tmp_path / "one/a") as child:
+        child.wait_for("held")
+        with in_a_thread(wait):
+            try:
+                until(lambda: waiting(lock_file(tmp_path / "one", ours)))
+                monkeypatch.chdir(tmp_path / "two")
+                child.answer()
+                child.wait_for("released")
+                assert got.wait(60)
+                assert not is_free(lock_file(tmp_path / "one", ours))
+                with other:
+                    pass
+            finally:
+                end.set()
 
 
 def test_a_timeout_is_an_error_that_says_which_path_who_has_it_and_how_long_we_waited(tmp_path: Path) -> None:
@@ -344,15 +386,41 @@ def test_what_a_signal_handler_raises_at_any_call_leaves_nothing_locked(tmp_path
     assert 5 < at < 900
 
 
+def test_what_a_signal_handler_raises_leaves_no_id_of_a_transaction_held(tmp_path: Path) -> None:
+    write_two(tmp_path)
+    for at in range(1000):
+        with suppress(KeyboardInterrupt), raised_at_call(at, holds, journal, commit):
+            write_two(tmp_path)
+            break
+        gc.collect()  # the trace is in the traceback, and its frames refer to each other
+        assert [file for file in tmp_path.rglob("*.lock") if not is_free(file)] == []
+        assert not [path for path in open_files() if "/.ringpool/txn/" in path]
+    assert 20 < at < 900
+    with PathLock(tmp_path / "a"), PathLock(tmp_path / "b"):
+        assert not list((tmp_path / ".ringpool/txn").glob("*.journal"))
+
+
+def open_files() -> list[str]:
+    """The paths of what this process has open."""
+    found: list[str] = []
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return found
+
+
 @contextmanager
-def raised_at_call(at: int) -> Iterator[None]:
-    """``KeyboardInterrupt`` as the ``at``-th function of the locks begins: there Python calls signal handlers."""
-    modules = {module.__file__ for module in (locks, turns, stripes, tickets, lockfiles)}
+def raised_at_call(at: int, *of: ModuleType) -> Iterator[None]:
+    """``KeyboardInterrupt`` as the ``at``-th function of these modules (default: of the locks) begins: there Python
+    calls signal handlers.
+    """
+    modules = {module.__file__ for module in of or (locks, turns, stripes, tickets, lockfiles)}
     calls_left = at
 
     def trace(frame: FrameType, event: str, _: object) -> None:
         nonlocal calls_left
-        if event == "call" and frame.f_code.co_filename in modules:
+        is_heard = frame.f_code.co_name != "__del__"  # what is raised there is lost
+        if event == "call" and frame.f_code.co_filename in modules and is_heard:
             calls_left -= 1
             if calls_left == -1:
                 raise KeyboardInterrupt

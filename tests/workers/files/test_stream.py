@@ -126,6 +126,14 @@ def test_more_than_a_buffer_is_written_whole_although_each_write_is_short(tmp_pa
     assert (tmp_path / "a").read_bytes() == content
 
 
+@pytest.mark.parametrize("option", [{"encoding": "latin-1"}, {"errors": "ignore"}, {"newline": "\r\n"}])
+@pytest.mark.parametrize("mode", ["wb", "xb"])
+def test_what_is_for_text_is_refused_for_bytes(tmp_path: Path, mode: Any, option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"mode '{mode}' is for bytes, and takes no {next(iter(option))}"):
+        atomic_open(tmp_path / "a", mode, **option)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("mode", ["x", "xb"])
 def test_an_exclusive_file_is_made_once(tmp_path: Path, mode: Literal["x", "xb"]) -> None:
     with atomic_open(tmp_path / "a", mode):

@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from ringpool.workers.files import lockfiles, turns
-from ringpool.workers.files.locks import LockBase
+from ringpool.workers.files.locks import LockBase, from_here
 from ringpool.workers.files.stripes import Turn
 
 _P = ParamSpec("_P")
@@ -39,11 +39,11 @@ class AsyncPathLock(LockBase):
     async def acquire(self) -> None:
         """Take the lock. Raises as ``PathLock.acquire`` does."""
         began_s = time.monotonic()
-        turn = Turn(asyncio.current_task(), self.path, self.mode == "exclusive")
+        turn = Turn(asyncio.current_task(), from_here(self.path), self.mode == "exclusive")
         try:
             self.turns.append(turn)
             deadline_s = self._deadline_s(began_s)
-            await self._recover_root(deadline_s)
+            await self._recover_root(turn.path, deadline_s)
             if not turns.arrive(turn, self.base, deadline_s, may_wait=self.timeout_s != 0) or turn.is_marked:
                 await self._finish(turn, deadline_s)
         except BaseException as error:
@@ -54,8 +54,8 @@ class AsyncPathLock(LockBase):
                 raise
             self._fail(error, turn, began_s)
 
-    async def _recover_root(self, deadline_s: float | None) -> None:
-        place = lockfiles.find(self.path, self.base)
+    async def _recover_root(self, path: bytes, deadline_s: float | None) -> None:
+        place = lockfiles.find(path, self.base)
         if not turns.is_recovered(place):
             await in_thread(turns.recover, place, deadline_s)
 

@@ -103,7 +103,7 @@ def atomic_open(
     path: FilePath,
     mode: Literal["w", "wb", "x", "xb"] = "wb",
     *,
-    encoding: str = "utf-8",
+    encoding: str | None = None,
     errors: str | None = None,
     newline: str | None = None,
     durability: Durability | str = Durability.FULL,
@@ -124,12 +124,20 @@ def atomic_open(
     """
     if mode not in ("w", "wb", "x", "xb"):
         raise ValueError(f"mode is one of 'w', 'wb', 'x', 'xb', not {mode!r}")
+    if mode.endswith("b"):
+        for name, value in (("encoding", encoding), ("errors", errors), ("newline", newline)):
+            if value is not None:
+                raise ValueError(f"mode {mode!r} is for bytes, and takes no {name}; for text it is {mode[0]!r}")
     target, level = encoded(path), level_of(durability)
     one = Replacement()
     try:
         try:
             one.begin(target, level, symlinks, hard_links, permissions, mode.startswith("x"), dir_fd)
-            return AtomicBinaryFile(one) if mode.endswith("b") else AtomicTextFile(one, encoding, errors, newline)
+            return (
+                AtomicBinaryFile(one)
+                if mode.endswith("b")
+                else AtomicTextFile(one, encoding or "utf-8", errors, newline)
+            )
         except BaseException:
             one.drop()
             raise

@@ -33,7 +33,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, cast
 
-from ringpool.errors import BatchWriteError, DurabilityError, FileOperationError
+from ringpool.errors import BatchWriteError, DurabilityError, FileOperationError, add_note
 from ringpool.workers.files.durability import Durability, close_quietly, level_of, sync
 from ringpool.workers.files.lockfiles import file_system_of
 from ringpool.workers.files.naming import FilePath, encoded
@@ -99,7 +99,7 @@ def write_batch(
         except BaseException as error:
             group.drop()  # again: a Ctrl-C, or an error of unlink itself, may have cut the first one short
             if not isinstance(error, BatchWriteError):
-                error.add_note(f"write_batch: the first {group.n_before + group.n_durable} files are written")
+                add_note(error, f"write_batch: the first {group.n_before + group.n_durable} files are written")
             raise
         finally:
             group.close()

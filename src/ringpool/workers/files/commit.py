@@ -23,6 +23,7 @@ from ringpool.errors import (
     DurabilityError,
     TransactionError,
     TransactionInDoubtError,
+    add_note,
 )
 from ringpool.workers.files.attributes import APPEND_ONLY, IMMUTABLE, attributes_of, mount_of
 from ringpool.workers.files.durability import close_quietly, sync
@@ -177,7 +178,7 @@ class Commit:
             self._clear_marks()
         if not isinstance(error, OSError):
             if journal.stage is Stage.IN_DOUBT and not is_finished:
-                error.add_note("the transaction is in doubt: lock one of its files, then look at it")
+                add_note(error, "the transaction is in doubt: lock one of its files, then look at it")
             raise error
         if journal.stage is Stage.STAGING:
             raise self._failed(error) from error

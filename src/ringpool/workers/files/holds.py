@@ -1,6 +1,6 @@
 """Holds: files that this process has locked with flock, by which others tell the living from the dead.
 
-    take --> open, entered, locked --> let_go        the kernel lets go of a dead process's
+    Hold.take --> open, entered, locked --> let_go   the kernel lets go of a dead process's
                     |
                  a fork: the child closes its copies, and unlocks nothing
 
@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import suppress
+from weakref import WeakSet
 
 from ringpool.workers.files.durability import close_quietly
 from ringpool.workers.files.oslayer import calls
@@ -33,27 +34,56 @@ class OutOfTimeError(Exception):
         self.holder = holder
 
 
-_held: set[int] = set()
-_guard = threading.RLock()  # no fork between opening a descriptor and its entry; re-entrant: signal handlers may fork
-
-
-def take(dir_fd: int, name: bytes, flags: int) -> int | None:
-    """The open and locked file ``name`` of a directory; None where it was removed meanwhile.
-
-    Raises ``OSError``: ``BlockingIOError`` where another has it.
+class Hold:
+    """A file that may be held: then ``fd`` is its descriptor, else None. It lets go where nobody refers to it any more,
+    after a Ctrl-C say.
     """
-    with _guard:
-        fd = calls.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o666, dir_fd=dir_fd)
-        _held.add(fd)
-    try:
-        calls.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if calls.fstat(fd).st_nlink:
-            return fd
-    except BaseException:
-        let_go(fd)
-        raise
-    let_go(fd)
-    return None
+
+    fd: int | None = None
+
+    def take(self, dir_fd: int, name: bytes, flags: int) -> bool:
+        """Open and lock the file ``name`` of a directory; False where it was removed meanwhile.
+
+        Raises ``OSError``: ``BlockingIOError`` where another has it.
+        """
+        with _guard:
+            self.fd = fd = calls.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o666, dir_fd=dir_fd)
+            _held.add(self)
+        try:
+            calls.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if calls.fstat(fd).st_nlink:
+                return True
+        except BaseException:
+            self.let_go()
+            raise
+        self.let_go()
+        return False
+
+    def let_go(self) -> None:
+        """Unlock and close it, if it is held. Raises no ``OSError``."""
+        with _guard:
+            if self.fd is None:
+                return
+            with suppress(OSError):
+                calls.flock(self.fd, fcntl.LOCK_UN)  # closing is not enough while a child just forked has a copy
+            fd, self.fd = self.fd, None
+            close_quietly(fd)
+
+    def abandon(self) -> None:
+        """In the child of a fork: what is held is the parent's."""
+        fd, self.fd = self.fd, None
+        if fd is not None:
+            close_quietly(fd)
+
+    def __del__(self) -> None:
+        for _ in range(2):  # what comes in between, a Ctrl-C say, is lost here anyway
+            if self.fd is not None:
+                with suppress(BaseException):
+                    self.let_go()
+
+
+_held: WeakSet[Hold] = WeakSet()
+_guard = threading.RLock()  # no fork between opening a descriptor and its entry; re-entrant: signal handlers may fork
 
 
 def tries(end_s: float) -> Generator[bool]:
@@ -66,22 +96,10 @@ def tries(end_s: float) -> Generator[bool]:
     yield True
 
 
-def let_go(fd: int) -> None:
-    """Unlock and close it. Raises no ``OSError``."""
-    with _guard:
-        if fd not in _held:
-            return  # in the child of a fork, which has closed it
-        _held.discard(fd)
-        with suppress(OSError):
-            calls.flock(fd, fcntl.LOCK_UN)  # closing is not enough while a child that has just been forked has a copy
-        close_quietly(fd)
-
-
 def _forget() -> None:
-    """In the child of a fork: what is held is the parent's."""
     global _guard
-    for fd in _held:
-        close_quietly(fd)
+    for hold in list(_held):
+        hold.abandon()
     _held.clear()
     _guard = threading.RLock()
 

@@ -51,9 +51,9 @@ from typing import Annotated
 
 import msgspec
 
-from ringpool.workers.files import holds
 from ringpool.workers.files.attributes import mount_of
 from ringpool.workers.files.durability import close_quietly, make_directories, sync
+from ringpool.workers.files.holds import Hold
 from ringpool.workers.files.lockfiles import (
     Rights,
     require_trusted,
@@ -125,13 +125,13 @@ class Stage(IntEnum):
 class Journal:
     """The files of one transaction in ``<root>/.ringpool/txn``, and the hold on its id. ``close`` must be called."""
 
-    def __init__(self, root: bytes, txn_fd: int, identity: bytes, id_fd: int, *, durable: bool = True) -> None:
+    def __init__(self, root: bytes, txn_fd: int, identity: bytes, hold: Hold, *, durable: bool = True) -> None:
         self.root = root
         self.id = identity
         self.durable = durable
         self.stage = Stage.STAGING
         self.txn_fd = txn_fd
-        self._id_fd = id_fd
+        self._hold = hold
         self._path = txn_directory(root) + b"/" + identity + b".journal"  # for messages
 
     @classmethod
@@ -141,30 +141,35 @@ class Journal:
         make_directories(ours, durable=durable)
         require_trusted(root, ours)
         _make_txn_directory(root, durable=durable)
+        hold, identity = Hold(), b""
         txn_fd = calls.open(txn_directory(root), DIRECTORY_FLAGS)
         try:
             require_trusted(root, txn_directory(root))
             for _ in range(IDS_TRIED_MAX):
                 identity = random_token().encode()
                 with suppress(BlockingIOError):  # a recovery was faster, and takes it for dead
-                    id_fd = holds.take(txn_fd, identity + b".lock", os.O_CREAT | os.O_EXCL)
-                    if id_fd is not None:
-                        return cls(root, txn_fd, identity, id_fd, durable=durable)._shared()
+                    if hold.take(txn_fd, identity + b".lock", os.O_CREAT | os.O_EXCL):
+                        return cls(root, txn_fd, identity, hold, durable=durable)._shared()
             raise OSError(errno.EBUSY, "recoveries take each new transaction for a dead one", txn_directory(root))
         except BaseException:
+            if hold.fd is not None:  # Ctrl-C, before its name was anybody's
+                with suppress(OSError):
+                    calls.unlink(identity + b".lock", dir_fd=txn_fd)
+            hold.let_go()
             close_quietly(txn_fd)
             raise
 
     def _shared(self) -> Journal:
         """Itself, with an id that others may recover; or nothing is left of it."""
         try:
-            share(self._id_fd, rights_of(calls.fstat(self.txn_fd)))
+            assert self._hold.fd is not None
+            share(self._hold.fd, rights_of(calls.fstat(self.txn_fd)))
         except BaseException:
             try:
                 with suppress(OSError):
                     self.discard()
             finally:
-                holds.let_go(self._id_fd)  # whatever comes in between: an id that stays held is never recovered
+                self._hold.let_go()  # whatever comes in between: an id that stays held is never recovered
             raise
         return self
 
@@ -300,10 +305,10 @@ class Journal:
 
     def close(self) -> None:
         """Let go of the id. What is left of its files, recovery takes."""
-        if self._id_fd >= 0:
-            holds.let_go(self._id_fd)
+        self._hold.let_go()
+        if self.txn_fd >= 0:
             close_quietly(self.txn_fd)
-            self._id_fd = self.txn_fd = -1
+            self.txn_fd = -1
 
     @contextmanager
     def _directory(self, relative: bytes) -> Generator[int | None]:

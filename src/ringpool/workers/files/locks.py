@@ -69,6 +69,7 @@ from ringpool.workers.files.stripes import MARK_BYTES_MAX, Turn
 __all__ = ["LockBase", "LockSet", "Mode", "PathLock", "root_of"]
 
 IDLE_S = 0.05
+PATH_BYTES_MAX = 4096  # linux/limits.h
 
 Mode = Literal["exclusive", "shared"]
 
@@ -79,6 +80,19 @@ _Lock = TypeVar("_Lock", bound="LockBase")
 def _absolute(path: bytes) -> bytes:
     """``absolute(path)``, which takes longer than the rest, where it is not that already."""
     return path if path.startswith(b"/") and b"/." not in path and b"//" not in path else absolute(path)
+
+
+def from_here(path: bytes) -> bytes:
+    """``path``, as it leads from the current directory: who waits for its lock waits for that file, wherever the
+    process goes meanwhile. As it is, where that directory is gone, or its path is longer than calls take.
+    """
+    if path.startswith(b"/"):
+        return path
+    try:
+        whole = os.path.join(os.getcwdb(), path)
+    except OSError:
+        return path
+    return whole if len(whole) < PATH_BYTES_MAX else path
 
 
 class LockBase:
@@ -194,7 +208,7 @@ class PathLock(LockBase):
         ``FileOperationError`` where there can be no lock file.
         """
         began_s = time.monotonic()
-        turn = Turn(threading.get_ident(), self.path, self.mode == "exclusive")
+        turn = Turn(threading.get_ident(), from_here(self.path), self.mode == "exclusive")
         try:
             self.turns.append(turn)
             deadline_s = self._deadline_s(began_s)
@@ -322,7 +336,7 @@ class LockSet:
             raise RuntimeError("a set of locks is not re-entrant; make another one")
         deadline_s = None if self.timeout_s is None else time.monotonic() + self.timeout_s
         try:
-            for lock in in_order(self._wanted):
+            for lock in in_order(self._all_from_here()):
                 lock.timeout_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
                 self.held.append(lock)
                 lock.acquire()
@@ -330,6 +344,14 @@ class LockSet:
             with suppress(FileOperationError):
                 self._let_go_surely()
             raise
+
+    def _all_from_here(self) -> list[PathLock]:
+        """The locks, on paths from one and the same directory."""
+        paths = self.paths
+        if all(path.startswith(b"/") for path in paths):
+            return self._wanted
+        here = from_here(b"")
+        return [PathLock(os.path.join(here, lock.path), lock.mode, base=lock.base) for lock in self._wanted]
 
     def release(self) -> None:
         """Release all of them. Raises as ``PathLock.release`` does; after a ``FileOperationError`` all are free."""

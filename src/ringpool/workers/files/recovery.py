@@ -62,14 +62,14 @@ def recover_root(
     try:
         if not _ids_of_trusted(root, txn_fd):
             return 0  # and what we have nothing to do with may be locked by whom it likes
-        turn_fd = _turn_to_recover(root, txn_fd, deadline_s)
-        if turn_fd is None:
-            return 0
+        turn = holds.Hold()
         try:
+            if not _has_turn_to_recover(turn, root, txn_fd, deadline_s):
+                return 0
             mine = _ids_of_trusted(root, txn_fd)
             return sum(_recover_or_leave(root, txn_fd, identity, spares) for identity in mine)
         finally:
-            holds.let_go(turn_fd)
+            turn.let_go()
     finally:
         close_quietly(txn_fd)
 
@@ -92,11 +92,11 @@ def _ids_of_trusted(root: bytes, txn_fd: int) -> list[bytes]:
     return [identity for identity in found if _is_trusted(root, txn_fd, identity)]
 
 
-def _turn_to_recover(root: bytes, txn_fd: int, deadline_s: float | None) -> int | None:
-    """The directory, locked by us; None where it was removed meanwhile."""
+def _has_turn_to_recover(turn: holds.Hold, root: bytes, txn_fd: int, deadline_s: float | None) -> bool:
+    """Have ``turn`` hold the directory; False where that was removed meanwhile."""
     for is_last in holds.tries(_end_s(deadline_s)):
         with suppress(BlockingIOError):
-            return holds.take(txn_fd, b".", os.O_DIRECTORY)
+            return turn.take(txn_fd, b".", os.O_DIRECTORY)
         if is_last:
             break
     raise _busy(txn_directory(root), "by a recovery", deadline_s)
@@ -136,20 +136,20 @@ def _recover(root: bytes, identity: bytes, *, create: bool) -> tuple[bool, bool]
         return True, False
     try:
         create = create or lstat_at(identity + b".journal", txn_fd) is not None
+        hold = holds.Hold()
         try:
-            id_fd = holds.take(txn_fd, identity + b".lock", os.O_CREAT if create else 0)
-        except FileNotFoundError:
-            return True, False
-        except BlockingIOError:
-            return False, False
-        if id_fd is None:
-            return True, False
-        try:
+            try:
+                if not hold.take(txn_fd, identity + b".lock", os.O_CREAT if create else 0):
+                    return True, False
+            except FileNotFoundError:
+                return True, False
+            except BlockingIOError:
+                return False, False
             if not _is_trusted(root, txn_fd, identity):
                 reason = "another user's, in a sticky directory: that user has to lock the file first"
                 raise FileOperationError(os.fsdecode(root), "recover a transaction", errno.EPERM, reason)
-            return True, Journal(root, txn_fd, identity, id_fd).recover()
+            return True, Journal(root, txn_fd, identity, hold).recover()
         finally:
-            holds.let_go(id_fd)
+            hold.let_go()
     finally:
         close_quietly(txn_fd)

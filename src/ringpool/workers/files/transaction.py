@@ -50,6 +50,7 @@ from ringpool.errors import (
     RingpoolError,
     TransactionConflictError,
     TransactionError,
+    add_note,
 )
 from ringpool.workers.files import lockfiles
 from ringpool.workers.files.commit import Commit
@@ -273,7 +274,7 @@ class FileTransaction:
         """The error, or in its place one that says what stands."""
         if not isinstance(error, OSError):
             if is_committed:
-                error.add_note("the transaction is committed")
+                add_note(error, "the transaction is committed")
         elif type(error) is FileOperationError or not isinstance(error, RingpoolError):  # of the locks
             path, operation = (
                 (error.path, error.operation) if isinstance(error, FileOperationError) else (self._shown(b""), "lock")

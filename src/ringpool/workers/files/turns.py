@@ -22,6 +22,7 @@ from contextlib import nullcontext, suppress
 from queue import Empty, SimpleQueue
 
 from ringpool.workers.files import lockfiles, recovery, stripes, tickets
+from ringpool.workers.files.durability import identity_of
 from ringpool.workers.files.holds import OutOfTimeError
 from ringpool.workers.files.lockfiles import Place
 from ringpool.workers.files.oslayer import calls
@@ -37,8 +38,10 @@ WITHOUT_BELL_S = 0.005
 
 _stripes: OrderedDict[tuple[bytes, int], Stripe] = OrderedDict()  # the least recently used first
 # Where no dead transactions were left: base, and device and inode of the directory, whose spelling may come to mean
-# another one; 0 for the base alone.
+# another one.
 _looked_at: set[tuple[bytes, int, int]] = set()
+# Bases where none were left: whose root it was then, which may be another one now, the base, and its identity.
+_recovered: set[tuple[bytes, bytes, tuple[int, int, int]]] = set()
 # Where some are that nobody can finish, by base: when to try it again, and the stripes of their paths (``NO_STRIPE``:
 # of one whose directory is gone).
 _left: dict[bytes, tuple[float, frozenset[int]]] = {}
@@ -116,18 +119,20 @@ def recover(place: Place, deadline_s: float | None) -> None:
     Marks tell of them as well, but are not durable, and those of a base further in are seen by nobody any more. Raises
     ``OSError``; ``OutOfTimeError`` as ``arrive`` does.
     """
-    if len(_looked_at) >= DIRECTORIES_REMEMBERED_MAX:
+    if len(_looked_at) + len(_recovered) >= DIRECTORIES_REMEMBERED_MAX:
         _looked_at.clear()
+        _recovered.clear()
     is_done = True
     for base in (place.root, *lockfiles.bases_between(place.root, place.directory)):
-        if (base, 0, 0) in _looked_at:
+        served = place.root, base, identity_of(calls.stat(base), base)
+        if served in _recovered:
             continue
         if base != place.root:  # whose marks nobody sees any more: all of it has to be finished
             recovery.recover_root(base, deadline_s)
         elif not _recover_own(place, deadline_s):
             is_done = False
             continue
-        _looked_at.add((base, 0, 0))
+        _recovered.add(served)
     if is_done:
         _looked_at.add((place.root, place.device, place.inode))
 
@@ -235,6 +240,8 @@ def _forget() -> None:
         stripe.abandon()
     _stripes.clear()
     stripes.retired.clear()
+    _looked_at.clear()  # who forks now and then never looks again, and what killed children leave would stay
+    _recovered.clear()
     tickets.close_ringer()
     stripes.mutex = threading.RLock()  # the old one is held, by the thread that forked
 
