@@ -11,7 +11,7 @@ MS = 1_000_000
 
 
 def observed(n_first: int, n_bytes: int, n_ending: int, n_later: int) -> Sizer:
-    made = Sizer(None, 2)
+    made = Sizer(None, 2, clock_ns=lambda: 0)
     made.observe(MS, n_first, n_bytes, n_ending)
     for _ in range(n_later):
         made.observe(4 * MS, 4, 0)
@@ -29,7 +29,7 @@ def test_what_came_first_is_forgotten_in_a_long_map(n_bytes: int, n_ending: int)
 
 
 def test_large_results_make_short_vectors() -> None:
-    made = Sizer(None, 2)
+    made = Sizer(None, 2, clock_ns=lambda: 0)
     for _ in range(20):
         made.observe(1000, 100, 100 * 3000)
         assert made.n >= 1
@@ -37,7 +37,7 @@ def test_large_results_make_short_vectors() -> None:
 
 
 def test_a_share_of_results_that_end_vectors_makes_them_short() -> None:
-    made = Sizer(None, 2)
+    made = Sizer(None, 2, clock_ns=lambda: 0)
     for _ in range(200):
         made.observe(64_000, 32, 0, 1)
         assert made.n >= 1
@@ -45,3 +45,25 @@ def test_a_share_of_results_that_end_vectors_makes_them_short() -> None:
     for _ in range(200):
         made.observe(64_000, 2, 0, 1)
     assert made.n == 1
+
+
+@pytest.mark.parametrize("item_ns", [MS // 10, MS])
+def test_vectors_grow_with_the_time_that_a_run_has_taken(item_ns: int) -> None:
+    now_ns = 0
+    made = Sizer(None, 2, clock_ns=lambda: now_ns)
+    works: dict[int, int] = {}
+    for now_ms in (1, 10, 100, 200, 400, 800, 10_000):
+        now_ns = now_ms * MS
+        for _ in range(3):
+            made.observe(10 * item_ns, 10, 0)
+            n = made.n
+        works[now_ms] = n * item_ns // MS
+        assert made.overdue_ns >= sizer.OVERDUE_NS
+    least_ms = (sizer.VECTOR_NS if item_ns < sizer.LONG_NS else sizer.VECTOR_NS // 2) // MS
+    assert works[1] in range(least_ms - 1, least_ms + 1)
+    for now_ms, work_ms in works.items():
+        assert work_ms <= max(least_ms, now_ms // sizer.ELAPSED_SHARE)
+    assert works[400] in (49, 50)
+    assert works[10_000] in (63, 64)
+    assert made.overdue_ns == sizer.VECTOR_NS_MAX
+    assert Sizer(1, 2, clock_ns=lambda: 0).overdue_ns == sizer.OVERDUE_NS

@@ -3,7 +3,7 @@
     a claim of several tasks that has not moved for 20 ms      its unstarted tasks go back to the ring
     a vector of files that has been at one of them for 20 ms   those behind that one go to the front of the queue
     a vector of many items, while some worker is idle          the items that it has not come to are shared out
-    a vector that has been under way for 20 ms                 the outcomes that it has so far are handed over
+    a vector that is overdue: 20 ms, or as long as they take   the outcomes that it has so far are handed over
 
 Used by the pump's thread alone.
 """
@@ -74,7 +74,7 @@ class Balance:
         now_ns = time.monotonic_ns()
         for worker, ticket, began_ns in self._running_vectors():
             spent_ns = now_ns - began_ns
-            if spent_ns > TAKE_BACK_AFTER_S * 1e9 and ticket.sink.deliver_early(ticket, arena, spent_ns, worker):
+            if spent_ns > ticket.sink.overdue_ns and ticket.sink.deliver_early(ticket, arena, spent_ns, worker):
                 sinks.append(ticket.sink)
         return sinks
 

@@ -344,6 +344,7 @@ class FileRun(Iterator[FileResult]):
         if not sizer.has_seen_any:
             most = self._refill_at = min(most, n_vectors)
             return most, 1
+        self._inbox.overdue_ns = sizer.overdue_ns
         self._refill_at = int(most * REFILL_AT)
         n = min(sizer.n, TOGETHER_MAX, most // n_vectors) if self._together else 1
         if n > 1 and self._pool.pump.publisher.arena is None:

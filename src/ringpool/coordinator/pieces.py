@@ -15,7 +15,7 @@ import msgspec
 
 from ringpool.coordinator.futures import death_of, is_from_signal, outcome_of
 from ringpool.coordinator.inbox import Inbox
-from ringpool.coordinator.sizer import RESULT_BYTES
+from ringpool.coordinator.sizer import OVERDUE_NS, RESULT_BYTES
 from ringpool.coordinator.tickets import Part, Ticket
 from ringpool.errors import RemoteError, SegmentFormatError
 from ringpool.shm import blobs, vectors
@@ -116,6 +116,7 @@ class MapInbox(Inbox):
         self.large: dict[int, int] = {}  # bytes of items in blobs that are under way, by index; who draws adds to it
         self.large_arrived = 0  # bytes of those that were
         self.discards = False  # nobody takes results, and yet all items are run
+        self.overdue_ns = OVERDUE_NS  # written by who draws
         self.refill: Callable[[], None] | None = None  # called when something has arrived, in the pump's thread
         self._is_refilling = False
         self._n_last: int | None = None  # with so many items, all have arrived

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from ringpool.shm import vectors
 
 VECTOR_NS = 16_000_000  # work in a vector: so that what it costs is a hundredth of it ...
 LONG_NS = 500_000  # ... of items that take less than this; of others half as much, which costs them no more
+VECTOR_NS_MAX = 64_000_000  # of a run that has gone on for long: each look of its parent's takes from the workers, ...
+ELAPSED_SHARE = 8  # ... and results come at the latest after this part of the time that it has taken so far
+OVERDUE_NS = 20_000_000  # what there is of a vector is handed over after this, or the time that vectors are to take
 UNDER_WAY_NS = 40_000_000  # work under way for each worker: longer than another thread may keep the pump from running
 UNDER_WAY_ITEMS_MAX = 32_768
 VECTOR_ITEMS_MAX = 4096
@@ -19,10 +25,12 @@ REFILL_AT = 0.75  # of what may be under way: below that, more is sent
 class Sizer:
     """How many items make a vector, by how long the last ones took and how large their results were.
 
-    ``fixed``: so many, whatever they take; None: by itself.
+    ``fixed``: so many, whatever they take; None: by itself. ``clock_ns``: of the run, which begins now.
     """
 
-    def __init__(self, fixed: int | None, n_workers: int) -> None:
+    def __init__(self, fixed: int | None, n_workers: int, *, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._clock_ns = clock_ns
+        self._began_ns = clock_ns()
         self._fixed = fixed
         self._n_workers = n_workers
         self._ns = self._items = self._bytes = 0.0
@@ -51,13 +59,23 @@ class Sizer:
         return self._ns / self._items if self._items else 0.0
 
     @property
+    def _vector_ns(self) -> float:
+        """How much work a vector is to be."""
+        least_ns = VECTOR_NS if self.mean_ns < LONG_NS else VECTOR_NS / 2
+        return min(max(least_ns, (self._clock_ns() - self._began_ns) / ELAPSED_SHARE), VECTOR_NS_MAX)
+
+    @property
+    def overdue_ns(self) -> int:
+        """After how long what there is of a vector is handed over."""
+        return max(OVERDUE_NS, int(self._vector_ns))
+
+    @property
     def n(self) -> int:
         """Items for the next vector."""
         if self._fixed is not None:
             return self._fixed
         if self._items:
-            mean_ns = self.mean_ns
-            wanted = (VECTOR_NS if mean_ns < LONG_NS else VECTOR_NS / 2) / (mean_ns + 1)
+            wanted = self._vector_ns / (self.mean_ns + 1)
             wanted = min(wanted, RESULT_BYTES / max(1.0, self._bytes / self._items))
             if self._share_ending:
                 wanted = min(wanted, 1 / self._share_ending) if self._share_ending < SHARE_MAX else 1

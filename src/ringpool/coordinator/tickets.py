@@ -40,9 +40,12 @@ class Sink(Protocol):
 
 
 class VectorSink(Sink, Protocol):
-    """A sink that takes vectors too. ``counts_items``: it counts what has ended, item by item."""
+    """A sink that takes vectors too. ``counts_items``: it counts what has ended, item by item. ``overdue_ns``: what
+    there is of a vector that is under way for so long is to be delivered early.
+    """
 
     counts_items: bool
+    overdue_ns: int
 
     def deliver_vector(self, ticket: Ticket, record: ResultRecord, arena: Arena, blob: str) -> list[Ticket]:
         """A vector has come back, its outcomes in ``arena``, or one of them in ``blob``. What is to be run again of it,
