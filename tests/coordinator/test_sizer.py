@@ -47,23 +47,28 @@ def test_a_share_of_results_that_end_vectors_makes_them_short() -> None:
     assert made.n == 1
 
 
-@pytest.mark.parametrize("item_ns", [MS // 10, MS])
-def test_vectors_grow_with_the_time_that_a_run_has_taken(item_ns: int) -> None:
+def test_vectors_of_long_items_grow_with_the_time_that_a_run_has_taken() -> None:
     now_ns = 0
     made = Sizer(None, 2, clock_ns=lambda: now_ns)
     works: dict[int, int] = {}
     for now_ms in (1, 10, 100, 200, 400, 800, 10_000):
         now_ns = now_ms * MS
         for _ in range(3):
-            made.observe(10 * item_ns, 10, 0)
-            n = made.n
-        works[now_ms] = n * item_ns // MS
+            made.observe(10 * MS, 10, 0)
+            works[now_ms] = made.n
         assert made.overdue_ns >= sizer.OVERDUE_NS
-    least_ms = (sizer.VECTOR_NS if item_ns < sizer.LONG_NS else sizer.VECTOR_NS // 2) // MS
-    assert works[1] in range(least_ms - 1, least_ms + 1)
-    for now_ms, work_ms in works.items():
-        assert work_ms <= max(least_ms, now_ms // sizer.ELAPSED_SHARE)
-    assert works[400] in (49, 50)
-    assert works[10_000] in (63, 64)
+    assert works == {1: 7, 10: 7, 100: 12, 200: 24, 400: 49, 800: 63, 10_000: 63}
     assert made.overdue_ns == sizer.VECTOR_NS_MAX
     assert Sizer(1, 2, clock_ns=lambda: 0).overdue_ns == sizer.OVERDUE_NS
+
+
+def test_vectors_of_short_items_do_not_grow() -> None:
+    now_ms = [0]
+    made = Sizer(None, 2, clock_ns=lambda: now_ms[-1] * MS)
+    for at_ms in (0, 1, 10_000):
+        now_ms.append(at_ms)
+        for _ in range(3):
+            made.observe(MS, 10, 0)
+            n = made.n
+        assert n == sizer.VECTOR_NS // (MS // 10 + 1)
+        assert made.overdue_ns == sizer.OVERDUE_NS

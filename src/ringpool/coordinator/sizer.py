@@ -8,9 +8,9 @@ from collections.abc import Callable
 from ringpool.shm import vectors
 
 VECTOR_NS = 16_000_000  # work in a vector: so that what it costs is a hundredth of it ...
-LONG_NS = 500_000  # ... of items that take less than this; of others half as much, which costs them no more
-VECTOR_NS_MAX = 64_000_000  # of a run that has gone on for long: each look of its parent's takes from the workers, ...
-ELAPSED_SHARE = 8  # ... and results come at the latest after this part of the time that it has taken so far
+LONG_NS = 500_000  # ... of items that take less than this. Of others half as much at first, which costs them no more;
+VECTOR_NS_MAX = 64_000_000  # and up to this in a run that goes on: each look of its parent's takes from the workers,
+ELAPSED_SHARE = 8  # and results come at the latest after this part of the time that it has taken so far
 OVERDUE_NS = 20_000_000  # what there is of a vector is handed over after this, or the time that vectors are to take
 UNDER_WAY_NS = 40_000_000  # work under way for each worker: longer than another thread may keep the pump from running
 UNDER_WAY_ITEMS_MAX = 32_768
@@ -61,8 +61,9 @@ class Sizer:
     @property
     def _vector_ns(self) -> float:
         """How much work a vector is to be."""
-        least_ns = VECTOR_NS if self.mean_ns < LONG_NS else VECTOR_NS / 2
-        return min(max(least_ns, (self._clock_ns() - self._began_ns) / ELAPSED_SHARE), VECTOR_NS_MAX)
+        if self.mean_ns < LONG_NS:
+            return VECTOR_NS
+        return min(max(VECTOR_NS / 2, (self._clock_ns() - self._began_ns) / ELAPSED_SHARE), VECTOR_NS_MAX)
 
     @property
     def overdue_ns(self) -> int:
