@@ -62,12 +62,15 @@ class Hold:
     def let_go(self) -> None:
         """Unlock and close it, if it is held. Raises no ``OSError``."""
         with _guard:
-            if self.fd is None:
-                return
-            with suppress(OSError):
-                calls.flock(self.fd, fcntl.LOCK_UN)  # closing is not enough while a child just forked has a copy
-            fd, self.fd = self.fd, None
-            close_quietly(fd)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self.fd is None:
+            return
+        with suppress(OSError):  # closing is not enough while a child that has just been forked has a copy
+            calls.flock(self.fd, fcntl.LOCK_UN)
+        fd, self.fd = self.fd, None
+        close_quietly(fd)
 
     def abandon(self) -> None:
         """In the child of a fork: what is held is the parent's."""
@@ -76,10 +79,18 @@ class Hold:
             close_quietly(fd)
 
     def __del__(self) -> None:
-        for _ in range(2):  # what comes in between, a Ctrl-C say, is lost here anyway
-            if self.fd is not None:
+        if self.fd is None:
+            return
+        is_guarded = _guard.acquire(
+            blocking=False
+        )  # no wait: this runs anywhere, and who has it may wait for this thread
+        try:
+            for _ in range(2):  # what comes in between, a Ctrl-C say, is lost here anyway
                 with suppress(BaseException):
-                    self.let_go()
+                    self._let_go()
+        finally:
+            if is_guarded:
+                _guard.release()
 
 
 _held: WeakSet[Hold] = WeakSet()
