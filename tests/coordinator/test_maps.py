@@ -471,3 +471,26 @@ def test_cancelling_shutdown_cancels_the_rest_of_a_map(tmp_path: Path) -> None:
         found.extend(results)
     own.shutdown()
     assert os.path.getsize(begun) <= 8 * 8  # those of the claim that the worker was at
+
+
+def test_a_call_does_not_wait_for_all_items_of_vectors_that_have_become_long() -> None:
+    n_short, n_taken = 1000, 0
+    is_over = threading.Event()
+
+    def take(results: Iterator[None]) -> None:
+        nonlocal n_taken
+        for _ in results:
+            n_taken += 1
+            if is_over.is_set():
+                return  # and what has not begun is cancelled
+
+    with RingPoolExecutor(2) as pool:
+        thread = threading.Thread(target=take, args=(pool.map(time.sleep, [0.001] * n_short + [0.05] * 400),))
+        thread.start()
+        wait_until(lambda: n_taken > n_short, "the first long item")
+        n_before = n_taken
+        assert pool.submit(abs, -1).result() == 1
+        n_meanwhile = n_taken - n_before
+        is_over.set()
+        thread.join()
+    assert n_meanwhile <= 20  # two or so; else 200 and more: all those of the vectors that had been sent before

@@ -3,6 +3,7 @@
     a claim of several tasks that has not moved for 20 ms      its unstarted tasks go back to the ring
     a vector of files that has been at one of them for 20 ms   those behind that one go to the front of the queue
     a vector of many items, while some worker is idle          the items that it has not come to are shared out
+    a vector of a map that takes far longer than it was to     so do those behind the item that it is at
     a vector that is overdue: 20 ms, or as long as they take   the outcomes that it has so far are handed over
 
 Used by the pump's thread alone.
@@ -20,6 +21,7 @@ from ringpool.shm.vectors import Arena
 
 TAKE_BACK_AFTER_S = 0.02  # a claim of several tasks that has not moved for so long is broken up
 WATCH_BEFORE_S = 0.75 * TAKE_BACK_AFTER_S  # who is awake then looks at once, and need not wake up for that
+TOO_LONG_NS = 40_000_000  # longer than it was to take: such a vector ends with the item that it is at
 SPLIT_WORTH_NS = 300_000  # what is left of a vector must be expected to take so long, or it is left alone
 SPLIT_LOOK_S = 0.005  # how often the pump looks, while vectors are in the ring and somebody has nothing to do
 
@@ -82,14 +84,25 @@ class Balance:
         """What waits in a vector behind a file that takes long, as new tickets; to be called when claims were watched.
 
         Not only when somebody is idle: that may be never, while more files come. Of a map they stay, where whoever
-        takes its results in order waits for the long one anyway.
+        takes its results in order waits for the long one anyway; but not in a vector that turns out to be far longer
+        than it was to be, because its items have become so: what else is in the ring would wait for all of them.
         """
         items: dict[int, tuple[int, int]] = {}
         taken: list[Ticket] = []
-        for worker, ticket, _ in self._running_vectors():
+        now_ns = time.monotonic_ns()
+        for worker, ticket, began_ns in self._running_vectors():
             part = ticket.part
             assert part is not None
             assert part.chunk is not None
+            if (
+                not ticket.sink.counts_items
+                and now_ns - began_ns > ticket.sink.overdue_ns + TOO_LONG_NS
+                and part.splits
+            ):
+                rest = _cut(arena, part, lambda _n: 0)
+                if rest is not None:
+                    self.n_taken_back += rest.n
+                    taken.append(_ticket_of(ticket, rest))
             if not ticket.sink.counts_items or self._end.ring.workers == 1:
                 continue
             at = ticket.sequence, arena.progress(part.span(part.chunk))

@@ -95,7 +95,7 @@ class _Tasks(Executor):
         """``fn`` of each item, in order. Items are drawn as results are taken, so many ahead as keep the workers busy.
 
         ``timeout``: seconds from now after which taking a result raises ``TimeoutError``. ``chunksize``: items that are
-        sent together; None: by themselves, as many as are 16 ms of work, or up to 64, and they are shared out again
+        sent together; None: by themselves, as many as are 8 to 32 ms of work, and they are shared out again
         where one takes longer. Whichever it is, an item's exception, or its worker's death, is that item's alone.
         ``buffersize``: most items drawn whose results were not taken. The first exception is raised when its turn has
         come, and ends the iterator; with ``return_exceptions`` it is given out instead of a result.

@@ -27,6 +27,7 @@ AHEAD = "ringpool.workers.ahead"  # imports the main module too, where it can
 HEEDED = "ringpool.workers.heeded"  # for ``ahead``: whose processes are not ours are to have SIGINT again
 PATH_MAX_BYTES = 107  # of sun_path (unix(7)), less the zero at its end
 PLACES = ("/tmp", "/var/tmp", "/dev/shm")
+LOCK_TIMEOUT_S = 1.0
 _NAMES_BYTES = len("/pymp-12345678/listener-12345678")
 
 
@@ -110,15 +111,37 @@ def forget() -> None:
 
 def forget_foreign() -> None:
     """``forget``, where the server is another process's: of the program that this one is a fork of, made by
-    ``os.fork`` or by a process of ``multiprocessing``, before ``ringpool`` was there to notice.
+    ``os.fork`` or by a process of ``multiprocessing``, before ``ringpool`` was there to notice. Or where it was reaped
+    by somebody else. What a server is to import stays. Several threads may do this at once.
     """
-    pid: int | None = getattr(_server(), "_forkserver_pid", None)
-    if pid is None:
+    server = _server()
+    if not _is_foreign(server):
         return
+    lock = server._lock  # which a thread may have that was not forked with this process
+    is_locked = lock.acquire(timeout=LOCK_TIMEOUT_S)
+    try:
+        if not _is_foreign(server):  # another thread was faster
+            return
+        alive_fd, server._forkserver_alive_fd = server._forkserver_alive_fd, None
+        fresh: Any = type(server)()
+        fresh._lock, fresh._preload_modules = lock, server._preload_modules
+        server.__dict__.update(fresh.__dict__)
+        with contextlib.suppress(OSError):
+            os.close(alive_fd)
+    finally:
+        if is_locked:
+            lock.release()
+
+
+def _is_foreign(server: Any) -> bool:
+    pid: int | None = getattr(server, "_forkserver_pid", None)
+    if pid is None:
+        return False
     try:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
-        forget()
+        return True
+    return False
 
 
 def _server() -> Any:

@@ -1,7 +1,7 @@
 """A map under way: items are drawn lazily, sent together while they are short, and come back in order or as they end.
 
     items --draw--> n of them --send--> tickets --> pump --> workers
-                      ^ Sizer: 16 ms of work to a vector, and up to 64 in a long map; 40 ms and more under way
+                      ^ Sizer: 8 to 32 ms of work to a vector, 40 ms and more under way
     next() <- piece <- held (in order) <- arrived <--------- pump
 
 Bounds: items under way, by the work in them, at most 32,768, and of large ones, with their results, about 16 MiB; items

@@ -9,7 +9,7 @@ from ringpool.shm import vectors
 
 VECTOR_NS = 16_000_000  # work in a vector: so that what it costs is a hundredth of it ...
 LONG_NS = 500_000  # ... of items that take less than this. Of others half as much at first, which costs them no more;
-VECTOR_NS_MAX = 64_000_000  # and up to this in a run that goes on: each look of its parent's takes from the workers,
+VECTOR_NS_MAX = 32_000_000  # and up to this in a run that goes on: each look of its parent's takes from the workers,
 ELAPSED_SHARE = 8  # and results come at the latest after this part of the time that it has taken so far
 OVERDUE_NS = 20_000_000  # what there is of a vector is handed over after this, or the time that vectors are to take
 UNDER_WAY_NS = 40_000_000  # work under way for each worker: longer than another thread may keep the pump from running

@@ -17,12 +17,14 @@ tidying. That path has to be right anyway, because SIGKILL takes it; so there is
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -51,6 +53,7 @@ EXIT_BROKEN = 71  # an error outside a task function; standard error says which
 EXIT_INITIALIZER = 72  # the initializer raised; a blob says what
 EXIT_UNGUARDED = 74  # the program's main module, which it was importing, was about to make a pool
 EXIT_WORN_OUT = 73  # its successor is to go on: it has outgrown its memory, or what comes next wants a new process
+BEFORE_QUEUES = 20  # among finalizers of multiprocessing: its queues, which executors end by, are closed at 10
 CLAIM_TARGET_NS = 200_000  # a claim holds about this much work: what a neighbour may have to wait
 RSS_EVERY_NS = 5_000_000  # how often a worker with a limit looks at its own memory
 _FILE, _VECTOR, _JOB = int(Form.FILE), int(Form.VECTOR), int(Form.JOB)
@@ -93,14 +96,13 @@ def main(arguments: WorkerArguments, guard: Descriptor, setup: Setup | None = No
             os.umask(arguments.umask)
         if startup.in_fork_server:
             _renew_numpy_chance()
+        Finalize(None, _end_executors, exitpriority=BEFORE_QUEUES)
         if setup is not None:
             setup.apply()
             confinement.remember()
         worker = Worker(arguments, confinement)
         name_process(f"{WORKER_NAME}{arguments.index}")  # from now on it is one
         code = worker.run()
-        if not code:
-            _end_executors()
     except ProcessLookupError:
         code = EXIT_ORPHAN
     except InitializerFailure as failure:
@@ -136,10 +138,11 @@ def _end_executors() -> None:
     """
     callbacks: list[Callable[[], object]] = getattr(threading, "_threading_atexits", [])
     while callbacks:
-        try:
-            callbacks.pop()()
-        except Exception:  # as there, each has its turn
-            traceback.print_exc()
+        with contextlib.suppress(SystemExit):
+            try:
+                callbacks.pop()()
+            except Exception:  # each has its turn
+                traceback.print_exc()
 
 
 def _be_main_thread() -> None:

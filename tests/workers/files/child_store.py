@@ -35,7 +35,6 @@ from ringpool.workers.files.locks import PathLock
 from ringpool.workers.files.naming import is_staging_name
 from ringpool.workers.files.objects import ContentAddress
 from ringpool.workers.files.oslayer import intercepted
-from ringpool.workers.files.recovery import recover_root
 from ringpool.workers.files.resources import resource_stats
 from ringpool.workers.files.store import FileStore
 from ringpool.workers.files.transaction import FileTransaction, snapshot
@@ -331,8 +330,7 @@ def outcomes_of_deaths(kind: str, base: str) -> None:
 
 
 def _two_files(base: Path) -> None:
-    recover_root(os.fsencode(base))  # whoever died here, marked or not: all that come make the same calls then
-    snapshot(["a", "b"], base=base)
+    snapshot(["a", "b"], base=base)  # whoever died here is recovered
     for name in ("a", "b"):
         (base / name).write_text("old")
 

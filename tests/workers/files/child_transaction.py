@@ -107,23 +107,6 @@ def fork_while_held(directory: str) -> None:
     made.close()
 
 
-def staged_and_killed_in_forks(directory: str) -> None:
-    """Each of three forks is killed when its transaction has staged two files, and has no journal yet."""
-    with FileTransaction(directory, durability="atomic") as transaction:
-        transaction.write("a", b"old")
-    for _ in range(3):
-        pid = os.fork()
-        if pid == 0:
-            LockSet.mark = lambda self, text: os.kill(os.getpid(), signal.SIGKILL)
-            with FileTransaction(directory, durability="atomic") as transaction:
-                transaction.write("a", b"new")
-                transaction.write("b", b"new")
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    say("3 forks")
-    listen()
-
-
 # ---- killed at every system call -------------------------------------------------------------------------------------
 
 

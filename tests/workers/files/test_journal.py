@@ -336,13 +336,6 @@ def test_a_directory_that_has_got_the_path_of_a_known_base_is_recovered(tmp_path
         assert (base / "a").exists()
 
 
-def test_a_fork_of_who_knew_a_base_takes_away_what_the_one_before_it_has_left(tmp_path: Path) -> None:
-    with Child(child_transaction.staged_and_killed_in_forks, tmp_path) as child:
-        child.wait_for("3 forks")
-        assert len(txn(tmp_path)) < 5, "one's staged files, lock and journal, not three's"
-        child.answer()
-
-
 def test_who_comes_while_another_recovers_waits_for_it(tmp_path: Path) -> None:
     """After a power cut there are no marks: only this keeps a second process from what is half done."""
     make(tmp_path, [Effect(b"a", True, 0), Effect(b"b", True, 0)], staged=2).close()

@@ -27,6 +27,7 @@ from ringpool.errors import (
 )
 from ringpool.workers.files.attributes import APPEND_ONLY, IMMUTABLE, attributes_of, mount_of
 from ringpool.workers.files.durability import close_quietly, sync
+from ringpool.workers.files.holds import Hold
 from ringpool.workers.files.journal import Effect, Journal, Stage, lstat_at, open_directory
 from ringpool.workers.files.locks import LockSet
 from ringpool.workers.files.operations import File, New, Original
@@ -53,12 +54,19 @@ class Commit:
 
     def run(self) -> None:
         """All of it. Raises what the table in transaction.py says."""
+        hold = Hold()
+        try:
+            self._run_with(hold)
+        finally:
+            hold.let_go_surely()
+
+    def _run_with(self, hold: Hold) -> None:
         try:
             for root, identity in list(_unfinished):
                 if root == self.root:
                     recover_marked(root, identity)
                     _unfinished.discard((root, identity))
-            journal = Journal.begin(self.root, durable=self.durable)
+            journal = Journal.begin(self.root, hold, durable=self.durable)
         except OSError as error:
             raise self._failed(error) from error
         try:

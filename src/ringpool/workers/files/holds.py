@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import suppress
-from weakref import WeakSet
 
 from ringpool.workers.files.durability import close_quietly
 from ringpool.workers.files.oslayer import calls
@@ -35,11 +34,12 @@ class OutOfTimeError(Exception):
 
 
 class Hold:
-    """A file that may be held: then ``fd`` is its descriptor, else None. It lets go where nobody refers to it any more,
-    after a Ctrl-C say.
-    """
+    """A file that may be held: then ``fd`` is its descriptor, else None. Whoever makes one lets go of it."""
 
-    fd: int | None = None
+    __slots__ = ("fd",)
+
+    def __init__(self) -> None:
+        self.fd: int | None = None
 
     def take(self, dir_fd: int, name: bytes, flags: int) -> bool:
         """Open and lock the file ``name`` of a directory; False where it was removed meanwhile.
@@ -54,7 +54,7 @@ class Hold:
             if calls.fstat(fd).st_nlink:
                 return True
         except BaseException:
-            self.let_go()
+            self.let_go_surely()
             raise
         self.let_go()
         return False
@@ -62,15 +62,23 @@ class Hold:
     def let_go(self) -> None:
         """Unlock and close it, if it is held. Raises no ``OSError``."""
         with _guard:
-            self._let_go()
+            fd = self.fd
+            if fd is None:
+                return
+            with suppress(OSError):  # closing is not enough while a child that has just been forked has a copy
+                calls.flock(fd, fcntl.LOCK_UN)
+            if self.fd is not None:  # else this is the child of a signal handler's fork
+                self.fd = None
+                _held.discard(self)
+                close_quietly(fd)
 
-    def _let_go(self) -> None:
-        if self.fd is None:
-            return
-        with suppress(OSError):  # closing is not enough while a child that has just been forked has a copy
-            calls.flock(self.fd, fcntl.LOCK_UN)
-        fd, self.fd = self.fd, None
-        close_quietly(fd)
+    def let_go_surely(self) -> None:
+        """``let_go``, to its end where a Ctrl-C comes in between."""
+        try:
+            self.let_go()
+        except BaseException:
+            self.let_go()
+            raise
 
     def abandon(self) -> None:
         """In the child of a fork: what is held is the parent's."""
@@ -78,22 +86,8 @@ class Hold:
         if fd is not None:
             close_quietly(fd)
 
-    def __del__(self) -> None:
-        if self.fd is None:
-            return
-        is_guarded = _guard.acquire(
-            blocking=False
-        )  # no wait: this runs anywhere, and who has it may wait for this thread
-        try:
-            for _ in range(2):  # what comes in between, a Ctrl-C say, is lost here anyway
-                with suppress(BaseException):
-                    self._let_go()
-        finally:
-            if is_guarded:
-                _guard.release()
 
-
-_held: WeakSet[Hold] = WeakSet()
+_held: set[Hold] = set()
 _guard = threading.RLock()  # no fork between opening a descriptor and its entry; re-entrant: signal handlers may fork
 
 
@@ -109,7 +103,7 @@ def tries(end_s: float) -> Generator[bool]:
 
 def _forget() -> None:
     global _guard
-    for hold in list(_held):
+    for hold in _held:
         hold.abandon()
     _held.clear()
     _guard = threading.RLock()

@@ -135,13 +135,13 @@ class Journal:
         self._path = txn_directory(root) + b"/" + identity + b".journal"  # for messages
 
     @classmethod
-    def begin(cls, root: bytes, *, durable: bool) -> Journal:
-        """Take a new id. Raises ``OSError``."""
+    def begin(cls, root: bytes, hold: Hold | None = None, *, durable: bool) -> Journal:
+        """Take a new id; ``hold`` holds it then, which whoever has made that lets go of. Raises ``OSError``."""
         ours = os.path.join(root, DIRECTORY)
         make_directories(ours, durable=durable)
         require_trusted(root, ours)
         _make_txn_directory(root, durable=durable)
-        hold, identity = Hold(), b""
+        hold, identity = hold or Hold(), b""
         txn_fd = calls.open(txn_directory(root), DIRECTORY_FLAGS)
         try:
             require_trusted(root, txn_directory(root))
@@ -155,7 +155,7 @@ class Journal:
             if hold.fd is not None:  # Ctrl-C, before its name was anybody's
                 with suppress(OSError):
                     calls.unlink(identity + b".lock", dir_fd=txn_fd)
-            hold.let_go()
+            hold.let_go_surely()
             close_quietly(txn_fd)
             raise
 
@@ -169,7 +169,7 @@ class Journal:
                 with suppress(OSError):
                     self.discard()
             finally:
-                self._hold.let_go()  # whatever comes in between: an id that stays held is never recovered
+                self._hold.let_go_surely()  # whatever comes in between: an id that stays held is never recovered
             raise
         return self
 

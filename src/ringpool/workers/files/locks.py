@@ -82,17 +82,19 @@ def _absolute(path: bytes) -> bytes:
     return path if path.startswith(b"/") and b"/." not in path and b"//" not in path else absolute(path)
 
 
-def from_here(path: bytes) -> bytes:
-    """``path``, as it leads from the current directory: who waits for its lock waits for that file, wherever the
-    process goes meanwhile. As it is, where that directory is gone, or its path is longer than calls take.
+def from_here(path: bytes, here: bytes | None = None) -> bytes:
+    """``path``, as it leads from the current directory, which is ``here``: who waits for its lock waits for that file,
+    wherever the process goes meanwhile. As it is, where that directory is gone or cannot be reached from the root, or
+    the whole path would be longer than calls take.
     """
     if path.startswith(b"/"):
         return path
     try:
-        whole = os.path.join(os.getcwdb(), path)
+        whole = os.path.join(os.getcwdb() if here is None else here, path)
     except OSError:
         return path
-    return whole if len(whole) < PATH_BYTES_MAX else path
+    is_reached = len(whole) < PATH_BYTES_MAX and calls.access(os.path.dirname(whole), os.F_OK)
+    return whole if is_reached else path
 
 
 class LockBase:
@@ -347,11 +349,13 @@ class LockSet:
 
     def _all_from_here(self) -> list[PathLock]:
         """The locks, on paths from one and the same directory."""
-        paths = self.paths
-        if all(path.startswith(b"/") for path in paths):
+        if all(path.startswith(b"/") for path in self.paths):
             return self._wanted
-        here = from_here(b"")
-        return [PathLock(os.path.join(here, lock.path), lock.mode, base=lock.base) for lock in self._wanted]
+        try:
+            here = os.getcwdb()
+        except OSError:
+            return self._wanted
+        return [PathLock(from_here(lock.path, here), lock.mode, base=lock.base) for lock in self._wanted]
 
     def release(self) -> None:
         """Release all of them. Raises as ``PathLock.release`` does; after a ``FileOperationError`` all are free."""

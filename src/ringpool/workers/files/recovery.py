@@ -69,7 +69,7 @@ def recover_root(
             mine = _ids_of_trusted(root, txn_fd)
             return sum(_recover_or_leave(root, txn_fd, identity, spares) for identity in mine)
         finally:
-            turn.let_go()
+            turn.let_go_surely()
     finally:
         close_quietly(txn_fd)
 
@@ -150,6 +150,6 @@ def _recover(root: bytes, identity: bytes, *, create: bool) -> tuple[bool, bool]
                 raise FileOperationError(os.fsdecode(root), "recover a transaction", errno.EPERM, reason)
             return True, Journal(root, txn_fd, identity, hold).recover()
         finally:
-            hold.let_go()
+            hold.let_go_surely()
     finally:
         close_quietly(txn_fd)

@@ -240,8 +240,6 @@ def _forget() -> None:
         stripe.abandon()
     _stripes.clear()
     stripes.retired.clear()
-    _looked_at.clear()  # who forks now and then never looks again, and what killed children leave would stay
-    _recovered.clear()
     tickets.close_ringer()
     stripes.mutex = threading.RLock()  # the old one is held, by the thread that forked
 
