@@ -126,8 +126,9 @@ def forget_foreign() -> None:
         fresh: Any = type(server)()
         fresh._lock, fresh._preload_modules = lock, server._preload_modules
         server.__dict__.update(fresh.__dict__)
-        with contextlib.suppress(OSError):
-            os.close(alive_fd)
+        if alive_fd is not None:
+            with contextlib.suppress(OSError):
+                os.close(alive_fd)
     finally:
         if is_locked:
             lock.release()

@@ -93,8 +93,8 @@ def from_here(path: bytes, here: bytes | None = None) -> bytes:
         whole = os.path.join(os.getcwdb() if here is None else here, path)
     except OSError:
         return path
-    is_reached = len(whole) < PATH_BYTES_MAX and calls.access(os.path.dirname(whole), os.F_OK)
-    return whole if is_reached else path
+    is_short = len(whole) < PATH_BYTES_MAX
+    return whole if is_short and calls.access(os.path.dirname(whole), os.F_OK, effective_ids=True) else path
 
 
 class LockBase:
