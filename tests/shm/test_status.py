@@ -365,6 +365,15 @@ def test_without_a_descriptor_nobody_is_taken_for_dead(
     assert not status.stale
 
 
+def is_open_here(path: str) -> bool:
+    """Whether this process has a descriptor of the file at ``path``."""
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(f"/proc/self/fd/{fd}") == path:
+                return True
+    return False
+
+
 def test_without_a_descriptor_a_wait_and_a_release_that_wakes_are_refused_by_name(
     table: FileStatusTable, other: FileStatusTable, no_descriptors: NoDescriptors
 ) -> None:
@@ -376,7 +385,8 @@ def test_without_a_descriptor_a_wait_and_a_release_that_wakes_are_refused_by_nam
     assert table.claim("b")
     waiter = threading.Thread(target=table.wait_available, args=("b",))
     waiter.start()
-    while not os.path.exists(f"{table._bells}/{table._entries.hash_of(b'b'):016x}"):
+    bell = f"{table._bells}/{table._entries.hash_of(b'b'):016x}"
+    while not is_open_here(bell):  # there it is a moment before, when its waiter has yet to take a descriptor
         time.sleep(0.001)
     with no_descriptors(), pytest.raises(FileOperationError, match="b: wake") as refused:
         table.release("b")
