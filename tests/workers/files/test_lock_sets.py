@@ -202,7 +202,7 @@ def test_a_timeout_holds_for_the_wait_for_anothers_recovery_as_well(
         file.write_bytes(made.id)
     else:
         turns._looked_at.clear()  # pyright: ignore[reportPrivateUsage]  (as in a process that has just started)
-        turns._recovered.clear()  # pyright: ignore[reportPrivateUsage]
+        turns._recovered.clear()  # pyright: ignore[reportPrivateUsage]  (as above)
         turn.take(made.txn_fd, b".", os.O_DIRECTORY)
     try:
         for kind in (PathLock, AsyncPathLock):
