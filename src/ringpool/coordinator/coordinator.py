@@ -35,6 +35,7 @@ from ringpool.workers.files.atomic import Durability
 from ringpool.workers.retry import RetryPolicy
 
 IDLE_MAX = 64  # functions with a policy that are kept for the next task that has the same
+PLAIN_MAX = 256  # without one: looked up at once
 
 
 class CoordinatorStats(NamedTuple):
@@ -101,6 +102,7 @@ class Coordinator:
         self._attempts_max = layout.check_number("attempts_max", attempts_max, layout.ATTEMPT_MAX)
         self._task_ids = itertools.count(1)
         self._functions: dict[bytes, _Function] = {}
+        self._plain: dict[tasks.TaskFunction | str, _Function] = {}  # those that were given alone, by what was given
         self._ended: deque[_Function] = deque()  # of tasks; not yet released: who ends one may hold the lock
         self._idle: OrderedDict[bytes, _Function] = OrderedDict()  # with a policy, and nobody uses them now
         self._board = TaskBoard()
@@ -129,11 +131,12 @@ class Coordinator:
         ``SharedMemoryFullError``, ``CoordinatorClosedError``, or what broke the pool.
         """
         self._pool.check_open()
-        function = self._function(fn, {}, retry)
+        function = self._function(fn, {}, retry) if retry is not None else self._plain_function(fn)
         try:
             return self._submit(function, src, dst, params or {})
         except Exception:  # nothing is queued
-            self._ended.append(function)
+            if function.has_policy:
+                self._ended.append(function)
             raise
 
     def _submit(self, function: _Function, src: Path, dst: Path | None, params: Mapping[str, Any]) -> TaskFuture:
@@ -141,9 +144,10 @@ class Coordinator:
         check_output(name, signature, has_output=dst is not None)
         own = tasks.validate(name, signature, params)
         tasks.require(name, signature, own)
-        if not os.path.exists(naming.encoded(src)):
+        raw = naming.encoded(src)
+        if not os.path.exists(raw):
             raise InputMissingError(os.fsdecode(src) or "''")
-        source, target = usable(src), None if dst is None else usable(dst)
+        source, target = usable(raw), None if dst is None else usable(dst)
         payload = tasks.encode_payload(tasks.FilePayload(source, target, tasks.pack_parameters(name, own) or None))
         future = TaskFuture(next(self._task_ids), self._pump, self._board)
         task = self._pool.task(function.id, values.Encoded(Encoding.MSGPACK, payload))
@@ -301,6 +305,19 @@ class Coordinator:
                 self._functions[spec] = found
             found.users += 1
             self._idle.pop(spec, None)
+        return found
+
+    def _plain_function(self, fn: tasks.TaskFunction | str) -> _Function:
+        """Register a function that has neither shared parameters nor a policy: who uses it is not counted."""
+        try:
+            found = self._plain.get(fn)
+        except TypeError:  # it has no hash to be remembered by
+            return self._function(fn, {}, None)
+        if found is None:
+            found = self._function(fn, {}, None)
+            if len(self._plain) >= PLAIN_MAX:
+                self._plain.clear()
+            self._plain[fn] = found
         return found
 
     def _release(self, function: _Function) -> None:

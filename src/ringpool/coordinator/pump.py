@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ringpool.coordinator.maprun import MapRun
 
 STOP_TIMEOUT_S = 1.0
-SPINS = 60  # looks for results before the pump sleeps, about 100 us, where few tasks are under way
+SPINS = 100  # looks for results before the pump sleeps, some 50 us, where few tasks are under way
 _OK, _DIED, _CANCELLED = int(Status.OK), int(Status.DIED), int(Status.CANCELLED)  # which compare faster
 _BLOB = int(Encoding.BLOB)
 

@@ -14,6 +14,7 @@ at the next call.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from ringpool.shm.ring import DONE_HEAD, RUN_STATE, VERSION_WORD, Ring
 from ringpool.shm.segment import COORDINATOR_SEMAPHORE, Segment
 
 ATTACH_LOCK_TIMEOUT_S = 5.0
+YIELD_EVERY = 16
 _STAGED_BITS = Status.STAGED << layout.STATUS_SHIFT
 _write_task = layout.TASK.pack_into
 
@@ -299,9 +301,11 @@ class CoordinatorEnd:
 
     def spin(self, n: int) -> bool:
         """Look for results, or for a post, ``n`` times; whether there is either. Lets other threads run in between."""
-        for _ in range(n):
+        for i in range(n):
             if self.has_results:
                 return True
+            if i % YIELD_EVERY == 0:
+                os.sched_yield()  # at once: the kernel may have put a worker that was just woken on this core
             try:
                 self.semaphore.acquire(0)  # releases the GIL, as a loop in Python would not
                 return True

@@ -250,10 +250,10 @@ def validate(name: str, signature: Signature, parameters: Mapping[str, Any]) -> 
     """
     if not parameters:
         return {}
-    unknown = sorted(set(parameters) - signature.fields)
+    unknown = parameters.keys() - signature.fields
     if unknown and (not signature.takes_any or "dst" in unknown):
         known = ", ".join(sorted(signature.fields)) or "none"
-        raise ParameterError(name, f"it has no parameter {unknown[0]!r}; it has: {known}")
+        raise ParameterError(name, f"it has no parameter {min(unknown)!r}; it has: {known}")
     named = {key: value for key, value in parameters.items() if key in signature.fields}
     try:
         model = msgspec.convert(named, signature.model, strict=False, dec_hook=_convert_path)
@@ -287,9 +287,9 @@ def _reason(error: msgspec.ValidationError, parameters: Mapping[str, Any]) -> st
 
 def require(name: str, signature: Signature, parameters: Mapping[str, Any]) -> None:
     """Raise ``ParameterError`` where a parameter without a default is not among ``parameters``."""
-    missing = sorted(signature.required - set(parameters))
+    missing = signature.required - parameters.keys()
     if missing:
-        raise ParameterError(name, f"parameter {missing[0]!r} is missing")
+        raise ParameterError(name, f"parameter {min(missing)!r} is missing")
 
 
 def pack_parameters(name: str, parameters: Mapping[str, Any]) -> bytes:
