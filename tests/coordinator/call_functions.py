@@ -7,12 +7,14 @@ hostile  tasks that bend the process that runs them
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import socket
 import sys
@@ -419,6 +421,31 @@ def close_descriptors(first: int, last: int) -> int:
     return os.getpid()
 
 
+_taken: list[int] = []
+
+
+def take_descriptors() -> int:
+    """Open files until no more may be, and leave them open."""
+    with contextlib.suppress(OSError):
+        while True:
+            _taken.append(os.open(os.devnull, os.O_RDONLY))
+    return os.getpid()
+
+
+def lower_the_limit_of_descriptors() -> int:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return os.getpid()
+
+
+def take_descriptors_or_one(takes_all: bool) -> bool:
+    """Open a file and close it; or leave none that may be opened."""
+    if takes_all:
+        take_descriptors()
+    else:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    return takes_all
+
+
 def fork_and_return(path: str) -> int:
     """Both processes return; only the parent's result may arrive."""
     parent = os.getpid()
@@ -618,13 +645,13 @@ def leave_array_to_child(gate: str, told: str, array: Any) -> None:
 
 # ---- what a module keeps ---------------------------------------------------------------------------------------------
 
-_kept = 0
+_term = 0
 
 
 def keep(value: int) -> None:
     """An initializer: for ``Keeper``."""
-    global _kept
-    _kept = value
+    global _term
+    _term = value
 
 
 class Keeper:
@@ -633,7 +660,7 @@ class Keeper:
     @classmethod
     def kept(cls, more: int = 0) -> int:
         """What the initializer has put there, and ``more``."""
-        return _kept + more
+        return _term + more
 
 
 # ---- what travels by a descriptor ------------------------------------------------------------------------------------

@@ -83,6 +83,7 @@ def test_what_runs_cannot_be_cancelled(executor: RingPoolExecutor, held: Held) -
     for future in held.futures:
         assert not future.cancel()
         assert future.running()
+        assert "state=running" in repr(future)
         assert not future.done()
     held.release()
     assert {future.result(WATCHDOG_S) for future in held.futures} == set(executor.worker_pids)

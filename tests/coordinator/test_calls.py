@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import multiprocessing
 import operator
@@ -1108,6 +1109,27 @@ def test_a_task_that_closes_descriptors_keeps_its_result(executor: RingPoolExecu
         executor.map(lambda x: x and functions.close_descriptors(3, 4096) * 0 + x, [0] * 300 + [1] + [0] * 300)
     )
     assert found == [0] * 300 + [1] + [0] * 300
+
+
+@pytest.mark.parametrize("bend", [functions.take_descriptors, functions.lower_the_limit_of_descriptors])
+def test_a_task_that_leaves_no_descriptor_costs_no_other_anything(bend: Callable[[], int]) -> None:
+    with RingPoolExecutor(1) as own:
+        pid = own.submit(bend).result(WATCHDOG_S)
+        assert [own.submit(functions.double, i).result(WATCHDOG_S) for i in range(3)] == [0, 2, 4]
+        assert own.submit(bend).result(WATCHDOG_S) != pid
+        assert own.submit(functions.length, bytes(100_000)).result(WATCHDOG_S) == 100_000
+        assert own.submit(bend).result(WATCHDOG_S) != pid
+        assert list(own.map(functions.double, range(100))) == list(range(0, 200, 2))
+        assert own.stats().failed == 0
+
+
+def test_what_fails_for_want_of_descriptors_is_the_last_of_its_process() -> None:
+    items = [False] * 100 + [True] + [False] * 100
+    with RingPoolExecutor(1) as own:
+        found = list(own.map(functions.take_descriptors_or_one, items, return_exceptions=True))
+    failed = [item for item in found if isinstance(item, OSError)]
+    assert [item.errno for item in failed] == [errno.EMFILE]
+    assert [item for item in found if not isinstance(item, OSError)] == [*items[:-1]]
 
 
 def test_a_task_that_forks_has_one_result(executor: RingPoolExecutor, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from tests.coordinator import executor_functions as functions
@@ -290,6 +290,34 @@ def test_initargs_that_cannot_be_sent_are_named_by_the_error() -> None:
         assert "exit status None" not in str(error)
         with pytest.raises(CrashLoopError, match="SemLock created in a fork context"):
             made.submit(abs, -1)
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_functions_without_a_name_may_be_among_initargs_and_locks_beside_them(
+    run_program: Callable[..., Program], method: str
+) -> None:
+    program = run_program(
+        f"""
+        lock = multiprocessing.get_context({method!r}).Lock()
+        given = (lambda: 5, lock)
+        with lock, RingPoolExecutor(1, {method!r}, initializer=functions.remember, initargs=given) as pool:
+            assert pool.submit(lambda: functions.remembered()[0]()).result(20) == 5
+            assert pool.submit(lambda: functions.remembered()[1].acquire(False)).result(20) is False
+        """,
+        top="""
+        import multiprocessing
+        from ringpool import RingPoolExecutor
+        from tests.coordinator import call_functions as functions
+        """,
+    )
+    assert program.finish() == 0, program.err
+    assert program.err == ""
+
+
+def test_options_that_are_none_are_refused_by_name(executor: RingPoolExecutor) -> None:
+    for options in ({"timeout": 3}, None):
+        with pytest.raises(TypeError, match="TaskOptions"):
+            executor.submit_with(cast("Any", options), abs, -1)
 
 
 def test_a_map_over_many_items_gives_their_results_in_order(executor: RingPoolExecutor) -> None:

@@ -106,3 +106,24 @@ def test_a_fork_of_a_program_that_has_a_fork_server_has_a_pool(run_program: RunP
     assert program.finish() == 0, program.err
     assert program.err == ""
     program.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("ask", ["result", "exception"])
+def test_a_fork_does_not_wait_for_its_parents_futures(run_program: RunProgram, ask: str) -> None:
+    program = run_program(
+        f"""
+        with RingPoolExecutor(1) as pool, Coordinator(1) as own:
+            done = pool.submit(abs, -1)
+            assert done.result(20) == 1
+            futures = [pool.submit(functions.slowly, i) for i in range(200)]
+            futures.append(own.submit_file_task(tasks.nap, __file__, params={{"seconds": 2}}))
+            for future in futures[-2:]:
+                assert in_a_fork(lambda: future.{ask}()) == 3
+            assert in_a_fork(lambda: done.{ask}()) == 0
+            assert len([future.result(20) for future in futures]) == 201
+        """,
+        top=TOP,
+    )
+    assert program.finish() == 0, program.err
+    assert program.err == ""
+    program.assert_nothing_is_left()

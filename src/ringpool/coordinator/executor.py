@@ -248,6 +248,8 @@ class RingPoolExecutor(_Tasks):
 
     def submit_with(self, options: TaskOptions, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """``submit``, with these options."""
+        if not isinstance(options, TaskOptions):  # pyright: ignore[reportUnnecessaryIsInstance]  (nor may a caller check)
+            raise TypeError(f"options must be TaskOptions, not {options!r}")
         return self._rp_calls.submit(options, fn, args, kwargs)
 
     def _rp_map(self, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...], **how: Any) -> Iterator[Any]:

@@ -108,7 +108,7 @@ def _name_of(source: Any) -> str:
 class PoolFuture(Future[Any]):
     """The future of one task. ``result()`` and ``exception()`` raise what the task raised, with the worker's traceback
     as ``__cause__``, and ``WorkerDiedError`` where workers died in it. In a callback of the same pool's futures, where
-    they would wait for ever, they raise ``WrongThreadError``.
+    they would wait for ever, they raise ``WrongThreadError``, and in a fork of the program ``WrongProcessError``.
 
     Most futures are read when they are done: nobody waits in one, or has put a callback into it. So what that takes is
     made when somebody first asks for it: ``_condition``, ``_waiters`` and ``_done_callbacks`` are those of
@@ -169,8 +169,13 @@ class PoolFuture(Future[Any]):
         self._check_wait(timeout)
         return super().exception(timeout)
 
+    def __repr__(self) -> str:
+        text = super().__repr__()  # which asks for the state alone
+        return text.replace("state=pending", "state=running") if self.running() else text
+
     def _check_wait(self, timeout: float | None) -> None:
         if (timeout is None or timeout > 0) and self._state not in _DONE:
+            self._pump.check_process()
             self._pump.check_thread()
 
     def cancel(self) -> bool:

@@ -41,7 +41,6 @@ from ringpool.errors import (
     RingpoolError,
     SharedMemoryFullError,
     ThreadStartError,
-    WrongProcessError,
 )
 from ringpool.shm import blobs, layout, segment
 from ringpool.shm.dispatch import CoordinatorEnd, Task
@@ -204,8 +203,7 @@ class Pool:
         """Raise ``WrongProcessError`` in a fork of the program: nothing arrives there, and what it sends would take the
         place of what its parent does. To be asked before a lock is taken, which another thread of the parent may hold.
         """
-        if os.getpid() != self.pid:
-            raise WrongProcessError(self.pid, os.getpid())
+        self.pump.check_process()
 
     def check_open(self, *, first: Callable[[], None] | None = None) -> None:
         """Be ready for a task. ``first``: called before the first worker is forked; a fork that is made while another

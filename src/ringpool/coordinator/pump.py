@@ -30,7 +30,7 @@ from ringpool.coordinator.publisher import Publisher
 from ringpool.coordinator.staff import Staff
 from ringpool.coordinator.supervisor import Death
 from ringpool.coordinator.tickets import LEAVING, QUEUED, Part, Sink, Ticket
-from ringpool.errors import CoordinatorClosedError, RingpoolError, WrongThreadError
+from ringpool.errors import CoordinatorClosedError, RingpoolError, WrongProcessError, WrongThreadError
 from ringpool.shm import layout
 from ringpool.shm.dispatch import CoordinatorEnd
 from ringpool.shm.layout import Encoding, Status
@@ -184,6 +184,11 @@ class Pump:
         """Raise ``WrongThreadError`` where the caller runs in the pump's thread, in a future's callback."""
         if threading.current_thread() is self._thread:
             raise WrongThreadError(action)
+
+    def check_process(self) -> None:
+        """Raise ``WrongProcessError`` in a fork of the program, where nothing arrives."""
+        if os.getpid() != self._pid:
+            raise WrongProcessError(self._pid, os.getpid())
 
     @property
     def in_flight(self) -> tuple[int, int]:

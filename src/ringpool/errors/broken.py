@@ -122,7 +122,7 @@ class CrashLoopError(PoolError, BrokenProcessPool):
         return (
             f"{self.deaths} workers in a row died before they took a task, the last one {how}; the pool is stopped. "
             "What they printed on standard error says why; often the main module cannot be imported by a worker "
-            '(guard its top-level code with `if __name__ == "__main__":`)'
+            '(guard its top-level code with `if __name__ == "__main__":`), or the pool\'s initializer ends its process'
         )
 
 
@@ -150,10 +150,10 @@ class ThreadStartError(PoolError, BrokenProcessPool):
         self.reason = reason
 
     def __str__(self) -> str:
-        return (
-            f"the threads of the pool cannot be started: {self.reason}; "
-            "look at the limits of processes (ulimit -u, pids.max of a container) and of memory (ulimit -v)"
-        )
+        remedy = "look at the limits of processes (ulimit -u, pids.max of a container) and of memory (ulimit -v)"
+        if "shutdown" in self.reason:
+            remedy = "its program ends: give a pool its first task before the main thread has ended"
+        return f"the threads of the pool cannot be started: {self.reason}; {remedy}"
 
 
 class ExecutorEndedError(CoordinatorClosedError, BrokenProcessPool):

@@ -205,6 +205,10 @@ class WorkerEnd:
 
         return start
 
+    def disown(self) -> None:
+        """The entry that ``start`` was asked for last is not run: this process ends, and is not to be blamed on it."""
+        self._words[self._running] = 0
+
     def grant(self, until_ns: int) -> None:
         """The time of the task being run counts from then on, CLOCK_MONOTONIC, which may be to come."""
         self._words[self._task_start] = until_ns

@@ -178,10 +178,10 @@ class Chunks:
 
         ``encode(value, room)`` and ``encode_error`` give kind and bytes of an outcome for the stream, at most ``room``
         bytes; they must not raise. ``restore``: called ``RESTORES`` times on the way, and between any two items where
-        there are no more than that, or they are files, or with ``restores_each``. Fewer are done where it returns
-        False, a part was taken away, or the chunk is full. In a fork of the worker that returns from ``call`` the views
-        are released: it raises ``ValueError``. Raises ``SegmentFormatError`` where there are fewer items than the span
-        says.
+        there are no more than that, or they are files, or with ``restores_each``; and after an item that failed. Fewer
+        are done where it returns False, a part was taken away, or the chunk is full. In a fork of the worker that
+        returns from ``call`` the views are released: it raises ``ValueError``. Raises ``SegmentFormatError`` where
+        there are fewer items than the span says.
         """
         if span.end > len(items):
             raise SegmentFormatError(self.segment, f"a vector has {len(items)} items, and says {span.end}")
@@ -241,6 +241,8 @@ class Chunks:
                 else:
                     tail = plain_at + (first if prefix is None or prefix is NoneType else i) << 3
                 prefix = _Stream
+            if failed is not None:
+                restore_at = i + 1
             room = chunk_end - tail - 2 * _OUTCOME_BYTES  # the head of the next one has its place in any case
             code, body = encode(value, room) if failed is None else encode_error(failed, room)
             _write_outcome(mapping, tail, len(body), code)

@@ -14,7 +14,7 @@ from ringpool.shm.layout import Encoding, Form, OutcomeKind, Status
 from ringpool.shm.segment import Segment
 from ringpool.workers import calls, values
 from ringpool.workers.confinement import Confinement
-from ringpool.workers.functions import Functions
+from ringpool.workers.functions import CannotReadError, Functions, read
 from ringpool.workers.posting import Encode, Post
 
 FUNCTIONS_MAX = 256  # unpickled at a time
@@ -76,7 +76,7 @@ class CallRunner:
         if found is not None or not function_id:
             return found
         self._grant(time.monotonic_ns() + LOAD_NS)
-        _, body, _ = blobs.read(blobs.function_name(self._segment, function_id))
+        _, body, _ = read(blobs.function_name(self._segment, function_id))
         self._functions.make_room()
         found = self._functions[function_id] = calls.rebuild(body)
         self._grant(time.monotonic_ns())
@@ -85,13 +85,16 @@ class CallRunner:
     # ---- one call
 
     def run(self, entry: int, function_id: int, form: int, payload: bytes, blob: int, start_ns: int) -> int:
-        """Run the call of ``entry`` and post its result: of whatever kind, one is posted. When that was done, ns."""
+        """Run the call of ``entry`` and post its result: of whatever kind, one is posted. When that was done, ns.
+
+        Raises ``CannotReadError``.
+        """
         mapping, n_forks = None, self._confinement.n_forks
         try:
             function = self._function(function_id)
             body, buffers = payload, None
             if blob:
-                _, body, buffers = blobs.read(blobs.payload_name(self._segment, blob))
+                _, body, buffers = read(blobs.payload_name(self._segment, blob))
                 mapping = blobs.mapping_of(body)
             if form == Form.PICKLED:
                 self._grant(time.monotonic_ns() + LOAD_NS)
@@ -104,6 +107,8 @@ class CallRunner:
             if mapping is not None and mapping() is None and n_forks == self._confinement.n_forks:  # nor a fork has it
                 blobs.release(blobs.payload_name(self._segment, blob), entry)
             self._post.value(entry, value, end_ns - start_ns, calls.encode_result)
+        except CannotReadError:
+            raise
         except BaseException as error:  # a task may raise what it likes, SystemExit and KeyboardInterrupt too
             end_ns = time.monotonic_ns()
             self._post.error(entry, error, end_ns - start_ns)
@@ -115,7 +120,8 @@ class CallRunner:
         """Run items of the vector of ``entry``, at most ``quota``, and post that they are done. When that was, ns.
 
         What keeps the vector as a whole from being run is posted as the task's error, and that it took no time: it is
-        the error of each item. What comes between two items, by a signal, is that of the item which is next.
+        the error of each item. What comes between two items, by a signal, is that of the item which is next. Raises
+        ``CannotReadError``.
         """
         is_begun = False
         try:
@@ -127,12 +133,15 @@ class CallRunner:
                 start_ns = time.monotonic_ns()  # what importing it took is no file's time
             chunks = self._chunks
             if chunks is None:
-                chunks = self._chunks = vectors.Chunks.attach(self._segment)
+                try:
+                    chunks = self._chunks = vectors.Chunks.attach(self._segment)
+                except (OSError, MemoryError) as error:
+                    raise CannotReadError from error
             items, call = calls.decode_items(function, span.encoding, chunks.items(span))
             encode = calls.encode_result
             if is_timed:
                 call, encode = chunks.timed(span, call), values.encode_result
-            encoder = _Outcomes(self._post, entry, encode)
+            encoder = _Outcomes(self._post, entry, encode, self._confinement)
             is_begun = True
             restore, is_limited = self._may_go_on or self._confinement.renew, self._may_go_on is not None
             n = chunks.run(span, items, call, encoder.value, encoder.error, quota, restore, restores_each=is_limited)
@@ -140,6 +149,8 @@ class CallRunner:
             self._confinement.end_if_forked()
             self._n_extra += n - 1
             self._post.results.post(entry, _OK, 0, b"", end_ns - start_ns)
+        except CannotReadError:
+            raise
         except BaseException as error:
             end_ns = time.monotonic_ns()
             is_one_items = is_begun or isinstance(error, KeyboardInterrupt)
@@ -150,8 +161,9 @@ class CallRunner:
 class _Outcomes:
     """Encodes the outcomes of one vector that are no plain words. Its methods do not raise."""
 
-    def __init__(self, post: Post, entry: int, encode: Encode) -> None:
+    def __init__(self, post: Post, entry: int, encode: Encode, confinement: Confinement) -> None:
         self._post = post
+        self._confinement = confinement
         self._entry = entry
         self._encode = encode
         self._are_short = True
@@ -181,6 +193,7 @@ class _Outcomes:
     def error(self, error: BaseException, room: int) -> tuple[int, bytes]:
         """Kind and bytes of an exception."""
         self._post.n_errors += 1
+        self._confinement.note(error)
         encoded = values.encode_error(error)
         if len(encoded.body) <= room:
             return OutcomeKind.ERROR, encoded.body

@@ -6,8 +6,8 @@ bind            own session, the program's signal handlers without those of its 
                 to the process group (F_SETOWN, F_SETSIG, O_ASYNC), to a stopped process and to one in a C call that
                 holds the GIL alike; and PDEATHSIG: SIGKILL for the worker when its parent ends
 end_if_forked   before a result is posted: the child of a task that forked has no business here
-restore         after each task: signal handlers and working directory are put back. Without its descriptors the
-                process ends; its unstarted claims go back
+restore         after each task: signal handlers and working directory are put back. Without its descriptors, or
+                any more of them, the process ends; its unstarted claims go back
 disarm          after each claim, after each task where SIGALRM has a handler, before outputs are put in place, and
                 before a handler is put back: a timer that a task has left running is stopped. Where a task has failed,
                 its handler is out of the way from then until ``restore``
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import select
@@ -72,6 +73,7 @@ class Confinement:
         self.guard = out_of_the_way(guard)
         os.close(guard)
         self._arm()
+        self.lacks_descriptors = False
         self.forked = False
         self.n_forks = 0
         os.register_at_fork(before=self._count_fork, after_in_child=self._mark_forked)
@@ -161,13 +163,22 @@ class Confinement:
         if aside is not None and _get_handler(_ALARM) is _drop:
             signal.signal(_ALARM, aside)
 
+    def note(self, error: BaseException) -> None:
+        """A task has failed with ``error``: where that was for want of descriptors, which it may have left open, the
+        next one is to have a new process.
+        """
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            self.lacks_descriptors = True
+
     def renew(self) -> bool:
         """``disarm`` and ``restore``."""
         self.disarm()
         return self.restore()
 
     def restore(self) -> bool:
-        """Put back signal handlers and working directory; whether the process still has its descriptors."""
+        """Put back signal handlers and working directory; whether the process still has its descriptors, and may have
+        more.
+        """
         if self._alarm_aside is not None:
             self.rearm()
         if list(map(_get_handler, _RESTORED)) != self._handlers:
@@ -185,6 +196,8 @@ class Confinement:
             with contextlib.suppress(OSError):
                 os.chdir(self._directory)
         events = self._poll.poll(0)
+        if self.lacks_descriptors:
+            return False
         return not events or not any(event & select.POLLNVAL for _, event in events)
 
     def _restore_alarm(self, found: object) -> None:

@@ -21,7 +21,7 @@ from ringpool.workers import tasks, values
 from ringpool.workers.confinement import Confinement
 from ringpool.workers.files import naming, output
 from ringpool.workers.files.durability import Durability
-from ringpool.workers.functions import Functions
+from ringpool.workers.functions import CannotReadError, Functions, read
 from ringpool.workers.group import Group
 from ringpool.workers.groupcommit import (
     Source,
@@ -61,7 +61,10 @@ class FileRunner:
         self._staging = StagingBeside()
 
     def run(self, entry: int, function_id: int, payload: bytes, blob: int, start_ns: int) -> int:
-        """Run the task of ``entry``; post its result, of whatever kind, or stage it. When that was done, ns."""
+        """Run the task of ``entry``; post its result, of whatever kind, or stage it. When that was done, ns.
+
+        Raises ``CannotReadError``.
+        """
         self._group.before_task()
         is_to_commit = False
         try:
@@ -71,7 +74,7 @@ class FileRunner:
                 start_ns = time.monotonic_ns()  # what importing it took is no task's
             body: bytes | memoryview = payload
             if blob:
-                _, body, _ = blobs.read(blobs.payload_name(self._segment, blob))
+                _, body, _ = read(blobs.payload_name(self._segment, blob))
             task = tasks.decode_payload(body)
             parameters = function.parameters
             if task.parameters is not None:
@@ -83,6 +86,8 @@ class FileRunner:
             else:
                 end_ns = self._run_with_output(entry, function, task, parameters, start_ns)
                 is_to_commit = not function.group_commit
+        except CannotReadError:
+            raise
         except BaseException as error:  # a task may raise what it likes, SystemExit and KeyboardInterrupt too
             end_ns = time.monotonic_ns()
             self._post.error(entry, error, end_ns - start_ns)
@@ -100,7 +105,7 @@ class FileRunner:
         return lambda path: call(source_type(path), **parameters)
 
     def _bind(self, function_id: int) -> BoundFunction:
-        _, body, _ = blobs.read(blobs.function_name(self._segment, function_id))
+        _, body, _ = read(blobs.function_name(self._segment, function_id))
         spec = tasks.decode_spec(body)
         call = tasks.resolve(spec.name)
         signature = tasks.signature_of(call, spec.name)

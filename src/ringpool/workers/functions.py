@@ -8,8 +8,23 @@ from __future__ import annotations
 from typing import TypeVar
 
 from ringpool.shm import blobs
+from ringpool.shm.layout import Encoding
 
 _F = TypeVar("_F")
+
+
+class CannotReadError(Exception):
+    """What a task needs cannot be read, before it has begun: its ``__cause__``, an ``OSError`` or a ``MemoryError``. An
+    earlier task may have left this process without descriptors, or memory. Never leaves this package.
+    """
+
+
+def read(name: str) -> tuple[Encoding, memoryview, list[memoryview]]:
+    """``blobs.read``. Raises ``CannotReadError``, and what that raises of the blob."""
+    try:
+        return blobs.read(name)
+    except (OSError, MemoryError) as error:
+        raise CannotReadError from error
 
 
 class Functions(dict[int, _F]):

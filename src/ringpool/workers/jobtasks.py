@@ -36,6 +36,7 @@ from ringpool.workers.confinement import Confinement
 from ringpool.workers.files import naming, output
 from ringpool.workers.files.durability import Durability, make_directories
 from ringpool.workers.files.target import lstat, refused
+from ringpool.workers.functions import CannotReadError, read
 from ringpool.workers.group import Group
 from ringpool.workers.groupcommit import (
     Source,
@@ -177,7 +178,10 @@ class JobRunner:
         self._peak_rss = self._weighed_ns = 0
 
     def run(self, entry: int, function_id: int, payload: bytes, blob: int, start_ns: int) -> int:
-        """Run the task of ``entry``; post its result, or stage it. When that was done, ns."""
+        """Run the task of ``entry``; post its result, or stage it. When that was done, ns.
+
+        Raises ``CannotReadError``.
+        """
         self._group.before_task()
         bound: _Bound | None = None
         try:
@@ -188,8 +192,10 @@ class JobRunner:
             bound.n_calls, bound.source = 0, None
             body: bytes | memoryview = payload
             if blob:
-                _, body, _ = blobs.read(blobs.payload_name(self._segment, blob))
+                _, body, _ = read(blobs.payload_name(self._segment, blob))
             end_ns = self._run(entry, bound, decode_payload(body), start_ns)
+        except CannotReadError:
+            raise
         except BaseException as error:  # a task may raise what it likes, SystemExit and KeyboardInterrupt too
             end_ns = time.monotonic_ns()
             self._post.error(entry, error, end_ns - start_ns, 0 if bound is None else bound.n_calls)
@@ -306,7 +312,7 @@ class JobRunner:
         self._post.results.note_input(0 if source is None else source.inode)
 
     def _bind(self, function_id: int) -> _Bound:
-        _, body, _ = blobs.read(blobs.function_name(self._segment, function_id))
+        _, body, _ = read(blobs.function_name(self._segment, function_id))
         spec = decode_spec(bytes(body))
         call = tasks.resolve(spec.name)
         source = _source_in_time(spec.name, spec.source) if spec.source else ""

@@ -49,6 +49,7 @@ class Post:
     def error(self, entry: int, error: BaseException, spent_ns: int, calls: int = 0) -> None:
         """The task raised; ``calls``: so many times, where its function was called more than once."""
         self._confinement.disarm_for_good()
+        self._confinement.note(error)
         self.n_errors += 1
         try:
             self._post(entry, _ERROR, values.encode_error(error), spent_ns, calls)

@@ -39,6 +39,7 @@ from ringpool.workers.callrunner import CallRunner
 from ringpool.workers.confinement import Confinement, name_process
 from ringpool.workers.descriptor import Descriptor
 from ringpool.workers.environment import take_environment
+from ringpool.workers.functions import CannotReadError
 from ringpool.workers.posting import Post
 from ringpool.workers.sessions import WORKER_NAME
 from ringpool.workers.setup import InitializerFailure, Setup
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from ringpool.workers.jobtasks import JobRunner
 
 EXIT_ORPHAN = 69  # the coordinator was gone before this process was bound to it
-EXIT_UNSOUND = 70  # a task closed descriptors that this process needs
+EXIT_UNSOUND = 70  # a task closed descriptors that this process needs, or has left it without any that are free
 EXIT_BROKEN = 71  # an error outside a task function; standard error says which
 EXIT_INITIALIZER = 72  # the initializer raised; a blob says what
 EXIT_UNGUARDED = 74  # the program's main module, which it was importing, was about to make a pool
@@ -221,7 +222,13 @@ class Worker:
                     return EXIT_WORN_OUT
                 if not start(entry, now_ns):
                     break
-                now_ns = run_task(entry, now_ns)
+                try:
+                    now_ns = run_task(entry, now_ns)
+                except CannotReadError as error:
+                    if self.n_tasks + n:  # for what a task before has left behind: a new process will have it
+                        self.end.disown()
+                        return EXIT_UNSOUND
+                    self.post.error(entry, error.__cause__ or error, 0)
                 n += 1
                 self._n_of_claim = n
                 if not restore():

@@ -59,10 +59,9 @@ class Setup:
         try:
             return self.sender, bytes(ForkingPickler.dumps((self._initializer, self._initargs)))
         except (pickle.PicklingError, AttributeError, TypeError):
-            import cloudpickle  # here, as above
+            from ringpool.workers import byvalue  # here, as above
 
-            by_value = cloudpickle.dumps(self._initializer, 5)
-            return self.sender, bytes(ForkingPickler.dumps((_Pickled(by_value), self._initargs)))
+            return self.sender, byvalue.dumps((self._initializer, self._initargs))
 
     def __setstate__(self, state: tuple[LogSender | None, bytes | None]) -> None:
         self.sender, self._pickled = state
@@ -114,13 +113,3 @@ def has_fork_lock(initargs: Iterable[Any]) -> bool:
             parts = cast("Any", dict).values(attributes)
         waiting.extend(itertools.islice(parts, PARTS_MAX))
     return False
-
-
-class _Pickled:
-    """A callable that is unpickled where it is called."""
-
-    def __init__(self, pickled: bytes) -> None:
-        self._pickled = pickled
-
-    def __call__(self, *arguments: Any) -> object:
-        return pickle.loads(self._pickled)(*arguments)
