@@ -5,6 +5,7 @@ They tell where they are by files, never by time: ``begun`` and ``gate`` are pat
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import os
@@ -610,6 +611,15 @@ def copy_closing(src: Path, dst: Path) -> int:
         os.closerange(3, 150)
     if content == "close and open":
         _opened.extend(Path("/proc/self/status").open() for _ in range(50))  # noqa: SIM115
+    return copied
+
+
+def copy_leaving_no_descriptor(src: Path, dst: Path) -> int:
+    """Afterwards none may be opened any more."""
+    copied = copy(src, dst)
+    with contextlib.suppress(OSError):
+        while True:
+            _opened.append(open(os.devnull))  # noqa: SIM115
     return copied
 
 

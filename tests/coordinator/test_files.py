@@ -542,6 +542,21 @@ def test_descriptors_that_a_task_closes_cost_no_other_its_output(
     assert sorted(path.name for path in place.glob("?/[!.]*")) == [path.name for path in paths]
 
 
+@pytest.mark.parametrize("durability", ["atomic", "full"])
+def test_a_task_that_leaves_no_descriptor_has_its_output_all_the_same(
+    files: MakeFiles, place: Path, durability: str
+) -> None:
+    """The coordinator puts it in its place; and the next task has a new worker."""
+    paths = files(10)
+    with Coordinator(1, durability=durability) as own:
+        run = own.run_file_tasks(
+            tasks.copy_leaving_no_descriptor, paths, output=lambda src: place / src.name[-1] / src.name
+        )
+        assert [result.error for result in run] == [None] * 10
+        assert own.stats().worker_deaths >= 9
+    assert sorted(path.name for path in place.glob("?/[!.]*")) == [path.name for path in paths]
+
+
 def test_the_child_of_a_call_that_forked_is_not_tried_again(files: MakeFiles, place: Path, tmp_path: Path) -> None:
     """It would write where its parent's output is staged, and put in place what others have staged."""
     paths = files(20)

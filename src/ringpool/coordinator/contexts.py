@@ -19,7 +19,8 @@ from ringpool import startup
 from ringpool.coordinator import forkservers
 from ringpool.coordinator.supervisor import WORKER_NAME, current_directory
 from ringpool.errors import DaemonicProcessError, MainModuleError, MonkeyPatchedError, WorkingDirectoryError
-from ringpool.workers.process import EXIT_UNGUARDED, flush
+from ringpool.workers.confinement import flush
+from ringpool.workers.process import EXIT_UNGUARDED
 
 START_METHOD = "forkserver"
 _PATCHERS = {"gevent.monkey": "is_module_patched", "eventlet.patcher": "is_monkey_patched"}

@@ -22,6 +22,7 @@ import fcntl
 import os
 import select
 import signal
+import sys
 from _signal import getsignal as _get_handler  # pyright: ignore[reportMissingModuleSource]
 from collections.abc import Callable
 from types import FrameType
@@ -39,6 +40,9 @@ _ALARM, _DEFAULT = signal.SIGALRM, int(signal.SIG_DFL)
 _OF_COORDINATORS = ("ringpool", "asyncio")  # packages whose handlers need a pool, or a loop, that a worker has not
 
 
+EXIT_UNSOUND = 70  # a task closed descriptors that this process needs, or has left it without any that are free
+DESCRIPTORS_WANTED = 2  # at a time, to put outputs in their places
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -54,6 +58,15 @@ def end_with_parent(number: int = signal.SIGKILL) -> None:
 
 def _drop(_number: int, _frame: FrameType | None) -> None:
     """Handles SIGALRM while a failure is looked after."""
+
+
+def flush() -> None:
+    """What was printed goes out, before ``os._exit``."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except Exception:  # closed by a task: nothing to flush
+            continue
 
 
 class Confinement:
@@ -169,6 +182,23 @@ class Confinement:
         """
         if isinstance(error, OSError) and error.errno == errno.EMFILE:
             self.lacks_descriptors = True
+
+    def end_if_exhausted(self) -> None:
+        """End where no more descriptors may be opened: the coordinator, which has some, does what is to be done with
+        what is staged.
+        """
+        taken: list[int] = []
+        try:
+            for _ in range(DESCRIPTORS_WANTED):
+                taken.append(os.dup(self.guard))
+        except OSError as error:
+            self.note(error)
+        finally:
+            for fd in taken:
+                os.close(fd)
+        if self.lacks_descriptors:
+            flush()
+            os._exit(EXIT_UNSOUND)
 
     def renew(self) -> bool:
         """``disarm`` and ``restore``."""

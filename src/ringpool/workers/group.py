@@ -65,6 +65,7 @@ class Group:
         if not self._tasks:
             return
         self._confinement.disarm()  # what a task's timer raises is not to come into what is others' too
+        self._confinement.end_if_exhausted()
         tasks, self._tasks = self._tasks, []
         assert self._staging is not None
         assert self._durability is not None

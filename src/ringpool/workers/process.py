@@ -36,7 +36,7 @@ from ringpool.shm.layout import Encoding, Form
 from ringpool.shm.results import Results
 from ringpool.workers import group
 from ringpool.workers.callrunner import CallRunner
-from ringpool.workers.confinement import Confinement, name_process
+from ringpool.workers.confinement import EXIT_UNSOUND, Confinement, flush, name_process
 from ringpool.workers.descriptor import Descriptor
 from ringpool.workers.environment import take_environment
 from ringpool.workers.functions import CannotReadError
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from ringpool.workers.jobtasks import JobRunner
 
 EXIT_ORPHAN = 69  # the coordinator was gone before this process was bound to it
-EXIT_UNSOUND = 70  # a task closed descriptors that this process needs, or has left it without any that are free
 EXIT_BROKEN = 71  # an error outside a task function; standard error says which
 EXIT_INITIALIZER = 72  # the initializer raised; a blob says what
 EXIT_UNGUARDED = 74  # the program's main module, which it was importing, was about to make a pool
@@ -168,15 +167,6 @@ def _tell(arguments: WorkerArguments, failure: InitializerFailure) -> None:
     """Leave word of what the initializer raised, in a blob."""
     body = msgspec.msgpack.encode(failure.args)
     blobs.write(blobs.initializer_name(arguments.segment, arguments.index), Encoding.MSGPACK, body)
-
-
-def flush() -> None:
-    """What was printed goes out, before ``os._exit``."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except Exception:  # closed by a task: nothing to flush
-            continue
 
 
 class Worker:
