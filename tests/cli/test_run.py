@@ -133,6 +133,15 @@ def test_a_manifest_has_parameters_for_each_file(name: str, text: str) -> None:
     assert sizes(done) == {"in/1.txt": "1.txt 3 'a' True", "in/2.txt": "2.txt 4 'z' True"}
 
 
+@pytest.mark.usefixtures("numbers")
+def test_a_file_of_a_manifest_without_what_its_function_needs_stops_the_run() -> None:
+    Path("m.csv").write_text("path,times\nin/1.txt,3\nin/2.txt,\nin/3.txt,5\n")
+    done = run("run", f"{TASKS}:touch", "--manifest", "m.csv", "--param", "mark=z")
+    assert done.returncode == 2
+    assert "input in/2.txt: parameter 'times' is missing" in done.stderr
+    assert sizes(done) == {"in/1.txt": "1.txt 3 'z' False"}
+
+
 @pytest.mark.parametrize("key", ["template", "fields", "shell", "environment"])
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 @pytest.mark.usefixtures("numbers")

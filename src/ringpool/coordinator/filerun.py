@@ -45,8 +45,9 @@ class FileResult(msgspec.Struct, frozen=True):  # seen by the collector: raising
     """What became of one file.
 
     ``path`` and ``output`` as they were given (``output``: None where there is none); ``value``: what the function
-    returned; ``error``: None, or what it raised, or why it could not run; ``attempts``: how often it was started;
-    ``duration_s``: of the last attempt, in the function; ``worker``: the index of the worker that ran it, -1 for none.
+    returned; ``error``: None, or what it raised, or why it could not run; ``attempts``: how many workers have begun it,
+    each of which may have called the function again, as a ``RetryPolicy`` says; ``duration_s``: of the last attempt, in
+    the function, and between its calls; ``worker``: the index of the worker that ran it, -1 for none.
     """
 
     path: Any

@@ -128,6 +128,7 @@ class Job:
             self.name,
             self._signature,
             self.digest,
+            own.keys(),
             self._template,
             self.outputs,
             self.options,

@@ -45,6 +45,11 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         Durability(self.durability)
+        if not isinstance(self.retry, RetryPolicy | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"retry of a job must be a RetryPolicy or None, not {self.retry!r}")
+        for name in ("largest_first", "fingerprints", "checksums", "digests"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} of a job must be True or False, not {getattr(self, name)!r}")
         for name, convert, accepts, wanted in _RULES:
             value = getattr(self, name)
             if value is None:

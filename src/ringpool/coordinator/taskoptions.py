@@ -12,9 +12,9 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How a task is run.
 
     ``timeout``: seconds that it may run; then its worker is killed, and it fails with ``TaskTimeoutError``.
-    ``retries``: how often it is started again whose worker died in it, or was killed for a limit. ``priority``: higher
-    first. Numbers of any type (NumPy's, ``Fraction``) are kept as ``float`` and ``int``. Raises ``TypeError`` and
-    ``ValueError``.
+    ``retries``: how often (0 to 62) it is started again whose worker died in it, or was killed for a limit.
+    ``priority``: higher first. Numbers of any type (NumPy's, ``Fraction``) are kept as ``float`` and ``int``. Raises
+    ``TypeError`` and ``ValueError``.
     """
 
     timeout: float | None = None

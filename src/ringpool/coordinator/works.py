@@ -11,7 +11,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -48,9 +48,9 @@ _OWN_DIRECTORY = os.fsencode(f"/{OWN_DIRECTORY}/")
 class Works:
     """A work for each of ``inputs``, as they are drawn.
 
-    ``name``, ``signature`` and ``digest`` of the function (with its parameters); ``template``: of the command, or None;
-    ``outputs``: None for values; ``known``: inputs that its tasks have moved away; ``include``, ``exclude``: globs for
-    what a walk finds.
+    ``name``, ``signature`` and ``digest`` of the function (with its parameters, whose names are ``given``);
+    ``template``: of the command, or None; ``outputs``: None for values; ``known``: inputs that its tasks have moved
+    away; ``include``, ``exclude``: globs for what a walk finds.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Works:
         name: str,
         signature: tasks.Signature,
         digest: bytes,
+        given: Collection[str],
         template: Template | None,
         outputs: NamedOutputs | None,
         options: JobOptions,
@@ -71,6 +72,7 @@ class Works:
         self._name = name
         self._signature = signature
         self._digest = digest
+        self._wanted = signature.required - set(given)  # of each file
         self._template = template
         self._outputs = outputs
         self._options = options
@@ -98,6 +100,9 @@ class Works:
                 if self._template is not None:
                     self._template.refuse_own(own)
                 own = self._validated(file.path, own)
+            if self._wanted and not self._wanted <= own.keys():
+                missing = min(self._wanted - own.keys())
+                raise ParameterError(self._name, f"input {file.path}: parameter {missing!r} is missing")
             if fields is not None:
                 own["fields"] = fields(file, index)
             targets = tuple([_absolute(output, here) for output in outputs])
