@@ -303,11 +303,20 @@ def test_functions_without_a_name_may_be_among_initargs_and_locks_beside_them(
         with lock, RingPoolExecutor(1, {method!r}, initializer=functions.remember, initargs=given) as pool:
             assert pool.submit(lambda: functions.remembered()[0]()).result(20) == 5
             assert pool.submit(lambda: functions.remembered()[1].acquire(False)).result(20) is False
+        with RingPoolExecutor(1, {method!r}, initializer=lambda one: remember(one), initargs=(Own(),)) as pool:
+            assert pool.submit(is_own).result(20)
         """,
         top="""
         import multiprocessing
         from ringpool import RingPoolExecutor
         from tests.coordinator import call_functions as functions
+        from tests.coordinator.call_functions import remember
+
+        class Own:
+            pass
+
+        def is_own():
+            return type(functions.remembered()[0]) is Own
         """,
     )
     assert program.finish() == 0, program.err

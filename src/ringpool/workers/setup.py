@@ -21,6 +21,7 @@ from ringpool.workers import calls
 
 Initializer = Callable[..., object]
 PARTS_MAX = 1000  # of the arguments of an initializer that are looked at, for locks
+_UNNAMED = (pickle.PicklingError, AttributeError, TypeError)  # of what pickle cannot name
 _WITH_LOCKS = {f"multiprocessing.{name}" for name in ("synchronize", "queues", "sharedctypes")}
 
 
@@ -47,23 +48,20 @@ class Setup:
         self.sender = sender
         self._initializer = initializer
         self._initargs = initargs
-        self._pickled: bytes | None = None
+        self._pickled: tuple[bytes, ...] = ()  # both, or each by itself
 
-    def __getstate__(self) -> tuple[LogSender | None, bytes | None]:
+    def __getstate__(self) -> tuple[LogSender | None, tuple[bytes, ...]]:
         if self._initializer is None:
-            return self.sender, None
+            return self.sender, ()
+        both = self._initializer, self._initargs
         if calls.is_lost("__main__"):
-            from ringpool.workers import byvalue  # here, because most programs never need cloudpickle
-
-            return self.sender, byvalue.dumps((self._initializer, self._initargs))
+            return self.sender, (_by_value(both),)
         try:
-            return self.sender, bytes(ForkingPickler.dumps((self._initializer, self._initargs)))
-        except (pickle.PicklingError, AttributeError, TypeError):
-            from ringpool.workers import byvalue  # here, as above
+            return self.sender, (bytes(ForkingPickler.dumps(both)),)
+        except _UNNAMED:  # what has a name goes by that: the main module's classes are one in a worker
+            return self.sender, tuple(map(_pickle, both))
 
-            return self.sender, byvalue.dumps((self._initializer, self._initargs))
-
-    def __setstate__(self, state: tuple[LogSender | None, bytes | None]) -> None:
+    def __setstate__(self, state: tuple[LogSender | None, tuple[bytes, ...]]) -> None:
         self.sender, self._pickled = state
         self._initializer, self._initargs = None, ()
 
@@ -72,8 +70,9 @@ class Setup:
         if self.sender is not None:
             self.sender.install()
         try:
-            if self._pickled is not None:
-                self._initializer, self._initargs = calls.rebuild(self._pickled)
+            if self._pickled:
+                both: list[Any] = [calls.rebuild(each) for each in self._pickled]
+                self._initializer, self._initargs = both if len(both) > 1 else both[0]
             if self._initializer is not None:
                 self._initializer(*self._initargs)
         except BaseException as error:
@@ -83,6 +82,19 @@ class Setup:
         self._initargs = ()
         if self.sender is not None:
             self.sender.give_way()
+
+
+def _pickle(value: object) -> bytes:
+    try:
+        return bytes(ForkingPickler.dumps(value))
+    except _UNNAMED:
+        return _by_value(value)
+
+
+def _by_value(value: object) -> bytes:
+    from ringpool.workers import byvalue  # here, because most programs never need cloudpickle
+
+    return byvalue.dumps(value)
 
 
 def has_fork_lock(initargs: Iterable[Any]) -> bool:
