@@ -45,7 +45,7 @@ from typing import Any, NamedTuple
 import psutil
 from benchmarks.bench_dispatch import Split
 from benchmarks.pool_tasks import compute
-from benchmarks.scale_tasks import ALWAYS, FATE_ITERATIONS, ONCE, live_or_die, negated
+from benchmarks.scale_tasks import ALWAYS, ONCE, PIECE_ITERATIONS, live_or_die, negated
 
 from ringpool import Coordinator, RingPoolExecutor
 from ringpool.bench import measure, peers
@@ -184,7 +184,7 @@ def print_outcomes(name: str, directory: str, fate: str) -> None:
     """A contestant's program: a line for each task that has an outcome, and one at the end."""
     every = TASKS // DEATHS
     names = [f"{directory}/{i:04}{fate if i % every == every // 2 else ''}" for i in range(TASKS)]
-    value = compute(FATE_ITERATIONS)
+    value = compute(PIECE_ITERATIONS)
     print("begin", flush=True)
     try:
         for index, outcome in SURVIVORS[name](names):
