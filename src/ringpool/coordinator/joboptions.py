@@ -45,7 +45,7 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         Durability(self.durability)
-        if not isinstance(self.retry, RetryPolicy | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(self.retry, RetryPolicy | None):  # pyright: ignore[reportUnnecessaryIsInstance]  (as tasks.pack_policy)
             raise TypeError(f"retry of a job must be a RetryPolicy or None, not {self.retry!r}")
         for name in ("largest_first", "fingerprints", "checksums", "digests"):
             if not isinstance(getattr(self, name), bool):
